@@ -1,0 +1,1 @@
+"""The server's arithmetic: pure functions of contributions, one file per rule."""

@@ -1,0 +1,83 @@
+"""How far an aggregation fell from the true sum, and how far the best adapter of its rank would have fallen.
+
+    error = || target - s B_hat A_hat ||_F / || target ||_F          per module, and over all modules together
+    optimum = sqrt(sum_{k > r} sigma_k(target)^2) / || target ||_F   (Eckart and Young, 1936)
+
+The difference is formed as one longer stack and measured by QR, so that small errors keep their digits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from florana import linalg
+from florana.aggregate.project import targets
+from florana.factors import Adapter, Contribution
+
+
+@dataclass(frozen=True)
+class ModuleError:
+    """Relative figures of one module; `weight` is its share of the squared norm of all targets."""
+
+    error: float
+    optimum: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class AggregationError:
+    """`error` and `optimum` over all modules (root of summed squares over root of summed squares), and each module's."""
+
+    error: float
+    optimum: float
+    modules: Mapping[str, ModuleError]
+
+
+def measure(
+    parts: Sequence[Contribution],
+    answer: Adapter,
+    *,
+    residual_before: Adapter | None = None,
+    residual_after: Adapter | None = None,
+) -> AggregationError:
+    """The aggregation error of `answer` against the weighted sum of the contributions.
+
+    Args:
+        parts: what was aggregated, with its weights.
+        answer: what came out; the optimum is that of its rank.
+        residual_before: a frozen part every client carried: it belongs to the target.
+        residual_after: a frozen part sent along with the answer: it belongs to the answer, not to the optimum's rank.
+
+    >>> import torch
+    >>> from florana.factors import LoraFactors
+    >>> pair = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 1.0)})
+    >>> measure([Contribution("a", pair, 1.0)], pair).error
+    0.0
+    """
+    squares: dict[str, tuple[float, float, float]] = {}
+    for name, (target, _, _) in targets(parts, residual_before).items():
+        pair = answer.modules[name]
+        difference = linalg.join(target, linalg.stack([pair], [1.0]), sign=-1.0)
+        if residual_after is not None:
+            difference = linalg.join(difference, linalg.stack([residual_after.modules[name]], [1.0]), sign=-1.0)
+        values = linalg.singular_values(target)
+        whole, tail = float(values.square().sum()), float(values[pair.rank :].square().sum())
+        squares[name] = (linalg.norm(difference) ** 2, tail, whole)
+    total = math.fsum(whole for _, _, whole in squares.values())
+    return AggregationError(
+        error=_relative(math.fsum(missed for missed, _, _ in squares.values()), total),
+        optimum=_relative(math.fsum(tail for _, tail, _ in squares.values()), total),
+        modules={
+            name: ModuleError(_relative(missed, whole), _relative(tail, whole), whole / total if total else 0.0)
+            for name, (missed, tail, whole) in squares.items()
+        },
+    )
+
+
+def _relative(square: float, whole: float) -> float:
+    """sqrt(square / whole), with differences below the rounding of float64 read as zero."""
+    if square <= 1e-30 * whole:
+        return 0.0
+    return math.sqrt(square / whole) if whole > 0 else math.inf

@@ -1,0 +1,120 @@
+"""What every rule checks before it computes: the contributions fit together, and their weights make sense."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from florana.errors import InputError
+from florana.factors import Contribution, LoraFactors
+
+
+def shares(parts: Sequence[Contribution]) -> list[float]:
+    """The weights, scaled to sum 1 over the contributions. Raises InputError for none, negative or zero weights."""
+    if not parts:
+        raise InputError("nothing to aggregate: no contribution was given")
+    for part in parts:
+        if not (math.isfinite(part.weight) and part.weight >= 0):
+            raise InputError(f"client '{part.client}': the weight {part.weight} is not a non-negative number")
+    total = math.fsum(part.weight for part in parts)
+    if total <= 0:
+        raise InputError("the weights of all contributions are zero", fix="give at least one a positive weight")
+    return [part.weight / total for part in parts]
+
+
+def columns(parts: Sequence[Contribution]) -> dict[str, list[LoraFactors]]:
+    """Module name -> the factors of every contribution, in their order.
+
+    Raises:
+        InputError: a client lacks a module, brings a foreign one, has another (out, in) shape, another dtype, or
+            a value that is not finite; the message names the client, the module and both shapes.
+    """
+    first = parts[0]
+    for part in parts[1:]:
+        _same_names(first, part, first.adapter.modules, part.adapter.modules, "module")
+        _same_names(first, part, first.adapter.extra, part.adapter.extra, "tensor")
+    result: dict[str, list[LoraFactors]] = {}
+    for name, expected in first.adapter.modules.items():
+        pairs = [part.adapter.modules[name] for part in parts]
+        for part, pair in zip(parts, pairs, strict=True):
+            if pair.shape != expected.shape:
+                raise InputError(
+                    f"module '{name}' is {pair.shape} in client '{part.client}' but {expected.shape} in "
+                    f"client '{first.client}'",
+                    why="adapters of different base models cannot be combined",
+                )
+            if pair.A.dtype != expected.A.dtype:
+                raise InputError(
+                    f"module '{name}' is {pair.A.dtype} in client '{part.client}' but {expected.A.dtype} in "
+                    f"client '{first.client}'"
+                )
+            for letter, tensor in (("B", pair.B), ("A", pair.A)):
+                require_finite(tensor, f"client '{part.client}', module '{name}', factor {letter}")
+        result[name] = pairs
+    return result
+
+
+def same_rank(parts: Sequence[Contribution], name: str, pairs: Sequence[LoraFactors], rule: str) -> int:
+    """The common rank of one module. Raises InputError naming both shapes where a client has another rank."""
+    for part, pair in zip(parts, pairs, strict=True):
+        if pair.rank != pairs[0].rank:
+            raise InputError(
+                f"module '{name}': B is {tuple(pair.B.shape)} in client '{part.client}' but "
+                f"{tuple(pairs[0].B.shape)} in client '{parts[0].client}'",
+                why=f"{rule} combines the factors entry by entry and needs one rank",
+                fix="use a rule that works on products (best-rank, oracle) for mixed ranks",
+            )
+    return pairs[0].rank
+
+
+def output_scaling(pairs: Sequence[LoraFactors]) -> float:
+    """The scaling of the result: the largest of the inputs, so that it does not depend on their order."""
+    return max(pair.scaling for pair in pairs)
+
+
+def unscaled(pairs: Sequence[LoraFactors], scaling: float) -> tuple[list[Tensor], list[Tensor]]:
+    """(B_u * scaling_u / scaling, A_u) in at least float32, so that one output scaling serves all clients."""
+    wide = torch.promote_types(pairs[0].A.dtype, torch.float32)
+    return (
+        [pair.B.to(wide) * (pair.scaling / scaling) for pair in pairs],
+        [pair.A.to(wide) for pair in pairs],
+    )
+
+
+def average_extra(parts: Sequence[Contribution]) -> dict[str, Tensor]:
+    """The weighted mean of the tensors that are trained whole (heads), in at least float32, cast back at the end."""
+    weights = shares(parts)
+    result: dict[str, Tensor] = {}
+    for name, expected in parts[0].adapter.extra.items():
+        wide = torch.promote_types(expected.dtype, torch.float32)
+        total = torch.zeros_like(expected, dtype=wide)
+        for part, weight in zip(parts, weights, strict=True):
+            tensor = part.adapter.extra[name]
+            if tensor.shape != expected.shape:
+                raise InputError(
+                    f"tensor '{name}' is {tuple(tensor.shape)} in client '{part.client}' but "
+                    f"{tuple(expected.shape)} in client '{parts[0].client}'"
+                )
+            require_finite(tensor, f"client '{part.client}', tensor '{name}'")
+            total += weight * tensor.to(wide)
+        result[name] = total.to(expected.dtype)
+    return result
+
+
+def require_finite(tensor: Tensor, where: str) -> None:
+    """Raise InputError unless every entry is finite. The sum is tried first: one pass, nearly always enough."""
+    if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise InputError(f"{where}: {bad} of {tensor.numel()} values are not finite (NaN or infinite)")
+
+
+def _same_names(
+    first: Contribution, part: Contribution, ours: Mapping[str, object], theirs: Mapping[str, object], kind: str
+) -> None:
+    for name in ours.keys() - theirs.keys():
+        raise InputError(f"client '{part.client}' lacks {kind} '{name}', which client '{first.client}' has")
+    for name in theirs.keys() - ours.keys():
+        raise InputError(f"client '{part.client}' brings {kind} '{name}', which client '{first.client}' lacks")

@@ -1,0 +1,1 @@
+"""The offline demonstration: real text and real pretrained weights, nothing downloaded."""

@@ -1,0 +1,1 @@
+"""Engines carry briefs to clients: `local` in this process, others over a network."""

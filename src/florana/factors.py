@@ -1,0 +1,142 @@
+"""The records everything else speaks of: LoRA factors, adapters, and what clients contribute. No I/O.
+
+A LoRA module changes a frozen weight W (out x in) by `scaling * B @ A` with B (out x r) and A (r x in),
+`scaling = alpha / r`, or `alpha / sqrt(r)` under rsLoRA (Hu et al., arXiv 2106.09685; Kalajdzievski, arXiv
+2312.03732). The factors do not depend on the layout of W: a Conv1D weight (in x out) takes the transpose of the
+product, which is the model's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from torch import Tensor
+
+from florana.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class LoraFactors:
+    """One module's pair: the update is `scaling * B @ A`.
+
+    Args:
+        B: (out, r), floating point.
+        A: (r, in), of the same dtype and device as B.
+        scaling: finite and positive.
+
+    Raises:
+        InputError: the two shapes, dtypes or devices do not fit, or the scaling is not a positive number.
+
+    >>> import torch
+    >>> pair = LoraFactors(B=torch.ones(4, 2), A=torch.ones(2, 3), scaling=0.5)
+    >>> pair.rank, pair.shape
+    (2, (4, 3))
+    """
+
+    B: Tensor  # (out, r)
+    A: Tensor  # (r, in)
+    scaling: float
+
+    def __post_init__(self) -> None:
+        if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0] or self.B.shape[1] == 0:
+            raise InputError(
+                f"LoRA factors do not fit: B is {tuple(self.B.shape)}, A is {tuple(self.A.shape)}",
+                why="B must be (out, r) and A (r, in) with the same rank r of at least 1",
+            )
+        if self.A.dtype != self.B.dtype or not self.A.is_floating_point():
+            raise InputError(
+                f"LoRA factors do not fit: B is {self.B.dtype}, A is {self.A.dtype}",
+                why="both must have one floating-point type",
+            )
+        if self.A.device != self.B.device:
+            raise InputError(f"LoRA factors do not fit: B is on {self.B.device}, A is on {self.A.device}")
+        if not (math.isfinite(self.scaling) and self.scaling > 0):
+            raise InputError(f"the LoRA scaling {self.scaling} is not a positive number")
+
+    @property
+    def rank(self) -> int:
+        """r, the inner dimension."""
+        return int(self.B.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in), the shape of the product."""
+        return int(self.B.shape[0]), int(self.A.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """All adapted modules by name, and the tensors that are trained whole (a classifier head). Sorted by name.
+
+    Args:
+        modules: module name (as in the base model) -> factors; at least one.
+        extra: parameter name -> tensor.
+    """
+
+    modules: Mapping[str, LoraFactors]
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise InputError("an adapter without a single LoRA module")
+        object.__setattr__(self, "modules", MappingProxyType(dict(sorted(self.modules.items()))))
+        object.__setattr__(self, "extra", MappingProxyType(dict(sorted(self.extra.items()))))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor under a name that says what it is: `A/<module>`, `B/<module>`, `extra/<name>`."""
+        named: dict[str, Tensor] = {}
+        for name, pair in self.modules.items():
+            named[f"A/{name}"], named[f"B/{name}"] = pair.A, pair.B
+        return named | {f"extra/{name}": tensor for name, tensor in self.extra.items()}
+
+    @property
+    def scalings(self) -> dict[str, float]:
+        """Module name -> scaling."""
+        return {name: pair.scaling for name, pair in self.modules.items()}
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the adapter holds, the extra tensors included."""
+        return sum(tensor.numel() for tensor in self.tensors().values())
+
+
+def adapter_from_tensors(tensors: Mapping[str, Tensor], scalings: Mapping[str, float]) -> Adapter:
+    """The inverse of `Adapter.tensors`; `scalings` names the modules and their scalings."""
+    modules = {
+        name: LoraFactors(B=tensors[f"B/{name}"], A=tensors[f"A/{name}"], scaling=scaling)
+        for name, scaling in scalings.items()
+    }
+    extra = {name.removeprefix("extra/"): t for name, t in tensors.items() if name.startswith("extra/")}
+    return Adapter(modules, extra)
+
+
+@dataclass(frozen=True, eq=False)
+class Contribution:
+    """What one client brings to an aggregation: its name, its adapter, its weight (any positive scale)."""
+
+    client: str
+    adapter: Adapter
+    weight: float
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What one client sent in a round, after the gate let it through.
+
+    `examples` is the number of examples of its training share, `metrics` what it measured while training.
+    """
+
+    client: str
+    round: int
+    adapter: Adapter
+    examples: int
+    metrics: Mapping[str, float]
+
+
+def contributions(updates: Sequence[Update], weights: Mapping[str, float]) -> list[Contribution]:
+    """The updates with the weight of each client, in the canonical order (by client name)."""
+    ordered = sorted(updates, key=lambda update: update.client)
+    return [Contribution(update.client, update.adapter, weights[update.client]) for update in ordered]

@@ -1,0 +1,103 @@
+"""The gate: every reply is checked before any arithmetic sees it. One that fails is refused; the round goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from florana import linalg
+from florana.factors import Adapter, Update, adapter_from_tensors
+from florana.federation.messages import Reply
+
+MAX_EXAMPLES = 1_000_000_000
+"""More training examples than this from one client is taken for nonsense."""
+
+
+class Refused(Exception):
+    """Why a reply was not let through; the text is what the journal records."""
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What a proper reply of this round looks like.
+
+    Args:
+        round: the round that is running.
+        clients: client name -> the adapter it was sent, whose names, shapes and dtypes its reply must have.
+        examples: client name -> the size of its training share, where the server knows it.
+    """
+
+    round: int
+    clients: Mapping[str, Adapter]
+    examples: Mapping[str, int] = field(default_factory=dict)
+
+
+def admit(reply: Reply, expected: Expected, seen: Collection[str]) -> Update:
+    """The reply as an Update.
+
+    Args:
+        seen: the clients whose reply of this round was already let through.
+
+    Raises:
+        Refused: wrong round, unknown or repeated client, senseless number of examples, oversize or damaged bytes, a
+            missing or foreign tensor, a wrong shape or dtype, a value or a product that is not finite.
+    """
+    if reply.client not in expected.clients:
+        raise Refused("was not asked in this round")
+    if reply.round != expected.round:
+        raise Refused(f"answers round {reply.round}, but round {expected.round} is running")
+    if reply.client in seen:
+        raise Refused("has already answered in this round")
+    _check_examples(reply, expected.examples.get(reply.client))
+    adapter = _check_tensors(reply.payload, expected.clients[reply.client])
+    bad = [name for name, value in reply.metrics.items() if not math.isfinite(value)]
+    if bad:
+        raise Refused(f"the metric '{bad[0]}' is not finite")
+    return Update(reply.client, reply.round, adapter, reply.examples, dict(reply.metrics))
+
+
+def _check_examples(reply: Reply, known: int | None) -> None:
+    count: object = reply.examples
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_EXAMPLES:
+        raise Refused(f"reports {count!r} training examples; a whole number from 1 to {MAX_EXAMPLES} makes sense")
+    if known is not None and count != known:
+        raise Refused(f"reports {count} training examples, but has {known}")
+
+
+def _check_tensors(content: bytes, sent: Adapter) -> Adapter:
+    template = sent.tensors()
+    limit = 2 * sum(t.numel() * t.element_size() for t in template.values()) + 65_536
+    if len(content) > limit:
+        raise Refused(f"sent {len(content)} bytes, the limit is {limit}")
+    try:
+        tensors = load(content)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise Refused(f"sent bytes that are not a safetensors file ({type(error).__name__})") from None
+    for name in sorted(template.keys() - tensors.keys()):
+        raise Refused(f"lacks the tensor '{name}'")
+    for name in sorted(tensors.keys() - template.keys()):
+        raise Refused(f"brings the foreign tensor '{name[:80]}'")
+    for name, expected in template.items():
+        _check_tensor(name, tensors[name], expected)
+    adapter = adapter_from_tensors(tensors, sent.scalings)
+    for name, pair in adapter.modules.items():
+        size = linalg.norm(linalg.stack([pair], [1.0]))
+        if not size <= torch.finfo(torch.float32).max:
+            raise Refused(f"the product of module '{name}' overflows (norm {size:.1e})")
+    return adapter
+
+
+def _check_tensor(name: str, tensor: Tensor, expected: Tensor) -> None:
+    if tensor.shape != expected.shape:
+        raise Refused(f"tensor '{name}' has shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
+    if tensor.dtype != expected.dtype:
+        raise Refused(f"tensor '{name}' is {tensor.dtype}, expected {expected.dtype}")
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise Refused(f"tensor '{name}' has {bad} values that are not finite (NaN or infinite)")

@@ -1,0 +1,214 @@
+"""The round loop: sample, brief, collect through the gate, aggregate, measure, commit. The same for every engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from florana.aggregate.error import AggregationError, measure
+from florana.errors import FederationError
+from florana.factors import Contribution, Update, contributions
+from florana.federation.gate import Expected, Refused, admit
+from florana.federation.journal import Journal
+from florana.federation.messages import Brief, Engine, Failure, Reply, pack
+from florana.federation.records import RoundRecord
+from florana.federation.sampling import derive, sample
+from florana.strategy.base import Payload, State, Strategy
+
+Scores = Mapping[str, float]
+"""Metric name -> value."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something to show while a run goes on: `kind` is round, reply, refused or committed."""
+
+    kind: str
+    round: int
+    client: str = ""
+    detail: str = ""
+    record: RoundRecord | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Federation:
+    """The fixed facts of a run.
+
+    Args:
+        clients: all client names. examples: their training share sizes, where the server knows them.
+        rounds: how many rounds in all. per_round: how many clients each. minimum: the fewest usable updates.
+        seed: of sampling and of the clients' training.
+        weights: updates -> client -> weight (`by_examples` or `uniformly`).
+        evaluate: scores of a state's global model, or None where the server cannot measure.
+        measured: whether a round is one that is measured.
+        personal: whether a round is one in which clients measure their own models.
+    """
+
+    clients: Sequence[str]
+    rounds: int
+    per_round: int
+    seed: int
+    weights: Callable[[Sequence[Update]], Mapping[str, float]]
+    evaluate: Callable[[State], Scores] | None
+    measured: Callable[[int], bool]
+    personal: Callable[[int], bool]
+    minimum: int = 1
+    examples: Mapping[str, int] = field(default_factory=dict)
+
+
+def by_examples(updates: Sequence[Update]) -> dict[str, float]:
+    """w_u = n_u / sum n over the clients that took part."""
+    total = sum(update.examples for update in updates)
+    return {update.client: update.examples / total for update in updates}
+
+
+def uniformly(updates: Sequence[Update]) -> dict[str, float]:
+    """w_u = 1 / U, as in the FLoRA-NA paper's formula."""
+    return {update.client: 1 / len(updates) for update in updates}
+
+
+def run_rounds(
+    strategy: Strategy,
+    state: State,
+    engine: Engine,
+    federation: Federation,
+    journal: Journal,
+    show: Callable[[Event], None],
+) -> State:
+    """All rounds after `state.round`, each committed before the next begins; returns the last state.
+
+    Raises:
+        FederationError: fewer usable updates than the minimum; the rounds before stand.
+    """
+    while state.round < federation.rounds:
+        state, record = _one_round(strategy, state, engine, federation, show)
+        journal.commit(state, record, engine.memories())
+        show(Event("committed", state.round, record=record))
+    return state
+
+
+def _one_round(
+    strategy: Strategy, state: State, engine: Engine, federation: Federation, show: Callable[[Event], None]
+) -> tuple[State, RoundRecord]:
+    round_ = state.round + 1
+    chosen = sample(federation.clients, federation.per_round, federation.seed, round_)
+    show(Event("round", round_, detail=str(len(chosen))))
+    payloads = {client: strategy.brief(state, client) for client in chosen}
+    briefs = _briefs(payloads, round_, federation)
+    expected = Expected(
+        round_, {client: payload.adapter for client, payload in payloads.items()}, federation.examples
+    )
+    collected = _collect(engine.fit(briefs), expected, show)
+    updates = sorted(collected.updates, key=lambda update: update.client)
+    if len(updates) < max(1, federation.minimum):
+        reasons = "; ".join(f"{client}: {reason}" for client, reason in sorted(collected.refused.items()))
+        raise FederationError(
+            f"round {round_} has {len(updates)} usable updates of {len(chosen)} clients asked, "
+            f"and needs {max(1, federation.minimum)}",
+            why=reasons or "no client answered",
+            fix="mend the clients named and run again with --resume: the rounds before this one are committed",
+        )
+    weights = federation.weights(updates)
+    parts = contributions(updates, weights)
+    started = time.perf_counter()
+    outcome = strategy.step(state, parts)
+    server_seconds = time.perf_counter() - started
+    error = measure(
+        parts, outcome.state.adapter, residual_before=state.residual, residual_after=outcome.state.residual
+    )
+    record = RoundRecord(
+        round=round_,
+        strategy=strategy.name,
+        clients=[update.client for update in updates],
+        refused=dict(sorted(collected.refused.items())),
+        examples={update.client: update.examples for update in updates},
+        weights=dict(weights),
+        train_loss=_weighted("train_loss", updates, parts),
+        eval=_scores(outcome.state, updates, federation),
+        bytes_up=collected.bytes_up,
+        bytes_down=sum(len(brief.payload) for brief in briefs),
+        server_seconds=server_seconds,
+        client_seconds=collected.client_seconds,
+        error=_error_json(error),
+        notes=dict(outcome.notes),
+    )
+    return outcome.state, record
+
+
+def _briefs(payloads: Mapping[str, Payload], round_: int, federation: Federation) -> list[Brief]:
+    packed: dict[tuple[int, int], bytes] = {}  # clients that get the same objects get the same bytes
+    briefs = []
+    for client, payload in payloads.items():
+        key = (id(payload.adapter), id(payload.residual))
+        if key not in packed:
+            packed[key] = pack(payload)
+        seed = derive(federation.seed, "client", round_, client)
+        briefs.append(Brief(round_, client, seed, packed[key], federation.personal(round_)))
+    return briefs
+
+
+@dataclass(frozen=True, eq=False)
+class _Collected:
+    updates: Sequence[Update]
+    refused: Mapping[str, str]
+    bytes_up: int
+    client_seconds: float
+
+
+def _collect(answers: Iterable[Reply | Failure], expected: Expected, show: Callable[[Event], None]) -> _Collected:
+    updates: dict[str, Update] = {}
+    refused: dict[str, str] = {}
+    bytes_up, seconds = 0, 0.0
+    for answer in answers:
+        if isinstance(answer, Failure):
+            refused[answer.client] = answer.reason
+            show(Event("refused", expected.round, answer.client, answer.reason))
+            continue
+        bytes_up += len(answer.payload)
+        seconds += answer.seconds
+        try:
+            updates[answer.client] = admit(answer, expected, updates.keys())
+        except Refused as reason:
+            # A repeated answer does not undo the first one; the refusal is noted all the same.
+            refused[answer.client] = str(reason)
+            show(Event("refused", expected.round, answer.client, str(reason)))
+        else:
+            show(Event("reply", expected.round, answer.client))
+    for client in expected.clients.keys() - updates.keys() - refused.keys():
+        refused[client] = "did not answer"
+        show(Event("refused", expected.round, client, "did not answer"))
+    return _Collected(list(updates.values()), refused, bytes_up, seconds)
+
+
+def _weighted(name: str, updates: Sequence[Update], parts: Sequence[Contribution]) -> float | None:
+    if any(name not in update.metrics for update in updates):
+        return None
+    return sum(update.metrics[name] * part.weight for update, part in zip(updates, parts, strict=True))
+
+
+def _scores(state: State, updates: Sequence[Update], federation: Federation) -> dict[str, dict[str, float]]:
+    """`global`: the server's model on the common test set. `personal`: the mean over this round's clients of a
+    client's own model on its own test share. `clients_on_common`: the same models on the common test set, averaged.
+    `gap` = personal - global."""
+    scores: dict[str, dict[str, float]] = {}
+    if federation.measured(state.round) and federation.evaluate is not None:
+        scores["global"] = dict(federation.evaluate(state))
+    for figure in ("personal", "clients_on_common"):
+        prefix = f"{figure}/"
+        names = sorted({n for update in updates for n in update.metrics if n.startswith(prefix)})
+        for name in names:
+            values = [update.metrics[name] for update in updates if name in update.metrics]
+            scores.setdefault(figure, {})[name.removeprefix(prefix)] = sum(values) / len(values)
+    if "global" in scores and "personal" in scores:
+        shared = scores["global"].keys() & scores["personal"].keys()
+        scores["gap"] = {name: scores["personal"][name] - scores["global"][name] for name in sorted(shared)}
+    return scores
+
+
+def _error_json(error: AggregationError) -> dict[str, object]:
+    return {
+        "overall": error.error,
+        "optimum": error.optimum,
+        "per_module": {name: {"error": m.error, "optimum": m.optimum} for name, m in error.modules.items()},
+    }

@@ -1,0 +1,48 @@
+"""One committed round as the journal keeps it: plain numbers and names, one JSON object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What happened in one round.
+
+    Args:
+        round: counted from 1. strategy: its name.
+        clients: whose updates were aggregated, sorted. refused: client -> reason.
+        examples: client -> training examples. weights: client -> share in the aggregation, summing to 1.
+        train_loss: mean of the clients' losses, with those weights; None when none was reported.
+        eval: {"global": {...}, "personal": {...}, "clients_on_common": {...}, "gap": {...}}; empty when not measured.
+        bytes_up, bytes_down: what was sent to and from all clients of the round, in bytes.
+        server_seconds: the strategy's step alone. client_seconds: the clients' training, summed.
+        error: {"overall", "optimum", "per_module": {name: {"error", "optimum"}}}.
+        notes: what the strategy says of its step.
+    """
+
+    round: int
+    strategy: str
+    clients: Sequence[str]
+    refused: Mapping[str, str]
+    examples: Mapping[str, int]
+    weights: Mapping[str, float]
+    train_loss: float | None
+    eval: Mapping[str, Mapping[str, float]]
+    bytes_up: int
+    bytes_down: int
+    server_seconds: float
+    client_seconds: float
+    error: Mapping[str, Any]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON's own types, in the order of the fields."""
+        return asdict(self)
+
+
+def record_from_json(data: Mapping[str, Any]) -> RoundRecord:
+    """The inverse of `RoundRecord.to_json`; raises TypeError for a missing or foreign field."""
+    return RoundRecord(**data)

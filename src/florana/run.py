@@ -1,0 +1,280 @@
+"""The only joiner: a recipe becomes a model, data, clients, a strategy and an engine; the result is a run folder.
+
+    RUN/recipe.toml       resolved, runs again      RUN/environment.json  versions, hardware, seed
+    RUN/setup.json        who holds what, the starting model's score, sizes
+    RUN/rounds.jsonl      one line per committed round      RUN/checkpoint/  the last states
+    RUN/adapter/          the global adapter, as PEFT loads it      RUN/log.txt  warnings and tracebacks
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+
+from florana import recipe as r
+from florana.adapter_files import replace_file
+from florana.engine.local import LocalEngine
+from florana.errors import FederationError, InputError, RecipeError
+from florana.factors import Adapter
+from florana.federation.journal import Journal, explained, read_records
+from florana.federation.loop import Event, Federation, by_examples, run_rounds, uniformly
+from florana.federation.records import RoundRecord
+from florana.strategy.base import State
+from florana.train.client import ClientData, TrainingClients
+from florana.train.data import Tables, load_tables, texts
+from florana.train.evaluate import evaluate
+from florana.train.model import Workbench
+from florana.train.partition import Share, deal, table_of
+from florana.train.tasks import Example, encode_classes, encode_language
+
+WEIGHTINGS = {"examples": by_examples, "uniform": uniformly}
+
+Show = Callable[[Event], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """Everything a run needs that does not depend on the strategy; strategies can be compared on one of it.
+
+    Args:
+        bench: the one model. start: the initial adapter (without the head where heads are personal).
+        clients: client -> its rows. common: the common test set.
+        partition: who holds what, as written to setup.json.
+    """
+
+    bench: Workbench
+    start: Adapter
+    clients: Mapping[str, ClientData]
+    common: tuple[Example, ...]
+    partition: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its folder and the records of its rounds."""
+
+    folder: Path
+    records: tuple[RoundRecord, ...]
+
+
+def prepare(recipe: r.Recipe) -> Setup:
+    """Load the model and the data, deal out the rows, turn them into tokens. Writes nothing.
+
+    Raises:
+        InputError: anything about the model or the data that cannot be read or does not fit.
+    """
+    tables = load_tables(recipe.data, recipe.task, recipe.seed)
+    rows = texts(tables.train, recipe.data.text)
+    lengths = [sum(len(part) for part in row) for row in rows]
+    shares = deal(tables.train, recipe.partition, recipe.data.label, lengths, recipe.seed)
+    bench = Workbench(recipe.model, recipe.task, tables.labels, recipe.seed)
+    train = _encode(recipe, bench, tables, rows, training=True)
+    common = _encode(recipe, bench, tables, texts(tables.test, recipe.data.text), training=False)
+    classes = [example.labels[0] for example in train] if tables.labels else None
+    start = bench.adapter()
+    return Setup(
+        bench=bench,
+        start=Adapter(start.modules) if recipe.model.head == "personal" else start,
+        clients={client: _client_data(share, train) for client, share in shares.items()},
+        common=tuple(common),
+        partition=table_of(shares, classes, tables.labels),
+    )
+
+
+def execute(
+    recipe: r.Recipe,
+    folder: Path,
+    *,
+    setup: Setup | None = None,
+    resume: bool = False,
+    show: Show = lambda event: None,
+    step: Callable[[str], None] = lambda client: None,
+) -> Result:
+    """Run a recipe into a folder, or continue the run that the folder holds.
+
+    Args:
+        setup: a `prepare`d set-up to use; it must come from a recipe that differs in the strategy at most.
+        resume: continue; a folder without a committed round starts anew. Without it the folder must not exist.
+        show: told of rounds, replies, refusals and commits. step: told of every optimizer step.
+
+    Raises:
+        RecipeError: the folder is taken, or was made by another recipe. InputError: model or data unusable.
+        FederationError: too few usable updates, or the disk refused; the rounds committed before stand.
+    """
+    _check_folder(recipe, folder, resume)
+    setup = setup or prepare(recipe)
+    with explained(folder, "the run folder could not be made"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder), _logged(folder):
+        journal = Journal(folder, setup.bench.card)
+        last, mended = journal.recover()
+        for line in mended:
+            show(Event("mended", last.state.round if last else 0, detail=line))
+        if last is None:
+            with explained(folder, "the run folder could not be written"):
+                _write_facts(recipe, folder, setup)
+        elif resume:  # a recipe that asks for more rounds is the one that counts from here on
+            replace_file(folder / "recipe.toml", recipe.to_toml().encode())
+        clients = TrainingClients(
+            setup.bench, setup.clients, setup.common[: recipe.evaluate.personal_limit],
+            recipe.train, recipe.evaluate, recipe.model.head, step,
+        )  # fmt: skip
+        strategy = recipe.build_strategy()
+        state = last.state if last else strategy.init(setup.start)
+        if last is None:
+            journal.export(state)
+        engine = LocalEngine(clients.fit, last.memories if last else None)
+        run_rounds(strategy, state, engine, _federation(recipe, setup), journal, show)
+    return Result(folder, tuple(read_records(folder / "rounds.jsonl")))
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[RoundRecord]]:
+    """The recipe (as a table), setup.json and the committed rounds of a run folder. Raises InputError."""
+    try:
+        recipe = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
+        setup = json.loads((folder / "setup.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} is no run folder: {Path(str(error.filename)).name} is missing",
+                         fix="give a folder made by 'florana run' or 'florana demo'") from None  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise InputError(f"the run folder {folder} cannot be read", why=str(error)) from None
+    return recipe, setup, read_records(folder / "rounds.jsonl")
+
+
+def global_scores(setup: Setup, adapter: Adapter, residual: Adapter | None, batch_size: int) -> dict[str, float]:
+    """The scores of a server state on the common test set."""
+    setup.bench.load(adapter, residual)
+    return evaluate(setup.bench, setup.common, batch_size)
+
+
+def _federation(recipe: r.Recipe, setup: Setup) -> Federation:
+    rounds, every = recipe.federation.rounds, recipe.evaluate.every
+
+    def scores(state: State) -> Mapping[str, float]:
+        return global_scores(setup, state.adapter, state.residual, recipe.evaluate.batch_size)
+
+    personal: dict[str, Callable[[int], bool]] = {
+        "never": lambda round_: False,
+        "last": lambda round_: round_ == rounds,
+        "every": lambda round_: round_ % every == 0 or round_ == rounds,
+    }
+    return Federation(
+        clients=sorted(setup.clients),
+        rounds=rounds,
+        per_round=recipe.federation.clients_per_round or len(setup.clients),
+        seed=recipe.seed,
+        weights=WEIGHTINGS[recipe.federation.weighting],
+        # A personal head leaves the server without one, so there is no global model to measure.
+        evaluate=None if recipe.model.head == "personal" else scores,
+        measured=lambda round_: round_ % every == 0 or round_ == rounds,
+        personal=personal[recipe.evaluate.personal],
+        minimum=recipe.federation.min_clients,
+        examples={client: len(data.train) for client, data in setup.clients.items()},
+    )
+
+
+def _encode(
+    recipe: r.Recipe, bench: Workbench, tables: Tables, rows: list[tuple[str, ...]], *, training: bool
+) -> list[Example]:
+    if recipe.task == "causal-lm":
+        return encode_language(rows, bench.tokenizer, recipe.data.max_length)
+    table = tables.train if training else tables.test
+    return encode_classes(rows, list(table["class_index"]), bench.tokenizer, recipe.data.max_length)
+
+
+def _client_data(share: Share, examples: list[Example]) -> ClientData:
+    return ClientData([examples[row] for row in share.train], [examples[row] for row in share.test])
+
+
+def _check_folder(recipe: r.Recipe, folder: Path, resume: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"--out {folder} is a file", fix="name a new folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not resume:
+        raise RecipeError(f"--out {folder} exists already", why="florana never writes over a run",
+                          fix="name a new folder, or add --resume to continue that run")  # fmt: skip
+    if not (folder / "recipe.toml").exists():
+        if any(path.name not in {"log.txt", ".lock"} and not path.name.endswith(".tmp") for path in folder.iterdir()):
+            raise RecipeError(f"--out {folder} is not a run folder", fix="name a new folder")
+        return
+    old = r.check(tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")), str(folder / "recipe.toml"))
+    changed = [line for line in r.differences(old, recipe) if not line.startswith(("federation.rounds:", "title:"))]
+    if changed:
+        raise RecipeError(f"{folder} was made by another recipe: " + "; ".join(changed),
+                          fix="resume with the same recipe (federation.rounds may grow), or name a new folder")  # fmt: skip
+    if recipe.federation.rounds < old.federation.rounds:
+        raise RecipeError(f"{folder} was planned for {old.federation.rounds} rounds, "
+                          f"the recipe asks for {recipe.federation.rounds}", fix="only more rounds can be added")  # fmt: skip
+
+
+def _write_facts(recipe: r.Recipe, folder: Path, setup: Setup) -> None:
+    scores = None
+    if recipe.model.head != "personal":
+        scores = global_scores(setup, setup.start, None, recipe.evaluate.batch_size)
+    facts = {
+        **setup.partition,
+        "start": scores,
+        "trainable_parameters": setup.start.parameters,
+        "base_parameters": setup.bench.base_parameters,
+        "common_test": len(setup.common),
+    }
+    replace_file(folder / "environment.json", (json.dumps(environment(recipe), indent=1) + "\n").encode())
+    replace_file(folder / "setup.json", (json.dumps(facts, indent=1) + "\n").encode())
+    replace_file(folder / "recipe.toml", recipe.to_toml().encode())  # last: its presence says the rest is there
+
+
+def environment(recipe: r.Recipe) -> dict[str, Any]:
+    """Versions, hardware and seed; no name of a person, machine or place."""
+    names = ["florana", "torch", "transformers", "peft", "safetensors", "datasets", "flwr-datasets", "numpy"]
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "device": recipe.model.device,
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "seed": recipe.seed,
+    }
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise FederationError(f"another florana is working in {folder}", fix="wait for it, or name another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _logged(folder: Path) -> Iterator[None]:
+    handler = logging.FileHandler(folder / "log.txt", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log = logging.getLogger("florana")
+    log.addHandler(handler)
+    propagate, log.propagate = log.propagate, False
+    try:
+        yield
+    finally:
+        log.propagate = propagate
+        log.removeHandler(handler)
+        handler.close()

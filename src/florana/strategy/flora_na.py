@@ -1,0 +1,57 @@
+"""FLoRA-NA: nearly accurate aggregation by fitted coefficients (arXiv 2509.26399, Equation 6 of the submission).
+
+Trains A and B; r (out + in) numbers up and down per module, as FedIT; the base stays; the coefficients never leave
+the server. The server must see every client's factors, so secure aggregation is excluded. The paper does not settle
+what is combined and how widely the coefficients are shared: both are options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from florana.aggregate import als, gradient, mix
+from florana.factors import Adapter, Contribution
+from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, start
+
+FITS: dict[str, mix.Fit] = {"module": mix.per_module, "model": mix.per_model}
+SOLVERS: dict[str, mix.Solver] = {"als": als.solve, "adamw": gradient.solve}
+BASES: dict[str, Callable[[State], Adapter | None]] = {
+    "factors": lambda state: None,
+    "updates": lambda state: state.adapter,
+}
+
+
+def build(
+    combine: Literal["factors", "updates"] = "factors",
+    scope: Literal["module", "model"] = "module",
+    solver: Literal["als", "adamw"] = "als",
+) -> Strategy:
+    """The strategy.
+
+    Args:
+        combine: mix whole factors, or the updates since the last broadcast.
+        scope: one coefficient pair per client and module, or per client.
+        solver: alternating least squares, or the published style of gradient descent.
+    """
+    step = _Step(FITS[scope], SOLVERS[solver], BASES[combine])
+    return Strategy("flora-na", "arXiv 2509.26399", start, broadcast, step)
+
+
+@dataclass(frozen=True)
+class _Step:
+    fit: mix.Fit
+    solver: mix.Solver
+    base_of: Callable[[State], Adapter | None]
+
+    def __call__(self, state: State, parts: Sequence[Contribution]) -> Outcome:
+        mixture = mix.mix(parts, solver=self.solver, fit=self.fit, base=self.base_of(state))
+        found = list(mixture.coefficients.values())
+        notes = {
+            "clients": [part.client for part in parts],
+            "p": [sum(c.p[u].item() for c in found) / len(found) for u in range(len(parts))],
+            "q": [sum(c.q[u].item() for c in found) / len(found) for u in range(len(parts))],
+            "solver_steps": max(len(c.history) - 1 for c in found),
+        }
+        return Outcome(advance(state, mixture.adapter), notes)

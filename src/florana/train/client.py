@@ -1,0 +1,127 @@
+"""A client's round: take the server's adapter, train it on the own rows, send it back. Seeded, without own state."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from florana import recipe as r
+from florana.errors import FloranaError
+from florana.factors import Adapter
+from florana.federation.messages import Brief, Reply, pack, unpack
+from florana.strategy.base import Payload
+from florana.train.evaluate import evaluate
+from florana.train.model import Workbench
+from florana.train.tasks import Example, collate
+
+
+@dataclass(frozen=True, eq=False)
+class ClientData:
+    """What one client holds: rows to train on, and its own test share (may be empty)."""
+
+    train: Sequence[Example]
+    test: Sequence[Example]
+
+
+@dataclass(eq=False)
+class TrainingClients:
+    """All clients of a simulation at one bench; `fit` is what the local engine calls.
+
+    Args:
+        bench: the shared model. data: client -> its rows. common: the common test set clients are measured on.
+        train, evaluate: the recipe's sections. head: the recipe's policy for tensors trained whole.
+        step: called after every optimizer step, for progress.
+    """
+
+    bench: Workbench
+    data: Mapping[str, ClientData]
+    common: Sequence[Example]
+    train: r.Train
+    evaluate: r.Evaluate
+    head: str
+    step: Callable[[str], None] = lambda client: None
+    _last: tuple[bytes, Payload] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        start = self.bench.adapter()
+        self._scalings = start.scalings
+        self._first_head = start.extra if self.head == "personal" else {}
+
+    def fit(self, brief: Brief, memory: Mapping[str, Tensor]) -> tuple[Reply, Mapping[str, Tensor]]:
+        """One round of one client: the reply, and what it keeps (its head, where heads are personal)."""
+        started = time.perf_counter()
+        own = self.data[brief.client]
+        payload = self._unpacked(brief.payload)
+        self.bench.load(payload.adapter, payload.residual)
+        self.bench.load_extra(memory or self._first_head)
+        loss = train_locally(self.bench, own.train, self.train, brief.seed, lambda: self.step(brief.client))
+        seconds = time.perf_counter() - started
+        metrics = {"train_loss": loss}
+        if brief.evaluate:
+            for figure, rows in (("personal", own.test), ("clients_on_common", self.common)):
+                if rows:
+                    scores = evaluate(self.bench, rows, self.evaluate.batch_size)
+                    metrics |= {f"{figure}/{name}": value for name, value in scores.items()}
+        trained = self.bench.adapter()
+        kept: Mapping[str, Tensor] = {}
+        if self.head == "personal":
+            trained, kept = Adapter(trained.modules), trained.extra
+        content = pack(Payload(trained))
+        return Reply(brief.client, brief.round, len(own.train), metrics, content, seconds), kept
+
+    def _unpacked(self, content: bytes) -> Payload:
+        if self._last is None or self._last[0] is not content:  # one broadcast is decoded once
+            self._last = (content, unpack(content, self._scalings))
+        return self._last[1]
+
+
+def train_locally(
+    bench: Workbench, examples: Sequence[Example], settings: r.Train, seed: int, stepped: Callable[[], None]
+) -> float:
+    """AdamW on the bench's adapter for the wanted steps or epochs; returns the mean loss over the steps.
+
+    Rows are visited in passes of a seeded random order; dropout draws from the same seed. A fresh optimizer each round:
+    its moments belong to parameters that the server has since replaced.
+
+    Raises:
+        FloranaError: the loss is no longer finite.
+    """
+    if not examples:
+        raise FloranaError("there are no training rows", fix="lower partition.holdout, or give the client rows")
+    bench.model.train()
+    parameters = bench.trainable
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=True
+    )
+    size = min(settings.batch_size, len(examples))
+    per_epoch = math.ceil(len(examples) / size)
+    steps = settings.steps if settings.steps is not None else (settings.epochs or 1) * per_epoch
+    rng = np.random.default_rng(seed)
+    order: list[int] = []
+    total = torch.zeros((), device=bench.device)
+    devices = [bench.device] if bench.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for _ in range(steps):
+            if not order:
+                order = rng.permutation(len(examples)).tolist()
+            chosen, order = order[:size], order[size:]
+            batch = collate([examples[row] for row in chosen], bench.tokenizer.pad_token_id, bench.device)
+            loss = bench.forward(batch).loss
+            loss.backward()
+            if settings.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm, foreach=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            total += loss.detach()
+            stepped()
+    mean = float(total) / steps
+    if not math.isfinite(mean):
+        raise FloranaError(f"the training loss became {mean}", fix="lower train.learning_rate")
+    return mean

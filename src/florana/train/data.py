@@ -1,0 +1,166 @@
+"""Rows in: files, hub data sets, the standard library's docstrings. Out: texts and class indices, checked."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+
+from florana import recipe as r
+from florana.errors import FloranaError, InputError, nearest
+from florana.federation.sampling import derive
+
+DOCSTRINGS = "stdlib-docstrings"
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """Training and common test rows, with one class index per row (`label`) where the task has classes."""
+
+    train: datasets.Dataset
+    test: datasets.Dataset
+    labels: tuple[str, ...]
+
+
+def load_tables(settings: r.Data, task: str, seed: int) -> Tables:
+    """The rows of a recipe.
+
+    Raises:
+        InputError: a file or hub name that cannot be read, a column that is not there, an empty text column, a test
+            label that the training rows never show.
+    """
+    train = _read(settings.train, settings, settings.train_split)
+    if settings.test is not None:
+        test = _read(settings.test, settings, settings.test_split)
+    elif settings.train == DOCSTRINGS:
+        held_out = [bool(value) for value in train["held_out"]]
+        test = train.select([i for i, out in enumerate(held_out) if out])
+        train = train.select([i for i, out in enumerate(held_out) if not out])
+    else:
+        parts = train.train_test_split(test_size=settings.test_share, seed=derive(seed, "test") % 2**32)
+        train, test = parts["train"], parts["test"]
+    train = _limited(train, settings.train_limit, derive(seed, "train limit"))
+    test = _limited(test, settings.test_limit, derive(seed, "test limit"))
+    columns = [settings.text] if isinstance(settings.text, str) else list(settings.text)
+    for table, name in ((train, settings.train), (test, settings.test or settings.train)):
+        for column in columns + ([settings.label] if settings.label else []):
+            _require_column(table, column, name)
+        if len(table) == 0:
+            raise InputError(f"{name} holds no rows")
+    if task == "causal-lm" or settings.label is None:
+        return Tables(train, test, ())
+    return _with_classes(train, test, settings)
+
+
+def texts(table: datasets.Dataset, columns: str | Sequence[str]) -> list[tuple[str, ...]]:
+    """The text of every row, as a tuple of one or two strings."""
+    names = [columns] if isinstance(columns, str) else list(columns)
+    return list(zip(*([str(value) for value in table[name]] for name in names), strict=True))
+
+
+def _with_classes(train: datasets.Dataset, test: datasets.Dataset, settings: r.Data) -> Tables:
+    assert settings.label is not None
+    seen = set(train[settings.label])
+    labels = sorted(seen, key=lambda value: (str(type(value)), value))
+    for value in test[settings.label]:
+        if value not in seen:
+            raise InputError(
+                f"the label {value!r} in column '{settings.label}' of {settings.test or settings.train} never "
+                f"occurs in the training rows",
+                why=f"those show {', '.join(map(repr, labels[:8]))}{' ...' if len(labels) > 8 else ''}",
+                fix="check the label column of both files, or raise data.train_limit",
+            )
+    if len(labels) < 2:
+        raise InputError(f"column '{settings.label}' of {settings.train} holds the single label {labels[0]!r}")
+    index = {value: position for position, value in enumerate(labels)}
+
+    def add(table: datasets.Dataset) -> datasets.Dataset:
+        values = [index[value] for value in table[settings.label]]
+        if "class_index" in table.column_names:
+            table = table.remove_columns("class_index")
+        return table.add_column("class_index", values)
+
+    return Tables(add(train), add(test), tuple(str(value) for value in labels))
+
+
+def _read(name: str, settings: r.Data, split: str) -> datasets.Dataset:
+    if name == DOCSTRINGS:
+        return _docstrings()
+    path = Path(name)
+    if path.is_absolute():
+        frame = _read_file(path)
+        return datasets.Dataset.from_pandas(frame, preserve_index=False)
+    try:
+        return datasets.load_dataset(name, settings.hub_config, split=split)
+    except FloranaError:
+        raise
+    except Exception as error:  # the hub client raises many kinds: not found, offline, no such split
+        raise InputError(
+            f"the data set '{name}' could not be loaded from the hub",
+            why=f"{type(error).__name__}: {error}".splitlines()[0],
+            fix="check the name and the connection, or give the path of a csv, tsv, jsonl or parquet file",
+        ) from None
+
+
+def _read_file(path: Path) -> pd.DataFrame:
+    suffixes = [suffix for suffix in path.suffixes if suffix.lower() != ".gz"]
+    kind = suffixes[-1].lower() if suffixes else ""
+    readers: dict[str, Any] = {
+        ".csv": lambda: pd.read_csv(path, encoding="utf-8-sig"),
+        ".tsv": lambda: pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, encoding="utf-8-sig"),
+        ".jsonl": lambda: pd.read_json(path, lines=True, dtype=False, convert_dates=False),
+        ".json": lambda: _read_json(path),
+        ".parquet": lambda: pd.read_parquet(path),
+    }
+    if kind not in readers:
+        raise InputError(f"{path}: the file type '{kind}' is not known", fix=f"one of {', '.join(readers)}")
+    if not path.exists():
+        raise InputError(f"the data file {path} does not exist", fix="relative paths count from the recipe's folder")
+    try:
+        frame = readers[kind]()
+    except (OSError, ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as {kind[1:]}", why=str(error).splitlines()[0]) from None
+    if not isinstance(frame, pd.DataFrame) or frame.empty:
+        raise InputError(f"{path} holds no rows")
+    return frame
+
+
+def _read_json(path: Path) -> pd.DataFrame:
+    """A list of objects, or an object of objects keyed by an id (which is dropped)."""
+    frame = pd.read_json(path, dtype=False, convert_dates=False, orient=None)
+    listed = isinstance(frame, pd.DataFrame) and frame.shape[1] > frame.shape[0]
+    return frame.T.reset_index(drop=True).infer_objects() if listed else frame
+
+
+def _docstrings() -> datasets.Dataset:
+    from florana.demo.stdlib import docstrings
+
+    rows = [text for text in docstrings() if text.topic is not None]
+    return datasets.Dataset.from_dict(
+        {
+            "text": [row.text for row in rows],
+            "topic": [row.topic for row in rows],
+            "module": [row.module for row in rows],
+            "held_out": [row.held_out for row in rows],
+        }
+    )
+
+
+def _limited(table: datasets.Dataset, limit: int | None, seed: int) -> datasets.Dataset:
+    if limit is None or limit >= len(table):
+        return table
+    return table.shuffle(seed=seed % 2**32).select(range(limit))
+
+
+def _require_column(table: datasets.Dataset, column: str, source: str) -> None:
+    if column not in table.column_names:
+        raise InputError(f"{source} has no column '{column}'", fix=nearest(column, table.column_names))
+    missing = sum(1 for value in table[column] if value is None or value != value)
+    if missing:
+        raise InputError(f"{source}: {missing} of {len(table)} rows have no value in column '{column}'",
+                         fix="remove these rows")  # fmt: skip
