@@ -113,7 +113,7 @@ def execute(
         RecipeError: the folder is taken, or was made by another recipe. InputError: model or data unusable.
         FederationError: too few usable updates, or the disk refused; the rounds committed before stand.
     """
-    _check_folder(recipe, folder, resume)
+    check_folder(recipe, folder, resume)
     setup = setup or prepare(recipe)
     with explained(folder, "the run folder could not be made"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,8 @@ def _client_data(share: Share, examples: list[Example]) -> ClientData:
     return ClientData([examples[row] for row in share.train], [examples[row] for row in share.test])
 
 
-def _check_folder(recipe: r.Recipe, folder: Path, resume: bool) -> None:
+def check_folder(recipe: r.Recipe, folder: Path, resume: bool) -> None:
+    """Raise RecipeError where the folder cannot take this run: taken, not a run, or made by another recipe."""
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"--out {folder} is a file", fix="name a new folder")
     if not folder.exists() or not any(folder.iterdir()):

@@ -44,8 +44,7 @@ def solve(blocks: Sequence[Blocks], *, sweeps: int = 50, tolerance: float = 1e-6
         if sweep == 0:
             history.append(start)
             error = start
-        q, _ = _half_step([(b.H.transpose(-1, -2), b.G.transpose(-1, -2), b.unit) for b in blocks],
-                          weights, q, p, target)  # fmt: skip
+        q, _ = _half_step([(b.H, b.G, b.unit) for b in blocks], weights, q, p, target)
         now = error_at(blocks, p, q, target)
         history.append(min(now, error))
         if error - now <= tolerance * error + floor:

@@ -140,13 +140,13 @@ def quadratic(G: Tensor, H: Tensor, weights: Tensor, other: Tensor) -> tuple[Ten
 
     Returns:
         M (U+1, U+1) with M_ij = <G_ij, S>, S = A_hat A_hat^T, and b (U+1,) with
-        b_i = sum_v w_v <D_i^T B_v, A_v A_hat^T> turned to the blocks at hand.
+        b_i = sum_v w_v trace(D_i^T B_v A_v A_hat^T). For the other side swap G and H.
     """
     half = torch.einsum("j,ijab->iab", other, H)  # F_i A_hat^T, (U+1, r, r)
     S = torch.einsum("i,iab->ab", other, half)
     M = torch.einsum("ijab,ab->ij", G, S)
     towards = weights[:, None, None] * (half[0] + half[1:])  # w_v A_v A_hat^T
-    b = torch.einsum("ivab,vab->i", G[:, :1] + G[:, 1:], towards)
+    b = torch.einsum("ivab,vba->i", G[:, :1] + G[:, 1:], towards)
     return M, b
 
 

@@ -64,10 +64,12 @@ def source_files() -> Iterator[tuple[str, Path]]:
             yield parts[0].removesuffix(".py"), path
 
 
-def docstrings(shortest: int = 30) -> list[Docstring]:
-    """Every distinct docstring of at least `shortest` characters, in the order of the files."""
+def docstrings(shortest: int = 30, *, only_topics: bool = False) -> list[Docstring]:
+    """Every distinct docstring of at least `shortest` characters (of the modules with a topic), in the files' order."""
     found: dict[str, Docstring] = {}
     for module, path in source_files():
+        if only_topics and module not in _TOPIC_OF:
+            continue
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):  # a few files of the library hold another dialect on purpose

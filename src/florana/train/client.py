@@ -100,8 +100,7 @@ def train_locally(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=True
     )
     size = min(settings.batch_size, len(examples))
-    per_epoch = math.ceil(len(examples) / size)
-    steps = settings.steps if settings.steps is not None else (settings.epochs or 1) * per_epoch
+    steps = steps_per_round(settings, len(examples))
     rng = np.random.default_rng(seed)
     order: list[int] = []
     total = torch.zeros((), device=bench.device)
@@ -125,3 +124,10 @@ def train_locally(
     if not math.isfinite(mean):
         raise FloranaError(f"the training loss became {mean}", fix="lower train.learning_rate")
     return mean
+
+
+def steps_per_round(settings: r.Train, rows: int) -> int:
+    """Optimizer steps of a client with that many rows."""
+    if settings.steps is not None:
+        return settings.steps
+    return (settings.epochs or 1) * math.ceil(rows / min(settings.batch_size, rows))

@@ -34,6 +34,7 @@ def load_tables(settings: r.Data, task: str, seed: int) -> Tables:
         InputError: a file or hub name that cannot be read, a column that is not there, an empty text column, a test
             label that the training rows never show.
     """
+    datasets.disable_progress_bars()  # of its own bookkeeping; florana shows what takes time
     train = _read(settings.train, settings, settings.train_split)
     if settings.test is not None:
         test = _read(settings.test, settings, settings.test_split)
@@ -140,7 +141,7 @@ def _read_json(path: Path) -> pd.DataFrame:
 def _docstrings() -> datasets.Dataset:
     from florana.demo.stdlib import docstrings
 
-    rows = [text for text in docstrings() if text.topic is not None]
+    rows = docstrings(only_topics=True)
     return datasets.Dataset.from_dict(
         {
             "text": [row.text for row in rows],

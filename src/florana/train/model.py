@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,10 @@ def _with_lora(base: Any, settings: r.Model, task: str) -> Any:
                     fix=nearest(target, linear) if linear else "",
                 )
     try:
-        return get_peft_model(base, config)
+        with warnings.catch_warnings():
+            # PEFT 0.21 reads a property that Transformers 5.23 has renamed.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            return get_peft_model(base, config)
     except ValueError as error:
         raise InputError(
             f"LoRA cannot be put on the model '{settings.base}'", why=str(error).splitlines()[0],

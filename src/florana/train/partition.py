@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,8 +61,9 @@ def deal(table: datasets.Dataset, settings: r.Partition, label: str | None, leng
     partitioner = _partitioner(settings, derive(seed, "partition") % 2**31)
     partitioner.dataset = keys
     try:
-        count = partitioner.num_partitions
-        rows = [[int(row) for row in partitioner.load_partition(index)["row"]] for index in range(count)]
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar over a loop of milliseconds
+            count = partitioner.num_partitions
+            rows = [[int(row) for row in partitioner.load_partition(index)["row"]] for index in range(count)]
     except (ValueError, KeyError, IndexError) as error:
         raise InputError(
             f"the {len(table)} rows could not be dealt out to {settings.clients} clients by '{settings.kind}'",

@@ -1,0 +1,96 @@
+"""What a run will take, before it starts: clients, bytes, memory and time, from a real step of the real model."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from florana import recipe as r
+from florana.federation.messages import pack
+from florana.run import Setup
+from florana.strategy.base import Payload
+from florana.train.client import steps_per_round, train_locally
+from florana.train.evaluate import evaluate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a run.
+
+    Args:
+        clients: client -> training rows. own_test: client -> rows of its own test share. common_test: rows.
+        per_round: clients asked each round. rounds: how many. steps: optimizer steps per client and round (the mean).
+        trainable_parameters, base_parameters: numbers that are trained; that are frozen.
+        bytes_up, bytes_down: per round, all clients; `oracle` sends more down as its remainder grows.
+        memory: peak of this process after one training step, bytes; None where the system does not tell.
+        seconds_per_step, seconds: one measured step; the whole run, scoring included (an estimate from both).
+    """
+
+    strategy: str
+    clients: dict[str, int]
+    own_test: dict[str, int]
+    common_test: int
+    per_round: int
+    rounds: int
+    steps: float
+    trainable_parameters: int
+    base_parameters: int
+    bytes_up: int
+    bytes_down: int
+    memory: int | None
+    seconds_per_step: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON's own types."""
+        return asdict(self)
+
+
+def plan(recipe: r.Recipe, setup: Setup, *, timed_steps: int = 3) -> Plan:
+    """Measure a few steps of the largest client and one batch of scoring; the adapter is put back as it was."""
+    rows = {client: len(data.train) for client, data in setup.clients.items()}
+    per_round = recipe.federation.clients_per_round or len(rows)
+    largest = setup.clients[max(rows, key=lambda client: (rows[client], client))].train
+    once = recipe.train.model_copy(update={"steps": 1, "epochs": None})
+    train_locally(setup.bench, largest, once, 0, lambda: None)  # warm-up: allocations, kernels
+    few = recipe.train.model_copy(update={"steps": timed_steps, "epochs": None})
+    started = time.perf_counter()
+    train_locally(setup.bench, largest, few, 0, lambda: None)
+    per_step = (time.perf_counter() - started) / timed_steps
+    sample = setup.common[: recipe.evaluate.batch_size]
+    started = time.perf_counter()
+    evaluate(setup.bench, sample, recipe.evaluate.batch_size)
+    scoring = (time.perf_counter() - started) / len(sample) * len(setup.common)
+    setup.bench.load(setup.start)
+    size = len(pack(Payload(setup.start)))
+    steps = sum(steps_per_round(recipe.train, count) for count in rows.values()) / len(rows)
+    scorings = recipe.federation.rounds / recipe.evaluate.every + 1
+    return Plan(
+        strategy=recipe.strategy["name"],
+        clients=rows,
+        own_test={client: len(data.test) for client, data in setup.clients.items()},
+        common_test=len(setup.common),
+        per_round=per_round,
+        rounds=recipe.federation.rounds,
+        steps=steps,
+        trainable_parameters=setup.start.parameters,
+        base_parameters=setup.bench.base_parameters,
+        bytes_up=per_round * size,
+        bytes_down=per_round * size,
+        memory=peak_memory(),
+        seconds_per_step=per_step,
+        seconds=recipe.federation.rounds * per_round * steps * per_step + scorings * scoring,
+    )
+
+
+def peak_memory() -> int | None:
+    """The largest resident size of this process so far, in bytes."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+

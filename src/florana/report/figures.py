@@ -1,0 +1,154 @@
+"""The report's pictures, as SVG text. Readable in black and white: every series has its own marker and line."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from florana.report.views import RunView
+
+# Okabe and Ito's palette, told apart by colour-blind readers too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "florana",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+
+
+def learning_curves(runs: Sequence[RunView]) -> str:
+    """Score of the global model by round; the dotted line is the starting model."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+        axes = figure.subplots()
+        for index, run in enumerate(runs):
+            series = run.scores("global")
+            if run.start is not None:
+                series = [(0, run.start), *series]
+            _line(axes, series, index, run.name)
+        if runs[0].start is not None:
+            axes.axhline(runs[0].start, color="#666666", linestyle=":", linewidth=1)
+            axes.annotate("starting model", (0.99, runs[0].start), xycoords=("axes fraction", "data"),
+                          ha="right", va="bottom", color="#666666", fontsize=9)  # fmt: skip
+        axes.set_xlabel("round")
+        axes.set_ylabel(f"{runs[0].score} on the common test set")
+        _legend(axes, len(runs))
+        return _svg(figure)
+
+
+def error_curves(runs: Sequence[RunView]) -> str:
+    """Relative aggregation error by round, log scale; hollow and dashed: the optimum at that rank."""
+    floor = 1e-8
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+        axes = figure.subplots()
+        for index, run in enumerate(runs):
+            error = [(r.round, max(r.error["overall"] or 0.0, floor)) for r in run.records]
+            best = [(r.round, max(r.error["optimum"] or 0.0, floor)) for r in run.records]
+            _line(axes, error, index, run.name)
+            axes.plot(*zip(*best, strict=True), color=COLOURS[index % 8], linestyle="--", linewidth=1, alpha=0.7)
+        axes.set_yscale("log")
+        axes.set_xlabel("round")
+        axes.set_ylabel("relative error of the aggregation")
+        _legend(axes, len(runs))
+        return _svg(figure)
+
+
+def error_by_module(run: RunView) -> str:
+    """Relative aggregation error of every module (rows) in every round (columns)."""
+    modules = list(run.records[-1].error["per_module"])
+    values = [[r.error["per_module"][m]["error"] or 0.0 for r in run.records] for m in modules]
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(7.2, 1.1 + 0.2 * len(modules)), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0.0, interpolation="nearest")
+        axes.set_xticks(*_ticks([r.round for r in run.records]))
+        axes.set_yticks(range(len(modules)), [_short(name) for name in modules], fontsize=8)
+        axes.set_xlabel("round")
+        figure.colorbar(image, ax=axes, label="relative error")
+        return _svg(figure)
+
+
+def bytes_against_score(runs: Sequence[RunView]) -> str:
+    """Score of the global model against all bytes sent up to that round, both ways and all clients."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+        axes = figure.subplots()
+        for index, run in enumerate(runs):
+            sent = run.bytes_so_far
+            _line(axes, [(sent[r] / 2**20, value) for r, value in run.scores("global")], index, run.name)
+        axes.set_xlabel("MiB sent, up and down, all clients")
+        axes.set_ylabel(f"{runs[0].score} on the common test set")
+        _legend(axes, len(runs))
+        return _svg(figure)
+
+
+def partition(run: RunView) -> str:
+    """Who holds what: training rows per client, by label where there are labels."""
+    clients = dict(sorted(run.setup["clients"].items(), reverse=True))
+    labels = run.setup["labels"]
+    shown = 40
+    names = list(clients)[-shown:]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 1.2 + 0.27 * len(names) + 0.2 * (len(labels) // 4)), layout="constrained")
+        axes = figure.subplots()
+        if labels:
+            left = [0] * len(names)
+            for index, label in enumerate(labels):
+                counts = [clients[name]["per_label"][index] for name in names]
+                axes.barh(names, counts, left=left, label=str(label), color=_shade(index, len(labels)),
+                          edgecolor="white", linewidth=0.5)  # fmt: skip
+                left = [a + b for a, b in zip(left, counts, strict=True)]
+            columns = min(len(labels), 4)
+            figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+        else:
+            axes.barh(names, [clients[name]["train"] for name in names], color=COLOURS[0])
+        axes.set_xlabel("training rows" + (f" (first {shown} clients)" if len(clients) > shown else ""))
+        axes.grid(axis="y", visible=False)
+        return _svg(figure)
+
+
+def _line(axes: Any, series: Sequence[tuple[float, float]], index: int, name: str) -> None:
+    if series:
+        axes.plot(*zip(*series, strict=True), color=COLOURS[index % 8], marker=MARKERS[index % 8],
+                  markersize=5, linewidth=1.6, label=name)  # fmt: skip
+
+
+def _legend(axes: Any, count: int) -> None:
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=min(count, 4))
+
+
+def _ticks(rounds: Sequence[int]) -> tuple[list[int], list[str]]:
+    every = max(1, len(rounds) // 12)
+    places = list(range(0, len(rounds), every))
+    return places, [str(rounds[place]) for place in places]
+
+
+def _shade(index: int, count: int) -> Any:
+    return matplotlib.colormaps["tab20"](index % 20) if count > 8 else COLOURS[index % 8]
+
+
+def _short(module: str) -> str:
+    """The last, telling parts of a module's name: `encoder.layer.3.attention.self.query` -> `3.self.query`."""
+    parts = module.split(".")
+    numbers = [part for part in parts if part.isdigit()]
+    return ".".join([*numbers[-1:], *parts[-2:]])
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

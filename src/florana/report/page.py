@@ -1,0 +1,142 @@
+"""The page: the template filled with the runs' tables and pictures, written in one step."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from florana.adapter_files import replace_file
+from florana.federation.journal import explained
+from florana.report import figures
+from florana.report.views import LOWER_IS_BETTER, RunView, summary, views
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure of the page: its heading, what it shows in words (also for screen readers), its SVG."""
+
+    title: str
+    caption: str
+    svg: str
+
+
+def write_report(folders: Sequence[Path], out: Path, title: str = "") -> Path:
+    """Write the report of the runs to `out`.
+
+    Raises:
+        InputError: a folder is not a run, or has no committed round. FederationError: the file cannot be written.
+    """
+    runs = views(folders)
+    page = render(runs, title or str(runs[0].recipe.get("title") or "florana report"))
+    with explained(out.parent, "the report could not be written"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(out, page.encode())
+    return out
+
+
+def render(runs: Sequence[RunView], title: str) -> str:
+    """The page as text."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"number": number, "size": size, "seconds": seconds}
+    template = importlib.resources.files("florana.report").joinpath("page.html.j2").read_text("utf-8")
+    rows = summary(runs)
+    better = min if runs[0].score in LOWER_IS_BETTER else max
+    measured = [row["global"] for row in rows if row["global"] is not None]
+    return environment.from_string(template).render(
+        title=title,
+        runs=runs,
+        rows=rows,
+        best=better(measured) if measured else None,
+        score=runs[0].score,
+        pictures=[_unique(picture, index) for index, picture in enumerate(_pictures(runs))],
+        settings=_settings(runs[0].recipe),
+        refused=[(run.name, *entry) for run in runs for entry in run.refused],
+    )
+
+
+def _pictures(runs: Sequence[RunView]) -> list[Picture]:
+    score = runs[0].score
+    pictures = []
+    if any(run.scores("global") for run in runs):
+        pictures.append(Picture("Learning", f"The global model's {score} on the common test set, round by round.",
+                                figures.learning_curves(runs)))  # fmt: skip
+    pictures.append(
+        Picture("Aggregation error", "How far the server's adapter is from the true average of the clients' updates, "
+                "relative. Dashed: the best any adapter of that rank could do. Values below 1e-8 are drawn at 1e-8.",
+                figures.error_curves(runs))  # fmt: skip
+    )
+    if any(run.scores("global") for run in runs):
+        pictures.append(Picture("Bytes against score", "What each strategy had sent when it reached a score. Up and down, "
+                                "all clients, as serialised.", figures.bytes_against_score(runs)))  # fmt: skip
+    pictures.append(Picture("Who holds what", "Training rows per client.", figures.partition(runs[0])))
+    pictures += [
+        Picture(f"Error by module: {run.name}", "Relative aggregation error of each adapted module in each round.",
+                figures.error_by_module(run))
+        for run in runs
+    ]  # fmt: skip
+    return pictures
+
+
+def _unique(picture: Picture, index: int) -> Picture:
+    """Ids inside an SVG are shared by the whole page: give each picture its own."""
+    svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>f{index}-", picture.svg)
+    label = jinja2.filters.escape(f"{picture.title}. {picture.caption}")
+    return Picture(picture.title, picture.caption, svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
+
+
+def _settings(recipe: Any) -> list[tuple[str, str]]:
+    model, data, parts, train, rounds = (recipe[k] for k in ("model", "data", "partition", "train", "federation"))
+    length = f"{train['steps']} steps" if "steps" in train else f"{train['epochs']} epochs"
+    return [
+        ("Task", recipe["task"]),
+        ("Base model", Path(model["base"]).name if model["base"].startswith("/") else model["base"]),
+        ("LoRA", f"rank {model['rank']}, alpha {model['alpha']:g}{', rsLoRA' if model['rslora'] else ''}, on "
+         + (model["target_modules"] if isinstance(model["target_modules"], str) else ", ".join(model["target_modules"]))),
+        ("Head", "averaged by the server" if model["head"] == "average" else "kept by each client"),
+        ("Data", Path(data["train"]).name),
+        ("Partition", parts["kind"] + (f", alpha {parts['alpha']:g}" if parts["kind"] == "dirichlet" else "")),
+        ("Local training", f"{length} of {train['batch_size']} rows, learning rate {train['learning_rate']:g}"),
+        ("Weights", "by number of examples" if rounds["weighting"] == "examples" else "uniform"),
+        ("Seed", str(recipe["seed"])),
+    ]  # fmt: skip
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A figure with four digits, or a dash where there is none."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" if abs(value) >= 1e-4 or value == 0 else f"{value:.1e}"
+
+
+def size(count: float) -> str:
+    """Bytes in the largest fitting unit.
+
+    >>> size(3 * 2**20)
+    '3.0 MiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def seconds(value: float) -> str:
+    """Seconds, in milliseconds below one.
+
+    >>> seconds(0.0123)
+    '12 ms'
+    """
+    return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.1f} s"
+
+
+def to_json(folders: Sequence[Path]) -> str:
+    """The summary rows as JSON."""
+    return json.dumps(summary(views(folders)), indent=1)

@@ -1,0 +1,107 @@
+"""What the report says of a run: plain series and rows taken from its folder, nothing computed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from florana.errors import InputError
+from florana.federation.records import RoundRecord
+from florana.run import read_run
+
+LOWER_IS_BETTER = {"loss", "perplexity"}
+
+
+@dataclass(frozen=True)
+class RunView:
+    """One run, ready to draw.
+
+    Args:
+        name: how the report calls it. recipe, setup: its files. records: its committed rounds.
+        score: the metric that is drawn (accuracy, or loss for language modelling).
+    """
+
+    name: str
+    recipe: Mapping[str, Any]
+    setup: Mapping[str, Any]
+    records: Sequence[RoundRecord]
+    score: str
+
+    @property
+    def start(self) -> float | None:
+        """The starting model's score."""
+        return (self.setup.get("start") or {}).get(self.score)
+
+    def scores(self, figure: str) -> list[tuple[int, float]]:
+        """(round, value) of `global`, `personal`, `clients_on_common` or `gap`, where it was measured."""
+        return [
+            (record.round, value)
+            for record in self.records
+            if (value := record.eval.get(figure, {}).get(self.score)) is not None
+        ]
+
+    def final(self, figure: str) -> float | None:
+        """The last measured value."""
+        series = self.scores(figure)
+        return series[-1][1] if series else None
+
+    @property
+    def bytes_so_far(self) -> dict[int, int]:
+        """Round -> bytes sent both ways up to and including it."""
+        total, result = 0, {}
+        for record in self.records:
+            total += record.bytes_up + record.bytes_down
+            result[record.round] = total
+        return result
+
+    @property
+    def refused(self) -> list[tuple[int, str, str]]:
+        """(round, client, reason) of every refused update."""
+        return [(record.round, client, why) for record in self.records for client, why in record.refused.items()]
+
+
+def view(folder: Path, name: str | None = None) -> RunView:
+    """The run in a folder. Raises InputError where there is none, or no committed round."""
+    recipe, setup, records = read_run(folder)
+    if not records:
+        raise InputError(f"{folder} holds no committed round yet", fix="run it again with --resume")
+    score = "loss" if recipe.get("task") == "causal-lm" else "accuracy"
+    return RunView(name or records[-1].strategy, recipe, setup, records, score)
+
+
+def views(folders: Sequence[Path]) -> list[RunView]:
+    """The runs, named by their strategies; by their folders too where two share a strategy."""
+    plain = [view(folder) for folder in folders]
+    names = [one.name for one in plain]
+    return [
+        one if names.count(one.name) == 1 else view(folder, f"{one.name} ({folder.resolve().name})")
+        for one, folder in zip(plain, folders, strict=True)
+    ]
+
+
+def summary(runs: Sequence[RunView]) -> list[dict[str, Any]]:
+    """One row per run: final scores, error of the last round, bytes, seconds. The table of the demo and the report."""
+    rows = []
+    for run in runs:
+        last = run.records[-1]
+        rows.append(
+            {
+                "strategy": run.name,
+                "rounds": last.round,
+                "metric": run.score,
+                "start": run.start,
+                "global": run.final("global"),
+                "personal": run.final("personal"),
+                "gap": run.final("gap"),
+                "clients_on_common": run.final("clients_on_common"),
+                "error": last.error["overall"],
+                "optimum": last.error["optimum"],
+                "bytes_up": sum(record.bytes_up for record in run.records),
+                "bytes_down": sum(record.bytes_down for record in run.records),
+                "server_seconds": sum(record.server_seconds for record in run.records),
+                "client_seconds": sum(record.client_seconds for record in run.records),
+            }
+        )
+    return rows

@@ -1,0 +1,138 @@
+"""What a person sees while a run goes on, and the tables after it. Without a terminal: one line per round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from florana.federation.loop import Event
+from florana.federation.records import RoundRecord
+from florana.plan import Plan
+from florana.report.page import number, seconds, size
+
+
+class Screen:
+    """Progress of one run: a bar over all optimizer steps on a terminal, a line per committed round elsewhere.
+
+    Args:
+        console: where to draw; None for silence (`--json`).
+        name: the run's name in front of every line.
+        steps: all optimizer steps of the run, for the bar's length.
+    """
+
+    def __init__(self, console: Console | None, name: str, steps: int) -> None:
+        self._console, self._name = console, name
+        self._progress: Progress | None = None
+        self._round = ""
+        if console is not None and console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
+                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+                console=console, transient=True,
+            )  # fmt: skip
+            self._task = self._progress.add_task(name, total=steps, note="")
+
+    def __enter__(self) -> Screen:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def named(self, name: str) -> Screen:
+        """The same screen for the next run of several."""
+        self._name = name
+        return self
+
+    def step(self, client: str) -> None:
+        """One optimizer step was done."""
+        if self._progress is not None:
+            self._progress.update(self._task, advance=1, note=f"{self._name} {self._round} {client}")
+
+    def show(self, event: Event) -> None:
+        """A round began or ended, or an update was refused."""
+        if event.kind == "round":
+            self._round = f"round {event.round}"
+        if self._console is None:
+            return
+        if event.kind == "refused":
+            self._console.print(f"{self._name}  round {event.round}: refused {event.client}: {event.detail}",
+                                style="yellow", highlight=False)  # fmt: skip
+        elif event.kind == "mended":
+            self._console.print(event.detail, style="yellow", highlight=False)
+        elif event.kind == "committed" and event.record is not None:
+            self._console.print(f"{self._name}  {_round_line(event.record)}", highlight=False)
+
+
+def _round_line(record: RoundRecord) -> str:
+    parts = [f"round {record.round:>3}", f"{len(record.clients)} clients"]
+    if record.train_loss is not None:
+        parts.append(f"train loss {record.train_loss:.3f}")
+    for name in ("accuracy", "perplexity", "loss"):
+        if name in record.eval.get("global", {}):
+            parts.append(f"global {name} {record.eval['global'][name]:.4f}")
+    parts.append(f"error {number(record.error['overall'])} (optimum {number(record.error['optimum'])})")
+    return "  ".join(parts)
+
+
+def summary_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    """The strategies side by side."""
+    metric = rows[0]["metric"]
+    table = Table(title=title, title_justify="left")
+    table.add_column("strategy")
+    columns = [f"{metric}: start", "global", "personal", "gap", "error", "optimum", "up", "down", "server"]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row["strategy"], *(number(row[key]) for key in ("start", "global", "personal", "gap", "error", "optimum")),
+            size(row["bytes_up"]), size(row["bytes_down"]), seconds(row["server_seconds"]),
+        )  # fmt: skip
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """The plan of a run, one fact a line."""
+    table = Table(show_header=False, title="Plan: nothing was written", title_justify="left")
+    table.add_column()
+    table.add_column()
+    sizes = sorted(plan.clients.values())
+    rows = [
+        ("strategy", plan.strategy),
+        ("rounds", f"{plan.rounds}, {plan.per_round} of {len(plan.clients)} clients each"),
+        ("training rows", f"{sum(sizes)} in all; {sizes[0]} to {sizes[-1]} per client"),
+        *((f"  {client}", f"{rows} to train on, {plan.own_test[client]} own test") for client, rows in
+          list(plan.clients.items())[:20]),
+        ("common test set", f"{plan.common_test} rows"),
+        ("trained parameters", f"{plan.trainable_parameters} on a base of {plan.base_parameters}"),
+        ("bytes per round", f"{size(plan.bytes_up)} up, {size(plan.bytes_down)} down, all clients"),
+        ("memory", size(plan.memory) + " (peak after one step)" if plan.memory else "unknown"),
+        ("time", f"about {duration(plan.seconds)} ({plan.seconds_per_step * 1000:.0f} ms a step, "
+                 f"{plan.steps:g} steps per client and round)"),
+    ]  # fmt: skip
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def duration(value: float) -> str:
+    """Seconds as a person says them.
+
+    >>> duration(75), duration(8000)
+    ('1 min 15 s', '2 h 13 min')
+    """
+    whole = round(value)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

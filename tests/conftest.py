@@ -1,0 +1,91 @@
+"""Fixtures shared by all tests: one thread, no hub, the shared data folder, a tiny model made from a configuration."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("florana", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.load_profile("florana")
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+WORDS = "the a good bad film story plot actor scene music happy sad dull bright slow quick warm cold loud calm".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need the shared data are skipped, visibly, where it is absent."""
+    if not SHARED.is_dir():
+        for item in items:
+            if item.get_closest_marker("shared"):
+                item.add_marker(pytest.mark.skip(reason="the shared data folder is absent"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of two layers with random weights and a tokenizer that knows twenty words, in a folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    BertTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=32,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A csv of 120 short labelled sentences whose label follows from one word."""
+    import random
+
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "sentences.csv"
+    rows = ["text,label"]
+    for index in range(120):
+        label = index % 2
+        words = [rng.choice(WORDS[4:]) for _ in range(rng.randint(3, 8))]
+        words.insert(rng.randrange(len(words)), "good" if label else "bad")
+        rows.append(f"{' '.join(words)},{label}")
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture
+def recipe_table(tiny_bert: Path, sentences: Path) -> dict[str, object]:
+    """A recipe that runs in seconds, as a table."""
+    return {
+        "task": "sequence-classification",
+        "seed": 3,
+        "model": {"base": str(tiny_bert), "target_modules": ["query", "value", "output.dense"], "rank": 2, "alpha": 6},
+        "data": {"train": str(sentences), "text": "text", "label": "label", "max_length": 16},
+        "partition": {"kind": "dirichlet", "clients": 4, "alpha": 1.0},
+        "train": {"steps": 3, "batch_size": 8, "learning_rate": 0.01},
+        "federation": {"rounds": 3, "clients_per_round": 3},
+        "strategy": {"name": "fedit"},
+    }

@@ -1,0 +1,278 @@
+"""The contract table: every rule x every invariant, against the dense oracle, on generated non-square modules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from florana.aggregate import als, gradient
+from florana.aggregate.mean import mean
+from florana.aggregate.mix import mix, per_model
+from florana.aggregate.project import best_rank, split
+from florana.aggregate.stack import combined, stack
+from florana.errors import InputError
+from florana.factors import Adapter, Contribution, LoraFactors
+from tests import oracle
+from tests.cases import Case, cases, dense, make_case
+
+
+def rank_of(parts: Sequence[Contribution]) -> int:
+    return max(pair.rank for part in parts for pair in part.adapter.modules.values())
+
+
+def exact_split(parts: Sequence[Contribution]) -> Adapter:
+    whole = split(parts, rank_of(parts))
+    return combined(whole.adapter, whole.remainder)
+
+
+def zero_base(parts: Sequence[Contribution]) -> Adapter:
+    """A last broadcast that is half of the first client's adapter."""
+    modules = {n: LoraFactors(p.B / 2, p.A / 2, p.scaling) for n, p in parts[0].adapter.modules.items()}
+    return Adapter(modules, parts[0].adapter.extra)
+
+
+Rule = Callable[[Sequence[Contribution]], Adapter]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a rule promises."""
+
+    name: str
+    rule: Rule
+    exact: bool = False
+    mixed_ranks: bool = False
+    keeps_rank: bool = True
+    weight_two: bool = True  # one client of weight 2 = two clients of weight 1
+    gauge_free: bool = False  # (B G, G^-1 A) changes nothing
+
+
+ROWS = [
+    Row("mean", mean),
+    Row("stack", stack, exact=True, mixed_ranks=True, keeps_rank=False, gauge_free=True),
+    Row("best-rank", lambda p: best_rank(p, rank_of(p)), mixed_ranks=True, gauge_free=True),
+    Row("oracle", exact_split, exact=True, mixed_ranks=True, keeps_rank=False, gauge_free=True),
+    Row("flora-na factors/module", lambda p: mix(p, solver=als.solve).adapter),
+    Row("flora-na factors/model", lambda p: mix(p, solver=als.solve, fit=per_model).adapter),
+    Row("flora-na updates/module", lambda p: mix(p, solver=als.solve, base=zero_base(p)).adapter),
+    Row("flora-na updates/model", lambda p: mix(p, solver=als.solve, fit=per_model, base=zero_base(p)).adapter),
+    Row("flora-na adamw", lambda p: mix(p, solver=gradient.solve).adapter, weight_two=False),
+]
+every = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+
+
+def close(a: np.ndarray, b: np.ndarray, scale: np.ndarray | None = None, tolerance: float = 1e-9) -> bool:
+    size = np.linalg.norm(b if scale is None else scale)
+    return bool(np.linalg.norm(a - b) <= tolerance * max(size, 1e-300))
+
+
+def error(adapter: Adapter, case: Case, module: str) -> float:
+    return float(np.linalg.norm(dense(adapter, module) - oracle.target(case.modules[module])))
+
+
+@every
+@given(case=cases())
+def test_one_client_comes_out_as_it_went_in(row: Row, case: Case) -> None:
+    alone = row.rule(case.parts[:1])
+    for name, column in case.modules.items():
+        only = column[0].scaling * column[0].B @ column[0].A
+        assert close(dense(alone, name), only, tolerance=1e-8)
+
+
+@every
+@given(case=cases(), order=st.randoms(use_true_random=False))
+def test_the_order_of_clients_does_not_matter(row: Row, case: Case, order: object) -> None:
+    shuffled = list(case.parts)
+    order.shuffle(shuffled)  # type: ignore[attr-defined]
+    if "updates" in row.name:  # the base is made from the first client: keep it first
+        shuffled.remove(case.parts[0])
+        shuffled.insert(0, case.parts[0])
+    first, second = row.rule(case.parts), row.rule(shuffled)
+    for name in case.modules:
+        assert close(dense(second, name), dense(first, name), tolerance=1e-5)
+
+
+@every
+@given(case=cases())
+def test_the_scale_of_the_weights_does_not_matter(row: Row, case: Case) -> None:
+    scaled = [dataclasses.replace(part, weight=part.weight * 4) for part in case.parts]
+    for name in case.modules:
+        assert close(dense(row.rule(scaled), name), dense(row.rule(case.parts), name), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.weight_two], ids=lambda row: row.name)
+@given(case=cases())
+def test_weight_two_is_two_clients_of_weight_one(row: Row, case: Case) -> None:
+    first = case.parts[0]
+    twice = [dataclasses.replace(first, weight=2 * first.weight), *case.parts[1:]]
+    copies = [first, *case.parts[1:], dataclasses.replace(first, client="copy")]
+    for name in case.modules:
+        assert close(dense(row.rule(copies), name), dense(row.rule(twice), name), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.exact], ids=lambda row: row.name)
+@given(case=cases(mixed_ranks=True))
+def test_exact_rules_are_exact(row: Row, case: Case) -> None:
+    answer = row.rule(case.parts)
+    for name, column in case.modules.items():
+        scale = sum(abs(c.weight) * np.abs(c.scaling * c.B @ c.A) for c in column)
+        assert close(dense(answer, name), oracle.target(column), scale, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.gauge_free], ids=lambda row: row.name)
+@given(case=cases(equal_scalings=True))
+def test_product_rules_ignore_the_gauge(row: Row, case: Case) -> None:
+    turned = _turned(case)
+    for name, column in case.modules.items():
+        assert close(dense(row.rule(turned), name), dense(row.rule(case.parts), name), oracle.target(column), 1e-6)
+
+
+def test_the_mean_of_factors_depends_on_the_gauge() -> None:
+    """The negative test: were this to hold, the gauge test above would prove nothing."""
+    case = make_case(0, 3, 2, [(7, 12)], equal_scalings=True)
+    assert not close(dense(mean(_turned(case)), "layer.0.q"), dense(mean(case.parts), "layer.0.q"), tolerance=1e-2)
+
+
+def _turned(case: Case) -> list[Contribution]:
+    rng = np.random.default_rng(1)
+    result = []
+    for part in case.parts:
+        modules = {}
+        for name, pair in part.adapter.modules.items():
+            G = torch.from_numpy(np.linalg.qr(rng.normal(size=(pair.rank, pair.rank)))[0] * rng.uniform(0.5, 2))
+            modules[name] = LoraFactors(pair.B @ G, torch.linalg.inv(G) @ pair.A, pair.scaling)
+        result.append(Contribution(part.client, Adapter(modules, part.adapter.extra), part.weight))
+    return result
+
+
+@every
+@given(case=cases())
+def test_inputs_stay_as_they_were_and_outputs_are_new(row: Row, case: Case) -> None:
+    before = [{n: t.clone() for n, t in part.adapter.tensors().items()} for part in case.parts]
+    answer = row.rule(case.parts)
+    owned = {t.data_ptr() for part in case.parts for t in part.adapter.tensors().values()}
+    for part, old in zip(case.parts, before, strict=True):
+        assert all(torch.equal(tensor, old[name]) for name, tensor in part.adapter.tensors().items())
+    assert all(tensor.data_ptr() not in owned for tensor in answer.tensors().values())
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_dtype_and_rank_are_kept(row: Row, dtype: torch.dtype) -> None:
+    case = make_case(1, 4, 3, [(7, 12), (16, 5)], dtype=dtype)
+    answer = row.rule(case.parts)
+    for tensor in answer.tensors().values():
+        assert tensor.dtype == dtype
+    if row.keeps_rank:
+        assert {pair.rank for pair in answer.modules.values()} == {3}
+    assert torch.allclose(answer.extra["head.weight"].double(), torch.full((2, 3), _mean_head(case), dtype=torch.float64),
+                          rtol=1e-2)  # fmt: skip
+
+
+def _mean_head(case: Case) -> float:
+    column = case.modules["layer.0.q"]
+    return float(sum(w * u for u, w in enumerate(oracle.shares(column))))
+
+
+@every
+@given(case=cases())
+def test_no_rule_of_its_rank_beats_best_rank(row: Row, case: Case) -> None:
+    if not row.keeps_rank:
+        return
+    best, answer = best_rank(case.parts, case.rank), row.rule(case.parts)
+    for name, column in case.modules.items():
+        slack = 1e-9 * np.linalg.norm(oracle.target(column))
+        assert error(best, case, name) <= error(answer, case, name) + slack
+
+
+@given(case=cases(mixed_ranks=True), rank=st.integers(1, 6))
+def test_best_rank_is_the_truncated_dense_svd(case: Case, rank: int) -> None:
+    answer = best_rank(case.parts, rank)
+    for name, column in case.modules.items():
+        wanted = oracle.best_rank(oracle.target(column), rank)
+        missed = np.linalg.norm(oracle.target(column) - wanted)
+        assert abs(error(answer, case, name) - missed) <= 1e-9 * np.linalg.norm(oracle.target(column))
+
+
+@given(case=cases())
+def test_mean_is_the_oracles_fedit(case: Case) -> None:
+    for name, column in case.modules.items():
+        assert close(dense(mean(case.parts), name), oracle.fedit(column), tolerance=1e-12)
+
+
+def _broken(kind: str) -> tuple[list[Contribution], str]:
+    """Three good clients of which the second is broken, and what the message must name."""
+    case = make_case(2, 3, 2, [(7, 12), (5, 9)])
+    parts = list(case.parts)
+    modules, extra = dict(parts[1].adapter.modules), dict(parts[1].adapter.extra)
+    pair = modules["layer.1.q"]
+    match kind:
+        case "missing module":
+            del modules["layer.1.q"]
+        case "foreign module":
+            modules["layer.9.q"] = pair
+        case "shape":
+            modules["layer.1.q"] = LoraFactors(pair.B[:4], pair.A, pair.scaling)
+        case "nan":
+            modules["layer.1.q"] = LoraFactors(pair.B * torch.nan, pair.A, pair.scaling)
+        case "infinite":
+            A = pair.A.clone()
+            A[0, 0] = torch.inf
+            modules["layer.1.q"] = LoraFactors(pair.B, A, pair.scaling)
+        case "dtype":
+            modules["layer.1.q"] = LoraFactors(pair.B.float(), pair.A.float(), pair.scaling)
+        case "missing head":
+            extra = {}
+        case "head shape":
+            extra["head.weight"] = torch.zeros(3, 2, dtype=torch.float64)
+    parts[1] = Contribution("c1", Adapter(modules, extra), parts[1].weight)
+    return parts, "head.weight" if "head" in kind else ("layer.9.q" if "foreign" in kind else "layer.1.q")
+
+
+@every
+@pytest.mark.parametrize(
+    "kind",
+    ["missing module", "foreign module", "shape", "nan", "infinite", "dtype", "missing head", "head shape"],
+)
+def test_a_malformed_client_is_named(row: Row, kind: str) -> None:
+    parts, thing = _broken(kind)
+    with pytest.raises(InputError) as caught:
+        row.rule(parts)
+    assert "'c1'" in str(caught.value)
+    assert thing in str(caught.value)
+    if kind == "shape":
+        assert "(4, 9)" in str(caught.value)
+        assert "(5, 9)" in str(caught.value)
+
+
+@every
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [float("inf"), 1.0]])
+def test_senseless_weights_are_refused(row: Row, weights: list[float]) -> None:
+    case = make_case(3, 2, 2, [(7, 12)])
+    parts = [dataclasses.replace(part, weight=w) for part, w in zip(case.parts, weights, strict=True)]
+    with pytest.raises(InputError, match="weight"):
+        row.rule(parts)
+
+
+@every
+def test_nothing_to_aggregate_is_an_error(row: Row) -> None:
+    with pytest.raises((InputError, ValueError, IndexError)):
+        row.rule([])
+
+
+@every
+def test_mixed_ranks_work_or_are_refused_with_both_shapes(row: Row) -> None:
+    case = make_case(4, 3, 2, [(7, 12)], mixed_ranks=True)
+    if row.mixed_ranks:
+        assert row.rule(case.parts).modules["layer.0.q"].rank >= 3
+        return
+    with pytest.raises(InputError) as caught:
+        row.rule(case.parts)
+    assert "(7, 3)" in str(caught.value)
+    assert "(7, 2)" in str(caught.value)

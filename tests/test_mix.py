@@ -1,0 +1,158 @@
+"""FLoRA-NA's fit: never worse than FedIT, stationary, monotone, in all four readings and with both solvers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from florana.aggregate import als, gradient
+from florana.aggregate.mix import Fit, Solver, mix, per_model, per_module
+from florana.factors import Adapter, LoraFactors
+from tests import oracle
+from tests.cases import Case, cases, dense, make_case
+
+SOLVERS = {"als": als.solve, "adamw": gradient.solve}
+
+
+def base_of(case: Case, kind: str) -> Adapter | None:
+    """A last broadcast near the clients, or None for whole factors."""
+    if kind == "factors":
+        return None
+    rng = np.random.default_rng(5)
+    modules = {}
+    for name, pair in case.parts[0].adapter.modules.items():
+        noise = torch.from_numpy(rng.normal(size=tuple(pair.B.shape)) * 0.3)
+        modules[name] = LoraFactors(pair.B + noise, pair.A * 0.9, pair.scaling)
+    return Adapter(modules, case.parts[0].adapter.extra)
+
+
+def squares(adapter: Adapter, case: Case) -> dict[str, float]:
+    return {n: float(np.sum((dense(adapter, n) - oracle.target(c)) ** 2)) for n, c in case.modules.items()}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("combine", ["factors", "updates"])
+@given(case=cases())
+def test_per_module_never_worse_than_fedit_on_any_module(solver: str, combine: str, case: Case) -> None:
+    answer = mix(case.parts, solver=SOLVERS[solver], base=base_of(case, combine)).adapter
+    for name, square in squares(answer, case).items():
+        column = case.modules[name]
+        fedit = float(np.sum((oracle.fedit(column) - oracle.target(column)) ** 2))
+        assert square <= fedit * (1 + 1e-6) + 1e-12 * float(np.sum(oracle.target(column) ** 2))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("combine", ["factors", "updates"])
+@given(case=cases(equal_scalings=True))
+def test_per_model_never_worse_than_fedit_in_sum(solver: str, combine: str, case: Case) -> None:
+    answer = mix(case.parts, solver=SOLVERS[solver], fit=per_model, base=base_of(case, combine)).adapter
+    fedit = sum(float(np.sum((oracle.fedit(c) - oracle.target(c)) ** 2)) for c in case.modules.values())
+    size = sum(float(np.sum(oracle.target(c) ** 2)) for c in case.modules.values())
+    assert sum(squares(answer, case).values()) <= fedit * (1 + 1e-6) + 1e-12 * size
+
+
+@pytest.mark.parametrize("combine", ["factors", "updates"])
+@pytest.mark.parametrize("fit", [per_module, per_model], ids=["module", "model"])
+def test_als_ends_where_the_dense_objective_is_flat(combine: str, fit: Fit) -> None:
+    """The gradient of the oracle's dense error in (p, q), by central differences, vanishes at the answer."""
+    case = make_case(11, 4, 2, [(7, 12), (9, 9)], drift=1.0, equal_scalings=True)
+    base = base_of(case, combine)
+
+    def tight(blocks: object) -> object:
+        return als.solve(blocks, sweeps=2000, tolerance=1e-14)  # type: ignore[arg-type]
+
+    found = mix(case.parts, solver=tight, fit=fit, base=base).coefficients  # type: ignore[arg-type]
+
+    def objective(name: str, p: np.ndarray, q: np.ndarray) -> float:
+        start = None if base is None else (base.modules[name].B.numpy(), base.modules[name].A.numpy())
+        column = case.modules[name]
+        return float(np.sum((oracle.mixed(column, p, q, start) - oracle.target(column)) ** 2))
+
+    groups = [[name] for name in case.modules] if fit is per_module else [list(case.modules)]
+    for group in groups:
+        p, q = found[group[0]].p.numpy(), found[group[0]].q.numpy()
+        size = sum(objective(name, p * 0, q * 0) for name in group)
+        for index in range(2 * len(p)):
+            step = np.zeros(2 * len(p))
+            step[index] = 1e-4
+            ends = [
+                sum(objective(n, p + sign * step[: len(p)], q + sign * step[len(p) :]) for n in group) for sign in (1, -1)
+            ]
+            assert abs(ends[0] - ends[1]) / 2e-4 < 1e-4 * size
+
+
+@given(case=cases())
+def test_als_error_never_increases_and_is_the_dense_error(case: Case) -> None:
+    mixture = mix(case.parts, solver=als.solve)
+    for name, found in mixture.coefficients.items():
+        history = np.array(found.history)
+        assert np.all(np.diff(history) <= 1e-12 * history[0] + 1e-300)
+        scaling = mixture.adapter.modules[name].scaling
+        truth = squares(mixture.adapter, case)[name] / scaling**2
+        size = float(np.sum(oracle.target(case.modules[name]) ** 2)) / scaling**2
+        assert abs(history[-1] - truth) <= 1e-6 * truth + 1e-12 * size
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_adapter_is_the_one_its_coefficients_say(solver: str) -> None:
+    case = make_case(7, 5, 3, [(7, 12), (12, 7)], drift=1.0)
+    mixture = mix(case.parts, solver=SOLVERS[solver])
+    for name, found in mixture.coefficients.items():
+        wanted = oracle.mixed(case.modules[name], found.p.numpy(), found.q.numpy(), None)
+        assert np.allclose(dense(mixture.adapter, name), wanted, rtol=1e-9, atol=1e-12)
+
+
+@given(case=cases(equal_scalings=True))
+def test_identical_clients_keep_their_weights(case: Case) -> None:
+    same = [dataclasses.replace(part, adapter=case.parts[0].adapter) for part in case.parts]
+    weights = oracle.shares(next(iter(case.modules.values())))
+    for found in mix(same, solver=als.solve).coefficients.values():
+        assert np.allclose(found.p.numpy(), weights, atol=1e-8)
+        assert np.allclose(found.q.numpy(), weights, atol=1e-8)
+
+
+@given(case=cases())
+def test_whole_factors_end_with_equal_norms_of_p_and_q(case: Case) -> None:
+    for found in mix(case.parts, solver=als.solve).coefficients.values():
+        assert float(found.p.norm()) == pytest.approx(float(found.q.norm()), rel=1e-9)
+
+
+def test_differences_in_scale_along_shared_directions_are_repaired() -> None:
+    """What 2U scalars can do: clients that differ only by the sizes of their factors reach the optimum, FedIT does not."""
+    rng = np.random.default_rng(0)
+    case = make_case(0, 4, 3, [(20, 30)], drift=0.0, equal_scalings=True)
+    sizes = rng.lognormal(sigma=1.0, size=(4, 2))
+    column = [
+        dataclasses.replace(c, B=c.B * sizes[u, 0], A=c.A * sizes[u, 1])
+        for u, c in enumerate(case.modules["layer.0.q"])
+    ]
+    parts = [
+        dataclasses.replace(
+            part,
+            adapter=Adapter(
+                {"layer.0.q": LoraFactors(torch.from_numpy(c.B), torch.from_numpy(c.A), c.scaling)},
+            ),
+        )
+        for part, c in zip(case.parts, column, strict=True)
+    ]
+    size = np.linalg.norm(oracle.target(column))
+    assert np.linalg.norm(oracle.fedit(column) - oracle.target(column)) > 0.02 * size
+    answer = mix(parts, solver=als.solve).adapter
+    assert np.linalg.norm(dense(answer, "layer.0.q") - oracle.target(column)) < 1e-6 * size
+
+
+@pytest.mark.parametrize("fit", [per_module, per_model], ids=["module", "model"])
+@given(seed=st.integers(0, 1000))
+def test_als_ends_no_higher_than_adamw(fit: Fit, seed: int) -> None:
+    case = make_case(seed, 4, 2, [(7, 12), (12, 7)], drift=1.0)
+
+    def total(solver: Solver) -> float:
+        answer = mix(case.parts, solver=solver, fit=fit).coefficients
+        return sum({id(c): c.history[-1] for c in answer.values()}.values())
+
+    assert total(als.solve) <= total(gradient.solve) * (1 + 1e-3)
