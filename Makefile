@@ -21,10 +21,10 @@ $(STAMP): pyproject.toml constraints.txt requirements-models.txt
 demo: setup  ## train four strategies on real text, offline, and write a report
 	$(BIN)/florana demo --out demo-runs --replace
 
-test: setup  ## all tests
+test: setup  ## all tests, the import rule among them
 	$(BIN)/python -m pytest -q
 
-check: setup format lint types  ## formatting, lint, types (the import rule and the tests run in `make test`)
+check: format lint types test  ## formatting, lint, types, import rule and tests
 
 format: setup
 	$(BIN)/ruff format --check .

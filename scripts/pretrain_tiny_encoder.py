@@ -156,9 +156,7 @@ def main() -> None:
     warmup = arguments.steps // 20
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min(
-            (step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / arguments.steps))
-        ),
+        lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / arguments.steps))),
     )
     before = masked_loss(model, held_back, 10)
     print(f"masked-word loss before: {before:.4f}", flush=True)
@@ -174,7 +172,10 @@ def main() -> None:
         if (step + 1) % 250 == 0:
             held = masked_loss(model, held_back, 10)
             spent = time.perf_counter() - start
-            print(f"step {step + 1}: loss {float(loss):.3f}, held-back masked {held:.4f}, {spent:.0f} s", flush=True)
+            print(
+                f"step {step + 1}: loss {float(loss):.3f}, held-back masked {held:.4f}, {spent:.0f} s",
+                flush=True,
+            )
     after = masked_loss(model, held_back, 10)
     print(f"masked-word loss after: {after:.4f}", flush=True)
     encoder = model.bert.to(torch.bfloat16)

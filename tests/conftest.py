@@ -19,7 +19,28 @@ hypothesis.settings.load_profile("florana")
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
-WORDS = "the a good bad film story plot actor scene music happy sad dull bright slow quick warm cold loud calm".split()
+WORDS = [
+    "the",
+    "a",
+    "good",
+    "bad",
+    "film",
+    "story",
+    "plot",
+    "actor",
+    "scene",
+    "music",
+    "happy",
+    "sad",
+    "dull",
+    "bright",
+    "slow",
+    "quick",
+    "warm",
+    "cold",
+    "loud",
+    "calm",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,13 +67,19 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     BertTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=24, max_position_embeddings=32,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         BertModel(config).save_pretrained(folder)
@@ -82,7 +109,12 @@ def recipe_table(tiny_bert: Path, sentences: Path) -> dict[str, object]:
     return {
         "task": "sequence-classification",
         "seed": 3,
-        "model": {"base": str(tiny_bert), "target_modules": ["query", "value", "output.dense"], "rank": 2, "alpha": 6},
+        "model": {
+            "base": str(tiny_bert),
+            "target_modules": ["query", "value", "output.dense"],
+            "rank": 2,
+            "alpha": 6,
+        },
         "data": {"train": str(sentences), "text": "text", "label": "label", "max_length": 16},
         "partition": {"kind": "dirichlet", "clients": 4, "alpha": 1.0},
         "train": {"steps": 3, "batch_size": 8, "learning_rate": 0.01},

@@ -171,8 +171,9 @@ def test_dtype_and_rank_are_kept(row: Row, dtype: torch.dtype) -> None:
         assert tensor.dtype == dtype
     if row.keeps_rank:
         assert {pair.rank for pair in answer.modules.values()} == {3}
-    assert torch.allclose(answer.extra["head.weight"].double(), torch.full((2, 3), _mean_head(case), dtype=torch.float64),
-                          rtol=1e-2)  # fmt: skip
+    assert torch.allclose(
+        answer.extra["head.weight"].double(), torch.full((2, 3), _mean_head(case), dtype=torch.float64), rtol=1e-2
+    )
 
 
 def _mean_head(case: Case) -> float:

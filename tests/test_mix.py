@@ -81,7 +81,8 @@ def test_als_ends_where_the_dense_objective_is_flat(combine: str, fit: Fit) -> N
             step = np.zeros(2 * len(p))
             step[index] = 1e-4
             ends = [
-                sum(objective(n, p + sign * step[: len(p)], q + sign * step[len(p) :]) for n in group) for sign in (1, -1)
+                sum(objective(n, p + sign * step[: len(p)], q + sign * step[len(p) :]) for n in group)
+                for sign in (1, -1)
             ]
             assert abs(ends[0] - ends[1]) / 2e-4 < 1e-4 * size
 
@@ -123,7 +124,7 @@ def test_whole_factors_end_with_equal_norms_of_p_and_q(case: Case) -> None:
 
 
 def test_differences_in_scale_along_shared_directions_are_repaired() -> None:
-    """What 2U scalars can do: clients that differ only by the sizes of their factors reach the optimum, FedIT does not."""
+    """What 2U scalars can do: clients that differ only by the sizes of their factors reach the optimum."""
     rng = np.random.default_rng(0)
     case = make_case(0, 4, 3, [(20, 30)], drift=0.0, equal_scalings=True)
     sizes = rng.lognormal(sigma=1.0, size=(4, 2))

@@ -28,9 +28,18 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<letter>[AB])\.weight$")
 _NOT_A_PRODUCT = (
-    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config", "velora_config",
-    "monteclora_config", "kasa_config", "target_parameters", "trainable_token_indices",
-)  # fmt: skip
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+    "target_parameters",
+    "trainable_token_indices",
+)
 """Settings of a PEFT LoRA configuration under which the update of a module is more than `scaling * B @ A`."""
 
 
@@ -67,8 +76,10 @@ def read_adapter(folder: Path) -> tuple[Adapter, AdapterCard]:
     extra: dict[str, Tensor] = {}
     for key, tensor in sorted(tensors.items()):
         if not key.startswith(_PREFIX):
-            raise InputError(f"{folder / WEIGHTS}: the tensor '{key}' does not start with '{_PREFIX}'",
-                             why="this is not the layout PEFT writes")  # fmt: skip
+            raise InputError(
+                f"{folder / WEIGHTS}: the tensor '{key}' does not start with '{_PREFIX}'",
+                why="this is not the layout PEFT writes",
+            )
         if not tensor.isfinite().all():
             raise InputError(f"{folder / WEIGHTS}: the tensor '{key}' has values that are not finite")
         name = key.removeprefix(_PREFIX)
@@ -76,8 +87,10 @@ def read_adapter(folder: Path) -> tuple[Adapter, AdapterCard]:
         if match:
             pairs.setdefault(match["module"], {})[match["letter"]] = tensor
         elif ".lora_" in name:
-            raise InputError(f"{folder / WEIGHTS}: no rule for the tensor '{key}'",
-                             why="only plain LoRA factors (lora_A, lora_B weights) are products B @ A")  # fmt: skip
+            raise InputError(
+                f"{folder / WEIGHTS}: no rule for the tensor '{key}'",
+                why="only plain LoRA factors (lora_A, lora_B weights) are products B @ A",
+            )
         else:
             extra[name] = tensor
     if not pairs:
@@ -90,8 +103,10 @@ def read_adapter(folder: Path) -> tuple[Adapter, AdapterCard]:
         rank = int(_by_pattern(config.get("rank_pattern") or {}, module, config["r"]))
         alpha = float(_by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"]))
         if pair["A"].ndim != 2 or pair["A"].shape[0] != rank:
-            raise InputError(f"{folder}: module '{module}' has A of shape {tuple(pair['A'].shape)}, "
-                             f"but {CONFIG} gives it rank {rank}")  # fmt: skip
+            raise InputError(
+                f"{folder}: module '{module}' has A of shape {tuple(pair['A'].shape)}, "
+                f"but {CONFIG} gives it rank {rank}"
+            )
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         modules[module] = LoraFactors(B=pair["B"], A=pair["A"], scaling=scaling)
     targets = config.get("target_modules") or ()
@@ -154,7 +169,7 @@ def sync_folder(folder: Path) -> None:
 def _config(adapter: Adapter, card: AdapterCard) -> dict[str, Any]:
     def alpha(pair: LoraFactors) -> float:
         value = pair.scaling * (math.sqrt(pair.rank) if card.rslora else pair.rank)
-        return int(round(value)) if math.isclose(value, round(value), rel_tol=1e-12) else value
+        return round(value) if math.isclose(value, round(value), rel_tol=1e-12) else value
 
     kinds = Counter((pair.rank, alpha(pair)) for pair in adapter.modules.values())
     (rank, common), _ = min(kinds.items(), key=lambda item: (-item[1], item[0]))
@@ -211,7 +226,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist", fix="save the adapter as safetensors; .bin files are not read") from None
+        raise InputError(
+            f"{path} does not exist", fix="save the adapter as safetensors; .bin files are not read"
+        ) from None
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read", why=str(error)) from None
 

@@ -58,8 +58,11 @@ def demo(
 
     console = _console(as_json)
     if console:
-        console.print(f"florana demo: the docstrings of Python's standard library, ten topics, {CLIENTS} clients; "
-                      f"{len(STRATEGIES)} strategies, {rounds} rounds each", highlight=False)  # fmt: skip
+        console.print(
+            f"florana demo: the docstrings of Python's standard library, ten topics, {CLIENTS} clients; "
+            f"{len(STRATEGIES)} strategies, {rounds} rounds each",
+            highlight=False,
+        )
     with Screen(console, "demo", steps=len(STRATEGIES) * rounds * CLIENTS * STEPS) as screen:
         results, report = run_demo(out, rounds, lambda name: screen.named(name).show, screen.step)
     rows = summary(views([result.folder for result in results]))
@@ -67,8 +70,11 @@ def demo(
         typer.echo(json.dumps({"runs": rows, "report": str(report)}, indent=1))
     elif console:
         console.print(summary_table(rows, "Same clients, same start; only the server's step differs"))
-        console.print(f"report: {report}\nadapters: {out}/<strategy>/adapter (PEFT loads them as they are)",
-                      highlight=False, soft_wrap=True)  # fmt: skip
+        console.print(
+            f"report: {report}\nadapters: {out}/<strategy>/adapter (PEFT loads them as they are)",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @app.command()
@@ -76,7 +82,8 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="A TOML file; recipes/ has examples.")],
     out: Annotated[Path | None, typer.Option(help="A new folder for the run. Default: runs/<recipe's name>.")] = None,
     assign: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and end.")] = False,
@@ -86,7 +93,7 @@ def run(
 
     Example: florana run recipes/sst2-minilm.toml --out runs/sst2 --set federation.rounds=4
     """
-    from florana.recipe import read_recipe
+    from florana.recipe_file import read_recipe
 
     resolved = read_recipe(recipe, assign or [])
     folder = out or Path("runs") / recipe.stem
@@ -111,7 +118,9 @@ def run(
         typer.echo(json.dumps({**rows[0], "run": str(folder), "report": str(report)}, indent=1))
     elif console:
         console.print(summary_table(rows, resolved.title or recipe.stem))
-        console.print(f"run: {folder}\nadapter: {folder / 'adapter'}\nreport: {report}", highlight=False, soft_wrap=True)
+        console.print(
+            f"run: {folder}\nadapter: {folder / 'adapter'}\nreport: {report}", highlight=False, soft_wrap=True
+        )
 
 
 @app.command()
@@ -176,10 +185,13 @@ def _complain(text: str) -> None:
 def _prepare_demo_folder(out: Path, replace: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    ours = out.is_dir() and (out / "report.html").exists() or any(out.glob("*/rounds.jsonl"))
+    ours = (out.is_dir() and (out / "report.html").exists()) or any(out.glob("*/rounds.jsonl"))
     if not (replace and ours):
-        raise RecipeError(f"--out {out} exists already", why="florana never writes over a run",
-                          fix="name a new folder" + (", or add --replace" if ours else ""))  # fmt: skip
+        raise RecipeError(
+            f"--out {out} exists already",
+            why="florana never writes over a run",
+            fix="name a new folder" + (", or add --replace" if ours else ""),
+        )
     shutil.rmtree(out)
 
 

@@ -37,9 +37,7 @@ def stack(pairs: Sequence[LoraFactors], coefficients: Sequence[float]) -> Stack:
 
 def join(first: Stack, second: Stack, sign: float = 1.0) -> Stack:
     """`first + sign * second`, still factored; the ranks add up."""
-    return Stack(
-        torch.cat([first.left, sign * second.left], dim=1), torch.cat([first.right, second.right], dim=0)
-    )
+    return Stack(torch.cat([first.left, sign * second.left], dim=1), torch.cat([first.right, second.right], dim=0))
 
 
 def norm(product: Stack) -> float:
@@ -53,7 +51,8 @@ def singular_values(product: Stack) -> Tensor:
     """The singular values of `left @ right`, descending; min(R, out, in) of them."""
     r_left = torch.linalg.qr(product.left, mode="r").R
     r_right = torch.linalg.qr(product.right.T, mode="r").R
-    return torch.linalg.svdvals(r_left @ r_right.T)
+    values: Tensor = torch.linalg.svdvals(r_left @ r_right.T)
+    return values
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,9 +82,7 @@ def decompose(product: Stack) -> Decomposition:
 def balanced(part: Decomposition, scaling: float, dtype: torch.dtype) -> LoraFactors:
     """The pair B = L S^(1/2) / s^(1/2), A = S^(1/2) V^T / s^(1/2): equal norms, and s B A is the decomposition."""
     root = (part.values / scaling).sqrt()
-    return LoraFactors(
-        B=(part.left * root).to(dtype), A=(root[:, None] * part.right).to(dtype), scaling=scaling
-    )
+    return LoraFactors(B=(part.left * root).to(dtype), A=(root[:, None] * part.right).to(dtype), scaling=scaling)
 
 
 def kept(whole: Decomposition, rank: int) -> Decomposition:

@@ -1,24 +1,16 @@
 """The recipe: everything a run needs, in one strict TOML file.
 
 A misspelt key is refused with the nearest right one; combinations that cannot hold are refused here, before anything
-is written. Relative paths are relative to the recipe's own folder. `to_toml` writes the resolved recipe, which runs again.
+is written. Relative paths count from the recipe's own folder. `to_toml` writes the resolved recipe, which runs again.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
-import tomllib
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from florana.errors import RecipeError, nearest
 from florana.strategy import STRATEGIES
 from florana.strategy.base import Strategy
 
@@ -165,7 +157,7 @@ class Recipe(Section):
             raise ValueError(f"federation.min_clients is {self.federation.min_clients}, but {reached} are asked")
         if self.model.quantization != "none" and self.model.device in ("cpu", "mps"):
             raise ValueError(
-                f"model.quantization = '{self.model.quantization}' needs model.device = 'cuda' (or 'auto' where there is one)"
+                f"model.quantization = '{self.model.quantization}' needs model.device = 'cuda' (or 'auto' finding one)"
             )
         return self
 
@@ -177,126 +169,3 @@ class Recipe(Section):
     def to_toml(self) -> str:
         """The recipe with every value in place; None values are left out."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
-
-
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a TOML file, with `key=value` overrides (dotted keys, TOML values) put over it.
-
-    Raises:
-        RecipeError: the file cannot be read or is not TOML, a key or value is wrong, or a combination cannot hold.
-    """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {path}", fix="give the path of a TOML file; recipes/ has examples") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe {path} cannot be read", why=str(error)) from None
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"the recipe {path} is not valid TOML", why=str(error)) from None
-    for override in overrides:
-        _override(table, override)
-    return resolve(check(table, str(path)), path.resolve().parent)
-
-
-def check(table: Mapping[str, Any], source: str) -> Recipe:
-    """The recipe in a table. Raises RecipeError with every fault found, the nearest right key named."""
-    try:
-        recipe = Recipe.model_validate(dict(table))
-    except ValidationError as error:
-        faults = [_fault(dict(fault)) for fault in error.errors()]
-        raise RecipeError(f"{source}: " + "\n".join(faults)) from None
-    _check_strategy(recipe.strategy, source)
-    return recipe
-
-
-def resolve(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with every relative path that exists below `folder` (or that looks like a path) made absolute."""
-
-    def absolute(name: str | None) -> str | None:
-        if name is None or name.startswith("package:"):
-            return name
-        looks = name.startswith((".", "/", "~")) or Path(name).suffix.lower() in {
-            ".csv", ".tsv", ".jsonl", ".json", ".parquet", ".gz",
-        }  # fmt: skip
-        place = (folder / Path(name).expanduser()).resolve()
-        return str(place) if looks or place.exists() else name
-
-    data = recipe.data.model_copy(update={"train": absolute(recipe.data.train), "test": absolute(recipe.data.test)})
-    model = recipe.model.model_copy(update={"base": absolute(recipe.model.base)})
-    return recipe.model_copy(update={"data": data, "model": model})
-
-
-def differences(old: Recipe, new: Recipe) -> list[str]:
-    """The dotted keys in which two recipes differ, with both values."""
-
-    def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in table.items():
-            result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        return result
-
-    before, after = flat(old.model_dump()), flat(new.model_dump())
-    keys = sorted(before.keys() | after.keys())
-    return [f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)]
-
-
-def _override(table: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_][\w.-]*", key.strip()):
-        raise RecipeError(f"--set {text!r} is not key=value", fix="for example --set federation.rounds=20")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value  # a bare word is a string
-    *path, last = key.strip().split(".")
-    for name in path:
-        table = table.setdefault(name, {})
-        if not isinstance(table, dict):
-            raise RecipeError(f"--set {text!r}: '{name}' is a value, not a table")
-    table[last] = parsed
-
-
-def _fault(fault: dict[str, Any]) -> str:
-    path = [str(step) for step in fault["loc"] if not str(step).startswith(("list[", "literal["))]
-    where = ".".join(path)
-    if fault["type"] == "extra_forbidden":
-        return f"unknown key '{where}': {nearest(path[-1], _keys_beside(path))}"
-    if fault["type"] == "missing":
-        return f"the key '{where}' is missing"
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    return f"'{where}': {message} (it is {fault['input']!r})" if where and fault["type"] != "value_error" else message
-
-
-def _keys_beside(path: Sequence[str]) -> list[str]:
-    """The keys known where an unknown one was found; for a table nobody knows, those of the top."""
-    section: type[BaseModel] = Recipe
-    for step in path[:-1]:
-        annotation = section.model_fields[step].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            section = annotation
-    return list(section.model_fields)
-
-
-def _check_strategy(table: Mapping[str, Any], source: str) -> None:
-    name = table.get("name")
-    if not isinstance(name, str):
-        raise RecipeError(f"{source}: the key 'strategy.name' is missing", fix=nearest("", STRATEGIES))
-    if name not in STRATEGIES:
-        raise RecipeError(f"{source}: there is no strategy '{name}'", fix=nearest(name, STRATEGIES))
-    build = STRATEGIES[name]
-    known = typing.get_type_hints(build)
-    parameters = inspect.signature(build).parameters
-    for key, value in table.items():
-        if key == "name":
-            continue
-        if key not in parameters:
-            hint = nearest(key, parameters) if parameters else f"'{name}' has no options"
-            raise RecipeError(f"{source}: unknown key 'strategy.{key}': {hint}")
-        allowed = typing.get_args(known[key]) if typing.get_origin(known[key]) is Literal else None
-        if allowed is not None and value not in allowed:
-            raise RecipeError(
-                f"{source}: 'strategy.{key}' is {value!r}", fix=f"one of {', '.join(map(repr, allowed))}"
-            )
-        expected = known[key]
-        if allowed is None and isinstance(expected, type | types.UnionType) and not isinstance(value, expected):
-            raise RecipeError(f"{source}: 'strategy.{key}' is {value!r}, not {expected}")

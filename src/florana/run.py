@@ -1,9 +1,9 @@
 """The only joiner: a recipe becomes a model, data, clients, a strategy and an engine; the result is a run folder.
 
-    RUN/recipe.toml       resolved, runs again      RUN/environment.json  versions, hardware, seed
-    RUN/setup.json        who holds what, the starting model's score, sizes
-    RUN/rounds.jsonl      one line per committed round      RUN/checkpoint/  the last states
-    RUN/adapter/          the global adapter, as PEFT loads it      RUN/log.txt  warnings and tracebacks
+RUN/recipe.toml       resolved, runs again      RUN/environment.json  versions, hardware, seed
+RUN/setup.json        who holds what, the starting model's score, sizes
+RUN/rounds.jsonl      one line per committed round      RUN/checkpoint/  the last states
+RUN/adapter/          the global adapter, as PEFT loads it      RUN/log.txt  warnings and tracebacks
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import filelock
 import torch
 
 from florana import recipe as r
+from florana import recipe_file
 from florana.adapter_files import replace_file
 from florana.engine.local import LocalEngine
 from florana.errors import FederationError, InputError, RecipeError
@@ -128,9 +129,14 @@ def execute(
         elif resume:  # a recipe that asks for more rounds is the one that counts from here on
             replace_file(folder / "recipe.toml", recipe.to_toml().encode())
         clients = TrainingClients(
-            setup.bench, setup.clients, setup.common[: recipe.evaluate.personal_limit],
-            recipe.train, recipe.evaluate, recipe.model.head, step,
-        )  # fmt: skip
+            setup.bench,
+            setup.clients,
+            setup.common[: recipe.evaluate.personal_limit],
+            recipe.train,
+            recipe.evaluate,
+            recipe.model.head,
+            step,
+        )
         strategy = recipe.build_strategy()
         state = last.state if last else strategy.init(setup.start)
         if last is None:
@@ -146,8 +152,10 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[RoundRe
         recipe = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
         setup = json.loads((folder / "setup.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{folder} is no run folder: {Path(str(error.filename)).name} is missing",
-                         fix="give a folder made by 'florana run' or 'florana demo'") from None  # fmt: skip
+        raise InputError(
+            f"{folder} is no run folder: {Path(str(error.filename)).name} is missing",
+            fix="give a folder made by 'florana run' or 'florana demo'",
+        ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"the run folder {folder} cannot be read", why=str(error)) from None
     return recipe, setup, read_records(folder / "rounds.jsonl")
@@ -205,20 +213,31 @@ def check_folder(recipe: r.Recipe, folder: Path, resume: bool) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not resume:
-        raise RecipeError(f"--out {folder} exists already", why="florana never writes over a run",
-                          fix="name a new folder, or add --resume to continue that run")  # fmt: skip
+        raise RecipeError(
+            f"--out {folder} exists already",
+            why="florana never writes over a run",
+            fix="name a new folder, or add --resume to continue that run",
+        )
     if not (folder / "recipe.toml").exists():
         if any(path.name not in {"log.txt", ".lock"} and not path.name.endswith(".tmp") for path in folder.iterdir()):
             raise RecipeError(f"--out {folder} is not a run folder", fix="name a new folder")
         return
-    old = r.check(tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")), str(folder / "recipe.toml"))
-    changed = [line for line in r.differences(old, recipe) if not line.startswith(("federation.rounds:", "title:"))]
+    old = recipe_file.check(
+        tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")), str(folder / "recipe.toml")
+    )
+    changed = [
+        line for line in recipe_file.differences(old, recipe) if not line.startswith(("federation.rounds:", "title:"))
+    ]
     if changed:
-        raise RecipeError(f"{folder} was made by another recipe: " + "; ".join(changed),
-                          fix="resume with the same recipe (federation.rounds may grow), or name a new folder")  # fmt: skip
+        raise RecipeError(
+            f"{folder} was made by another recipe: " + "; ".join(changed),
+            fix="resume with the same recipe (federation.rounds may grow), or name a new folder",
+        )
     if recipe.federation.rounds < old.federation.rounds:
-        raise RecipeError(f"{folder} was planned for {old.federation.rounds} rounds, "
-                          f"the recipe asks for {recipe.federation.rounds}", fix="only more rounds can be added")  # fmt: skip
+        raise RecipeError(
+            f"{folder} was planned for {old.federation.rounds} rounds, the recipe asks for {recipe.federation.rounds}",
+            fix="only more rounds can be added",
+        )
 
 
 def _write_facts(recipe: r.Recipe, folder: Path, setup: Setup) -> None:
@@ -259,7 +278,9 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise FederationError(f"another florana is working in {folder}", fix="wait for it, or name another folder") from None
+        raise FederationError(
+            f"another florana is working in {folder}", fix="wait for it, or name another folder"
+        ) from None
     try:
         yield
     finally:

@@ -7,7 +7,14 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from florana.federation.loop import Event
@@ -31,10 +38,16 @@ class Screen:
         self._round = ""
         if console is not None and console.is_terminal:
             self._progress = Progress(
-                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
-                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-                console=console, transient=True,
-            )  # fmt: skip
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("steps"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+                transient=True,
+            )
             self._task = self._progress.add_task(name, total=steps, note="")
 
     def __enter__(self) -> Screen:
@@ -65,8 +78,11 @@ class Screen:
         if self._console is None:
             return
         if event.kind == "refused":
-            self._console.print(f"{self._name}  round {event.round}: refused {event.client}: {event.detail}",
-                                style="yellow", highlight=False)  # fmt: skip
+            self._console.print(
+                f"{self._name}  round {event.round}: refused {event.client}: {event.detail}",
+                style="yellow",
+                highlight=False,
+            )
         elif event.kind == "mended":
             self._console.print(event.detail, style="yellow", highlight=False)
         elif event.kind == "committed" and event.record is not None:
@@ -94,9 +110,12 @@ def summary_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
-            row["strategy"], *(number(row[key]) for key in ("start", "global", "personal", "gap", "error", "optimum")),
-            size(row["bytes_up"]), size(row["bytes_down"]), seconds(row["server_seconds"]),
-        )  # fmt: skip
+            row["strategy"],
+            *(number(row[key]) for key in ("start", "global", "personal", "gap", "error", "optimum")),
+            size(row["bytes_up"]),
+            size(row["bytes_down"]),
+            seconds(row["server_seconds"]),
+        )
     return table
 
 
@@ -110,15 +129,20 @@ def plan_table(plan: Plan) -> Table:
         ("strategy", plan.strategy),
         ("rounds", f"{plan.rounds}, {plan.per_round} of {len(plan.clients)} clients each"),
         ("training rows", f"{sum(sizes)} in all; {sizes[0]} to {sizes[-1]} per client"),
-        *((f"  {client}", f"{rows} to train on, {plan.own_test[client]} own test") for client, rows in
-          list(plan.clients.items())[:20]),
+        *(
+            (f"  {client}", f"{rows} to train on, {plan.own_test[client]} own test")
+            for client, rows in list(plan.clients.items())[:20]
+        ),
         ("common test set", f"{plan.common_test} rows"),
         ("trained parameters", f"{plan.trainable_parameters} on a base of {plan.base_parameters}"),
         ("bytes per round", f"{size(plan.bytes_up)} up, {size(plan.bytes_down)} down, all clients"),
         ("memory", size(plan.memory) + " (peak after one step)" if plan.memory else "unknown"),
-        ("time", f"about {duration(plan.seconds)} ({plan.seconds_per_step * 1000:.0f} ms a step, "
-                 f"{plan.steps:g} steps per client and round)"),
-    ]  # fmt: skip
+        (
+            "time",
+            f"about {duration(plan.seconds)} ({plan.seconds_per_step * 1000:.0f} ms a step, "
+            f"{plan.steps:g} steps per client and round)",
+        ),
+    ]
     for name, value in rows:
         table.add_row(name, value)
     return table

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from florana.aggregate.mix import Blocks, Coefficients, quadratic, target_square
+from florana.aggregate.blocks import Blocks, Coefficients, quadratic, target_square
 
 RELATIVE_CUT = 1e-10
 """Eigenvalues of N below this share of the largest count as zero."""

@@ -1,6 +1,6 @@
 """How far an aggregation fell from the true sum, and how far the best adapter of its rank would have fallen.
 
-    error = || target - s B_hat A_hat ||_F / || target ||_F          per module, and over all modules together
+    error = || target - s B_hat A_hat ||_F / || target ||_F          per module and over all modules
     optimum = sqrt(sum_{k > r} sigma_k(target)^2) / || target ||_F   (Eckart and Young, 1936)
 
 The difference is formed as one longer stack and measured by QR, so that small errors keep their digits.
@@ -28,7 +28,7 @@ class ModuleError:
 
 @dataclass(frozen=True)
 class AggregationError:
-    """`error` and `optimum` over all modules (root of summed squares over root of summed squares), and each module's."""
+    """`error` and `optimum` over all modules (roots of summed squares, divided), and each module's."""
 
     error: float
     optimum: float

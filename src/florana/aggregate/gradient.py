@@ -1,8 +1,8 @@
 """FLoRA-NA's coefficients by gradient descent, the published style, kept for comparison with `als`.
 
 Public code of this family fits one multiplier per client and side, started at 1 (so p = q = w), by AdamW with
-learning rate 1e-2 for 200 steps, cosine decay to 1e-4 over the first three quarters, weight decay 0.01, and keeps the best
-iterate. Here the loss is the relative squared Frobenius error of Equation 6, from the same r x r blocks as `als`.
+learning rate 1e-2 for 200 steps, cosine decay to 1e-4 over the first three quarters, weight decay 0.01, and keeps the
+best iterate. Here the loss is the relative squared Frobenius error of Equation 6, from the same r x r blocks as `als`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from florana.aggregate.mix import Blocks, Coefficients, quadratic, target_square
+from florana.aggregate.blocks import Blocks, Coefficients, quadratic, target_square
 
 FINAL_RATE = 1e-4
 

@@ -112,7 +112,11 @@ def require_finite(tensor: Tensor, where: str) -> None:
 
 
 def _same_names(
-    first: Contribution, part: Contribution, ours: Mapping[str, object], theirs: Mapping[str, object], kind: str
+    first: Contribution,
+    part: Contribution,
+    ours: Mapping[str, object],
+    theirs: Mapping[str, object],
+    kind: str,
 ) -> None:
     for name in ours.keys() - theirs.keys():
         raise InputError(f"client '{part.client}' lacks {kind} '{name}', which client '{first.client}' has")

@@ -20,34 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from florana.aggregate import inputs
+from florana.aggregate import als, inputs
+from florana.aggregate.blocks import Blocks, Coefficients, blocks_of
 from florana.factors import Adapter, Contribution, LoraFactors
-
-
-@dataclass(frozen=True, eq=False)
-class Blocks:
-    """The inner products of one module's directions, float64; index 0 is the base pair, 1..U the clients.
-
-    Args:
-        G: (U+1, U+1, r, r), G[i, j] = D_i^T D_j.
-        H: (U+1, U+1, r, r), H[i, j] = F_i F_j^T.
-        weights: (U,), summing to 1.
-        unit: what one unit of squared error of this module counts in a sum over modules.
-    """
-
-    G: Tensor
-    H: Tensor
-    weights: Tensor
-    unit: float = 1.0
-
-
-@dataclass(frozen=True, eq=False)
-class Coefficients:
-    """A solver's answer: p and q (U,), and the summed squared error at the start and after every step kept."""
-
-    p: Tensor
-    q: Tensor
-    history: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +51,7 @@ def per_model(blocks: Mapping[str, Blocks], solver: Solver) -> dict[str, Coeffic
 
 
 def mix(
-    parts: Sequence[Contribution], *, solver: Solver, fit: Fit = per_module, base: Adapter | None = None
+    parts: Sequence[Contribution], *, solver: Solver = als.solve, fit: Fit = per_module, base: Adapter | None = None
 ) -> Mixture:
     """The adapter B_hat, A_hat with fitted coefficients; extra tensors are averaged with the weights.
 
@@ -89,11 +64,10 @@ def mix(
     Raises:
         InputError: the contributions (or the base) do not fit together; client, module and shapes are named.
 
-    >>> from florana.aggregate import als
     >>> x = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 1.0)})
     >>> y = Adapter({"q": LoraFactors(3 * torch.ones(3, 1), 3 * torch.ones(1, 2), 1.0)})
     >>> both = [Contribution("x", x, 1), Contribution("y", y, 1)]
-    >>> pair = mix(both, solver=als.solve).adapter.modules["q"]
+    >>> pair = mix(both).adapter.modules["q"]
     >>> round(float((pair.B @ pair.A)[0, 0]), 4)  # (1 + 9) / 2; averaging the factors would give 4
     5.0
     """
@@ -114,7 +88,7 @@ def mix(
         directions[name] = (Ds, Fs, scaling, pairs[0].A.dtype)
 
     shares = torch.tensor(weights, dtype=torch.float64)
-    coefficients = fit({name: _blocks(Ds, Fs, shares) for name, (Ds, Fs, _, _) in directions.items()}, solver)
+    coefficients = fit({name: blocks_of(Ds, Fs, shares) for name, (Ds, Fs, _, _) in directions.items()}, solver)
     modules = {}
     for name, (Ds, Fs, scaling, dtype) in directions.items():
         found = coefficients[name]
@@ -122,42 +96,6 @@ def mix(
             B=_combine(Ds, found.p).to(dtype), A=_combine(Fs, found.q).to(dtype), scaling=scaling
         )
     return Mixture(Adapter(modules, inputs.average_extra(parts)), coefficients)
-
-
-def target_square(block: Blocks) -> Tensor:
-    """|| sum_u w_u B_u A_u ||^2 from the blocks; B_u = D_0 + D_u, A_u = F_0 + F_u. A scalar."""
-    G = block.G[0, 0] + block.G[:1, 1:] + block.G[1:, :1] + block.G[1:, 1:]  # (U, U, r, r): B_u^T B_v
-    H = block.H[0, 0] + block.H[:1, 1:] + block.H[1:, :1] + block.H[1:, 1:]
-    return torch.einsum("u,v,uvab,uvab->", block.weights, block.weights, G, H)
-
-
-def quadratic(G: Tensor, H: Tensor, weights: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """The error as a quadratic in one side's coefficients x, the other side's fixed: x^T M x - 2 x^T b + const.
-
-    Args:
-        G: blocks of the side that is free; H: blocks of the side that is fixed, both (U+1, U+1, r, r).
-        weights: (U,). other: (U+1,), the fixed side's coefficients, 1 for the base.
-
-    Returns:
-        M (U+1, U+1) with M_ij = <G_ij, S>, S = A_hat A_hat^T, and b (U+1,) with
-        b_i = sum_v w_v trace(D_i^T B_v A_v A_hat^T). For the other side swap G and H.
-    """
-    half = torch.einsum("j,ijab->iab", other, H)  # F_i A_hat^T, (U+1, r, r)
-    S = torch.einsum("i,iab->ab", other, half)
-    M = torch.einsum("ijab,ab->ij", G, S)
-    towards = weights[:, None, None] * (half[0] + half[1:])  # w_v A_v A_hat^T
-    b = torch.einsum("ivab,vba->i", G[:, :1] + G[:, 1:], towards)
-    return M, b
-
-
-def _blocks(Ds: Sequence[Tensor], Fs: Sequence[Tensor], weights: Tensor) -> Blocks:
-    count, rank = len(Ds), Ds[0].shape[1]
-    D = torch.cat([D_i.double() for D_i in Ds], dim=1)  # (out, (U+1) r)
-    F = torch.cat([F_i.double() for F_i in Fs], dim=0)  # ((U+1) r, in)
-    shape = (count, rank, count, rank)
-    G = (D.T @ D).reshape(shape).permute(0, 2, 1, 3)
-    H = (F @ F.T).reshape(shape).permute(0, 2, 1, 3)
-    return Blocks(G.contiguous(), H.contiguous(), weights)
 
 
 def _combine(directions: Sequence[Tensor], coefficients: Tensor) -> Tensor:

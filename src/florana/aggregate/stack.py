@@ -43,7 +43,5 @@ def combined(adapter: Adapter, residual: Adapter | None) -> Adapter:
     """An adapter and its frozen residual as one adapter of the added rank: what PEFT loads as a whole."""
     if residual is None:
         return adapter
-    modules = {
-        name: concatenate([pair, residual.modules[name]], [1.0, 1.0]) for name, pair in adapter.modules.items()
-    }
+    modules = {name: concatenate([pair, residual.modules[name]], [1.0, 1.0]) for name, pair in adapter.modules.items()}
     return Adapter(modules, adapter.extra)

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from florana import recipe as r
+from florana.recipe import Recipe
+from florana.recipe_file import check
 from florana.report.page import write_report
 from florana.run import Result, Setup, Show, execute, prepare
 
@@ -19,9 +20,9 @@ STRATEGIES = ("fedit", "flora-na", "best-rank", "oracle")
 CLIENTS, ROUNDS, STEPS = 6, 8, 8  # chosen for the clock: under 90 seconds on two cores
 
 
-def demo_recipe(strategy: str, rounds: int = ROUNDS, seed: int = 0) -> r.Recipe:
+def demo_recipe(strategy: str, rounds: int = ROUNDS, seed: int = 0) -> Recipe:
     """The demonstration's recipe; it runs as a TOML file too (see OUT/<strategy>/recipe.toml)."""
-    return r.check(
+    return check(
         {
             "title": "florana demo: topics of the Python standard library",
             "seed": seed,

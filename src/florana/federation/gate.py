@@ -19,7 +19,7 @@ MAX_EXAMPLES = 1_000_000_000
 """More training examples than this from one client is taken for nonsense."""
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818  (a verdict, not a fault)
     """Why a reply was not let through; the text is what the journal records."""
 
 

@@ -5,8 +5,8 @@
     RUN/adapter/                   the global adapter, as PEFT loads it
 
 A round is committed by one rename, of its finished and flushed checkpoint folder. What follows it (the line in
-rounds.jsonl, the adapter folder, removing older checkpoints) is repeated from the checkpoint when a run resumes, so a kill
-between any two steps loses nothing.
+rounds.jsonl, the adapter folder, removing older checkpoints) is repeated from the checkpoint when a run resumes, so a
+kill between any two steps loses nothing.
 """
 
 from __future__ import annotations

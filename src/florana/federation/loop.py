@@ -96,9 +96,7 @@ def _one_round(
     show(Event("round", round_, detail=str(len(chosen))))
     payloads = {client: strategy.brief(state, client) for client in chosen}
     briefs = _briefs(payloads, round_, federation)
-    expected = Expected(
-        round_, {client: payload.adapter for client, payload in payloads.items()}, federation.examples
-    )
+    expected = Expected(round_, {client: payload.adapter for client, payload in payloads.items()}, federation.examples)
     collected = _collect(engine.fit(briefs), expected, show)
     updates = sorted(collected.updates, key=lambda update: update.client)
     if len(updates) < max(1, federation.minimum):
@@ -114,9 +112,7 @@ def _one_round(
     started = time.perf_counter()
     outcome = strategy.step(state, parts)
     server_seconds = time.perf_counter() - started
-    error = measure(
-        parts, outcome.state.adapter, residual_before=state.residual, residual_after=outcome.state.residual
-    )
+    error = measure(parts, outcome.state.adapter, residual_before=state.residual, residual_after=outcome.state.residual)
     record = RoundRecord(
         round=round_,
         strategy=strategy.name,

@@ -8,11 +8,14 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from florana.report.views import RunView
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+EXACT = 1e-6
+"""Below this relative error an aggregation is exact to the rounding of float32."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 STYLE = {
     "svg.fonttype": "none",
@@ -40,45 +43,71 @@ def learning_curves(runs: Sequence[RunView]) -> str:
             _line(axes, series, index, run.name)
         if runs[0].start is not None:
             axes.axhline(runs[0].start, color="#666666", linestyle=":", linewidth=1)
-            axes.annotate("starting model", (0.99, runs[0].start), xycoords=("axes fraction", "data"),
-                          ha="right", va="bottom", color="#666666", fontsize=9)  # fmt: skip
+            axes.annotate(
+                "starting model",
+                (0.99, runs[0].start),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="bottom",
+                color="#666666",
+                fontsize=9,
+            )
         axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(f"{runs[0].score} on the common test set")
         _legend(axes, len(runs))
         return _svg(figure)
 
 
+def is_exact(run: RunView) -> bool:
+    """Whether every aggregation of the run was exact to rounding: nothing to draw."""
+    return all((record.error["overall"] or 0.0) < EXACT for record in run.records)
+
+
 def error_curves(runs: Sequence[RunView]) -> str:
-    """Relative aggregation error by round, log scale; hollow and dashed: the optimum at that rank."""
-    floor = 1e-8
+    """Relative aggregation error by round, log scale; dashed: the optimum at that rank. Exact runs are left out."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.0), layout="constrained")
         axes = figure.subplots()
         for index, run in enumerate(runs):
-            error = [(r.round, max(r.error["overall"] or 0.0, floor)) for r in run.records]
-            best = [(r.round, max(r.error["optimum"] or 0.0, floor)) for r in run.records]
+            if is_exact(run):
+                continue
+            error = [(r.round, max(r.error["overall"] or 0.0, EXACT)) for r in run.records]
+            best = [(r.round, max(r.error["optimum"] or 0.0, EXACT)) for r in run.records]
             _line(axes, error, index, run.name)
             axes.plot(*zip(*best, strict=True), color=COLOURS[index % 8], linestyle="--", linewidth=1, alpha=0.7)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("relative error of the aggregation")
         _legend(axes, len(runs))
         return _svg(figure)
 
 
-def error_by_module(run: RunView) -> str:
-    """Relative aggregation error of every module (rows) in every round (columns)."""
+def error_by_module(run: RunView, top: float) -> str:
+    """Relative aggregation error of every module (rows) in every round (columns); `top` is the scale's end."""
     modules = list(run.records[-1].error["per_module"])
     values = [[r.error["per_module"][m]["error"] or 0.0 for r in run.records] for m in modules]
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(7.2, 1.1 + 0.2 * len(modules)), layout="constrained")
         axes = figure.subplots()
-        image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0.0, interpolation="nearest")
+        image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0.0, vmax=top, interpolation="nearest")
         axes.set_xticks(*_ticks([r.round for r in run.records]))
         axes.set_yticks(range(len(modules)), [_short(name) for name in modules], fontsize=8)
         axes.set_xlabel("round")
         figure.colorbar(image, ax=axes, label="relative error")
         return _svg(figure)
+
+
+def largest_module_error(runs: Sequence[RunView]) -> float:
+    """The common end of the scale of the runs' module pictures."""
+    return max(
+        (m["error"] or 0.0 for run in runs for r in run.records for m in r.error["per_module"].values()),
+        default=1.0,
+    )
 
 
 def bytes_against_score(runs: Sequence[RunView]) -> str:
@@ -108,8 +137,15 @@ def partition(run: RunView) -> str:
             left = [0] * len(names)
             for index, label in enumerate(labels):
                 counts = [clients[name]["per_label"][index] for name in names]
-                axes.barh(names, counts, left=left, label=str(label), color=_shade(index, len(labels)),
-                          edgecolor="white", linewidth=0.5)  # fmt: skip
+                axes.barh(
+                    names,
+                    counts,
+                    left=left,
+                    label=str(label),
+                    color=_shade(index, len(labels)),
+                    edgecolor="white",
+                    linewidth=0.5,
+                )
                 left = [a + b for a, b in zip(left, counts, strict=True)]
             columns = min(len(labels), 4)
             figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
@@ -122,8 +158,14 @@ def partition(run: RunView) -> str:
 
 def _line(axes: Any, series: Sequence[tuple[float, float]], index: int, name: str) -> None:
     if series:
-        axes.plot(*zip(*series, strict=True), color=COLOURS[index % 8], marker=MARKERS[index % 8],
-                  markersize=5, linewidth=1.6, label=name)  # fmt: skip
+        axes.plot(
+            *zip(*series, strict=True),
+            color=COLOURS[index % 8],
+            marker=MARKERS[index % 8],
+            markersize=5,
+            linewidth=1.6,
+            label=name,
+        )
 
 
 def _legend(axes: Any, count: int) -> None:
@@ -141,10 +183,10 @@ def _shade(index: int, count: int) -> Any:
 
 
 def _short(module: str) -> str:
-    """The last, telling parts of a module's name: `encoder.layer.3.attention.self.query` -> `3.self.query`."""
+    """A module's name from its layer's number on: `encoder.layer.3.self.query` -> `3.self.query`."""
     parts = module.split(".")
-    numbers = [part for part in parts if part.isdigit()]
-    return ".".join([*numbers[-1:], *parts[-2:]])
+    first = max((place for place, part in enumerate(parts) if part.isdigit()), default=max(len(parts) - 2, 0))
+    return ".".join(parts[first:])
 
 
 def _svg(figure: Figure) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.resources
 import json
 import re
@@ -65,29 +66,50 @@ def _pictures(runs: Sequence[RunView]) -> list[Picture]:
     score = runs[0].score
     pictures = []
     if any(run.scores("global") for run in runs):
-        pictures.append(Picture("Learning", f"The global model's {score} on the common test set, round by round.",
-                                figures.learning_curves(runs)))  # fmt: skip
-    pictures.append(
-        Picture("Aggregation error", "How far the server's adapter is from the true average of the clients' updates, "
-                "relative. Dashed: the best any adapter of that rank could do. Values below 1e-8 are drawn at 1e-8.",
-                figures.error_curves(runs))  # fmt: skip
-    )
+        pictures.append(
+            Picture(
+                "Learning",
+                f"The global model's {score} on the common test set, round by round.",
+                figures.learning_curves(runs),
+            )
+        )
+    inexact = [run for run in runs if not figures.is_exact(run)]
+    exact = ", ".join(run.name for run in runs if figures.is_exact(run))
+    if inexact:
+        pictures.append(
+            Picture(
+                "Aggregation error",
+                "How far the server's adapter is from the true average of the clients' updates, relative. "
+                "Dashed: the best any adapter of that rank could do."
+                + (f" Exact, so not drawn: {exact}." if exact else ""),
+                figures.error_curves(runs),
+            )
+        )
     if any(run.scores("global") for run in runs):
-        pictures.append(Picture("Bytes against score", "What each strategy had sent when it reached a score. Up and down, "
-                                "all clients, as serialised.", figures.bytes_against_score(runs)))  # fmt: skip
+        pictures.append(
+            Picture(
+                "Bytes against score",
+                "What each strategy had sent when it reached a score. Up and down, all clients, as serialised.",
+                figures.bytes_against_score(runs),
+            )
+        )
     pictures.append(Picture("Who holds what", "Training rows per client.", figures.partition(runs[0])))
+    top = figures.largest_module_error(inexact)
     pictures += [
-        Picture(f"Error by module: {run.name}", "Relative aggregation error of each adapted module in each round.",
-                figures.error_by_module(run))
-        for run in runs
-    ]  # fmt: skip
+        Picture(
+            f"Error by module: {run.name}",
+            "Relative aggregation error of each adapted module in each round; one scale for all runs.",
+            figures.error_by_module(run, top),
+        )
+        for run in inexact
+    ]
     return pictures
 
 
 def _unique(picture: Picture, index: int) -> Picture:
     """Ids inside an SVG are shared by the whole page: give each picture its own."""
     svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>f{index}-", picture.svg)
-    label = jinja2.filters.escape(f"{picture.title}. {picture.caption}")
+    label = html.escape(f"{picture.title}. {picture.caption}")
     return Picture(picture.title, picture.caption, svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
 
 
@@ -97,21 +119,28 @@ def _settings(recipe: Any) -> list[tuple[str, str]]:
     return [
         ("Task", recipe["task"]),
         ("Base model", Path(model["base"]).name if model["base"].startswith("/") else model["base"]),
-        ("LoRA", f"rank {model['rank']}, alpha {model['alpha']:g}{', rsLoRA' if model['rslora'] else ''}, on "
-         + (model["target_modules"] if isinstance(model["target_modules"], str) else ", ".join(model["target_modules"]))),
+        (
+            "LoRA",
+            f"rank {model['rank']}, alpha {model['alpha']:g}{', rsLoRA' if model['rslora'] else ''}, on "
+            + (
+                model["target_modules"]
+                if isinstance(model["target_modules"], str)
+                else ", ".join(model["target_modules"])
+            ),
+        ),
         ("Head", "averaged by the server" if model["head"] == "average" else "kept by each client"),
         ("Data", Path(data["train"]).name),
         ("Partition", parts["kind"] + (f", alpha {parts['alpha']:g}" if parts["kind"] == "dirichlet" else "")),
         ("Local training", f"{length} of {train['batch_size']} rows, learning rate {train['learning_rate']:g}"),
         ("Weights", "by number of examples" if rounds["weighting"] == "examples" else "uniform"),
         ("Seed", str(recipe["seed"])),
-    ]  # fmt: skip
+    ]
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A figure with four digits, or a dash where there is none."""
+    """A figure with four digits, or a hyphen where there is none."""
     if value is None:
-        return "–"
+        return "-"
     return f"{value:.{digits}f}" if abs(value) >= 1e-4 or value == 0 else f"{value:.1e}"
 
 

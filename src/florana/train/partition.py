@@ -33,8 +33,9 @@ class Share:
     test: tuple[int, ...]
 
 
-def deal(table: datasets.Dataset, settings: r.Partition, label: str | None, lengths: Sequence[int], seed: int
-         ) -> dict[str, Share]:  # fmt: skip
+def deal(
+    table: datasets.Dataset, settings: r.Partition, label: str | None, lengths: Sequence[int], seed: int
+) -> dict[str, Share]:
     """Client name -> its rows; every row goes to exactly one client. The same arguments give the same shares.
 
     Args:
@@ -49,7 +50,9 @@ def deal(table: datasets.Dataset, settings: r.Partition, label: str | None, leng
     if settings.kind in ("dirichlet", "pathological", "column"):
         assert by is not None
         if by not in table.column_names:
-            raise InputError(f"partition.by: there is no column '{by}'", fix=f"columns: {', '.join(table.column_names)}")
+            raise InputError(
+                f"partition.by: there is no column '{by}'", fix=f"columns: {', '.join(table.column_names)}"
+            )
         keys = keys.add_column("key", [str(value) for value in table[by]])
     if settings.kind == "length":
         assert settings.clients is not None
@@ -95,7 +98,7 @@ def _share(rows: list[int], settings: r.Partition, client: str, seed: int) -> Sh
             f"client '{client}' gets {len(rows)} rows, fewer than partition.smallest = {settings.smallest}",
             fix="fewer clients, more rows, a larger partition.alpha, or a smaller partition.smallest",
         )
-    own_test = min(int(round(settings.holdout * len(rows))), len(rows) - 1)
+    own_test = min(round(settings.holdout * len(rows)), len(rows) - 1)
     order = np.random.default_rng(derive(seed, "holdout", client)).permutation(sorted(rows))
     return Share(
         train=tuple(sorted(int(row) for row in order[own_test:])),
@@ -110,14 +113,23 @@ def _partitioner(settings: r.Partition, seed: int) -> Partitioner:
             return IidPartitioner(num_partitions=clients)
         case "dirichlet":
             return DirichletPartitioner(
-                num_partitions=clients, partition_by="key", alpha=settings.alpha,
-                min_partition_size=settings.smallest, self_balancing=False, shuffle=True, seed=seed,
-            )  # fmt: skip
+                num_partitions=clients,
+                partition_by="key",
+                alpha=settings.alpha,
+                min_partition_size=settings.smallest,
+                self_balancing=False,
+                shuffle=True,
+                seed=seed,
+            )
         case "pathological":
             return PathologicalPartitioner(
-                num_partitions=clients, partition_by="key", num_classes_per_partition=settings.classes,
-                class_assignment_mode="deterministic", shuffle=True, seed=seed,
-            )  # fmt: skip
+                num_partitions=clients,
+                partition_by="key",
+                num_classes_per_partition=settings.classes,
+                class_assignment_mode="deterministic",
+                shuffle=True,
+                seed=seed,
+            )
         case "column" | "length":
             return NaturalIdPartitioner(partition_by="key")
         case "linear":

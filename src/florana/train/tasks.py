@@ -32,31 +32,40 @@ def encode_classes(
     encoded = tokenizer(*columns, truncation=True, max_length=length)
     ids = encoded["input_ids"]
     kinds = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
-    return [
-        Example(tuple(row), tuple(kind), (label,)) for row, kind, label in zip(ids, kinds, classes, strict=True)
-    ]
+    return [Example(tuple(row), tuple(kind), (label,)) for row, kind, label in zip(ids, kinds, classes, strict=True)]
 
 
 def encode_language(texts: Sequence[tuple[str, ...]], tokenizer: Any, length: int) -> list[Example]:
-    """Texts for next-token prediction, an end token after each. Of a pair, only the second part counts in the loss."""
+    """Texts for next-token prediction, an end token after each. Of a pair, only the second part counts in the loss.
+
+    A text longer than `length` tokens is cut at its end; of a pair, the prompt first loses its beginning, down to half
+    of the length, so that there is always something to predict.
+
+    Raises:
+        InputError: a text without a single token to predict.
+    """
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     examples = []
-    for parts in texts:
+    for row, parts in enumerate(texts):
         pieces = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
-        ids = begin + [token for piece in pieces for token in piece] + end
-        skipped = len(begin) + (len(pieces[0]) if len(pieces) == 2 else 0)
+        prompt = pieces[0] if len(pieces) == 2 else []
+        room = length - len(begin)
+        answer = (pieces[-1] + end)[: room - min(len(prompt), room // 2)]
+        prompt = prompt[max(0, len(prompt) + len(answer) - room) :]
+        ids = begin + prompt + answer
+        skipped = max(len(begin) + len(prompt), 1)  # the first token has nothing before it
         labels = [IGNORED] * skipped + ids[skipped:]
-        examples.append(Example(tuple(ids[:length]), (0,) * min(len(ids), length), tuple(labels[:length])))
-    if all(label == IGNORED for example in examples for label in example.labels):
-        raise InputError(
-            "no token counts in the loss: every prompt alone fills data.max_length", fix="raise data.max_length"
-        )
+        if len(ids) <= skipped:
+            raise InputError(
+                f"text {row} has no token to predict: {' | '.join(parts)[:60]!r}", fix="remove the rows without text"
+            )
+        examples.append(Example(tuple(ids), (0,) * len(ids), tuple(labels)))
     return examples
 
 
 def collate(examples: Sequence[Example], padding: int, device: torch.device) -> dict[str, Tensor]:
-    """A batch, padded on the right to its longest row: input_ids, attention_mask, token_type_ids (batch, time), labels."""
+    """A batch, padded on the right to its longest row: input_ids, attention_mask, token_type_ids (batch, time)."""
     width = max(len(example.ids) for example in examples)
 
     def padded(rows: Sequence[tuple[int, ...]], fill: int) -> Tensor:

@@ -1,0 +1,77 @@
+"""florana: federated LoRA fine-tuning whose server step adds up.
+
+The names below are loaded when first used, so that `import florana` and `florana --help` stay fast.
+
+>>> import florana
+>>> florana.best_rank.__module__
+'florana.aggregate.project'
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from florana.adapter_files import AdapterCard, read_adapter, write_adapter
+    from florana.aggregate.error import AggregationError, measure
+    from florana.aggregate.mean import mean
+    from florana.aggregate.mix import mix
+    from florana.aggregate.project import best_rank
+    from florana.aggregate.stack import stack
+    from florana.errors import FederationError, FloranaError, InputError, RecipeError
+    from florana.factors import Adapter, Contribution, LoraFactors
+    from florana.recipe import Recipe
+    from florana.recipe_file import read_recipe
+    from florana.report.page import write_report
+    from florana.run import execute, prepare
+
+_HOME = {
+    "florana.adapter_files": ("AdapterCard", "read_adapter", "write_adapter"),
+    "florana.aggregate.error": ("AggregationError", "measure"),
+    "florana.aggregate.mean": ("mean",),
+    "florana.aggregate.mix": ("mix",),
+    "florana.aggregate.project": ("best_rank",),
+    "florana.aggregate.stack": ("stack",),
+    "florana.errors": ("FederationError", "FloranaError", "InputError", "RecipeError"),
+    "florana.factors": ("Adapter", "Contribution", "LoraFactors"),
+    "florana.recipe": ("Recipe",),
+    "florana.recipe_file": ("read_recipe",),
+    "florana.report.page": ("write_report",),
+    "florana.run": ("execute", "prepare"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "Adapter",
+    "AdapterCard",
+    "AggregationError",
+    "Contribution",
+    "FederationError",
+    "FloranaError",
+    "InputError",
+    "LoraFactors",
+    "Recipe",
+    "RecipeError",
+    "best_rank",
+    "execute",
+    "mean",
+    "measure",
+    "mix",
+    "prepare",
+    "read_adapter",
+    "read_recipe",
+    "stack",
+    "write_adapter",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(_MODULE_OF[name]), name)
+    raise AttributeError(f"module 'florana' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,119 @@
+"""A federation without models, for tests of the loop: clients that answer with seeded noise on what they were sent."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from florana.adapter_files import AdapterCard
+from florana.factors import Adapter, LoraFactors
+from florana.federation.journal import Journal
+from florana.federation.loop import Event, Federation, by_examples, run_rounds
+from florana.federation.messages import Brief, Failure, Reply, pack, unpack
+from florana.strategy import STRATEGIES
+from florana.strategy.base import Payload, State
+
+CARD = AdapterCard("base", "SEQ_CLS", ("q",), ("head",))
+CLIENTS = [f"client-{u}" for u in range(5)]
+
+
+def first_adapter() -> Adapter:
+    """Two non-square modules of rank 2 with scaling 1.5, and a head; B is zero, as PEFT starts it."""
+    generator = torch.Generator().manual_seed(0)
+    modules = {
+        name: LoraFactors(B=torch.zeros(out, 2), A=torch.randn(2, into, generator=generator), scaling=1.5)
+        for name, (out, into) in {"layer.0.q": (6, 9), "layer.1.q": (8, 5)}.items()
+    }
+    return Adapter(modules, {"head.weight": torch.zeros(3, 4)})
+
+
+def noisy(brief: Brief) -> Reply:
+    """What a client answers: the adapter it was sent plus noise of its own seed."""
+    adapter = unpack(brief.payload, first_adapter().scalings).adapter
+    generator = torch.Generator().manual_seed(brief.seed)
+    moved = {
+        name: LoraFactors(
+            B=pair.B + 0.1 * torch.randn(pair.B.shape, generator=generator),
+            A=pair.A + 0.1 * torch.randn(pair.A.shape, generator=generator),
+            scaling=pair.scaling,
+        )
+        for name, pair in adapter.modules.items()
+    }
+    answer = Adapter(moved, {name: tensor + 1 for name, tensor in adapter.extra.items()})
+    examples = 10 * (1 + int(brief.client[-1]))
+    return Reply(brief.client, brief.round, examples, {"train_loss": 1.0}, pack(Payload(answer)), 0.01)
+
+
+class FakeEngine:
+    """Answers each brief by a function; keeps a counter per client as its memory."""
+
+    def __init__(
+        self,
+        answer: Callable[[Brief], Sequence[Reply | Failure]] = lambda brief: [noisy(brief)],
+        memories: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        self.answer = answer
+        self._memories = dict(memories or {})
+
+    def fit(self, briefs: Sequence[Brief]) -> Iterator[Reply | Failure]:
+        for brief in briefs:
+            seen = self._memories.get(brief.client, {}).get("rounds", torch.zeros(1))
+            self._memories[brief.client] = {"rounds": seen + 1}
+            yield from self.answer(brief)
+
+    def memories(self) -> Mapping[str, Mapping[str, Tensor]]:
+        return self._memories
+
+
+def federation(rounds: int, minimum: int = 1) -> Federation:
+    return Federation(
+        clients=CLIENTS,
+        rounds=rounds,
+        per_round=3,
+        seed=7,
+        weights=by_examples,
+        evaluate=None,
+        measured=lambda round_: True,
+        personal=lambda round_: False,
+        minimum=minimum,
+    )
+
+
+def run(
+    folder: Path,
+    strategy: str,
+    rounds: int,
+    answer: Callable[[Brief], Sequence[Reply | Failure]] = lambda brief: [noisy(brief)],
+    minimum: int = 1,
+    show: Callable[[Event], None] = lambda event: None,
+) -> State:
+    """Run, or continue, a fake federation in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    journal = Journal(folder, CARD)
+    last, _ = journal.recover()
+    chosen = STRATEGIES[strategy]()
+    state = last.state if last else chosen.init(first_adapter())
+    engine = FakeEngine(answer, last.memories if last else None)
+    return run_rounds(chosen, state, engine, federation(rounds, minimum), journal, show)
+
+
+def main() -> None:
+    """`python -m tests.federation FOLDER STRATEGY ROUNDS`: says `ready`, then runs; the kill tests kill it."""
+    torch.set_num_threads(1)
+    print("ready", flush=True)
+
+    def slow(brief: Brief) -> list[Reply | Failure]:
+        time.sleep(0.002)
+        return [noisy(brief)]
+
+    run(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), slow)
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
