@@ -50,10 +50,8 @@ def test_the_readings_of_flora_na_differ() -> None:
     for combine in ("factors", "updates"):
         for scope in ("module", "model"):
             strategy = STRATEGIES["flora-na"](combine=combine, scope=scope)
-            start = Adapter(
-                {n: LoraFactors(p.B * 0.5, p.A * 0.5, p.scaling) for n, p in case.parts[0].adapter.modules.items()},
-                case.parts[0].adapter.extra,
-            )
+            # A base outside the clients' span: inside it, factors and updates mix the same set.
+            start = make_case(9, 1, 2, [(7, 12), (12, 7)]).parts[0].adapter
             answers.append(dense(strategy.step(strategy.init(start), case.parts).state.adapter, "layer.0.q"))
     for i in range(4):
         for j in range(i):

@@ -114,7 +114,7 @@ def _read_file(path: Path) -> pd.DataFrame:
     readers: dict[str, Any] = {
         ".csv": lambda: pd.read_csv(path, encoding="utf-8-sig"),
         ".tsv": lambda: pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, encoding="utf-8-sig"),
-        ".jsonl": lambda: pd.read_json(path, lines=True, dtype=False, convert_dates=False),
+        ".jsonl": lambda: pd.read_json(path, lines=True, dtype=False),
         ".json": lambda: _read_json(path),
         ".parquet": lambda: pd.read_parquet(path),
     }
@@ -133,7 +133,7 @@ def _read_file(path: Path) -> pd.DataFrame:
 
 def _read_json(path: Path) -> pd.DataFrame:
     """A list of objects, or an object of objects keyed by an id (which is dropped)."""
-    frame = pd.read_json(path, dtype=False, convert_dates=False, orient=None)
+    frame = pd.read_json(path, dtype=False)
     listed = isinstance(frame, pd.DataFrame) and frame.shape[1] > frame.shape[0]
     return frame.T.reset_index(drop=True).infer_objects() if listed else frame
 

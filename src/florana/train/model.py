@@ -5,10 +5,11 @@ However many clients there are, there is one Workbench, and so one copy of the b
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ class Workbench:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         if settings.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            with _renamings_ignored():
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.enable_input_require_grads()
         self._layers = _lora_layers(self.model)
         self._extra = _whole_parameters(self.model)
@@ -242,9 +244,7 @@ def _with_lora(base: Any, settings: r.Model, task: str) -> Any:
                     fix=nearest(target, linear) if linear else "",
                 )
     try:
-        with warnings.catch_warnings():
-            # PEFT 0.21 reads a property that Transformers 5.23 has renamed.
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        with _renamings_ignored():
             return get_peft_model(base, config)
     except ValueError as error:
         raise InputError(
@@ -252,6 +252,14 @@ def _with_lora(base: Any, settings: r.Model, task: str) -> Any:
             why=str(error).splitlines()[0],
             fix=f"choose model.target_modules among {', '.join(linear)}",
         ) from None
+
+
+@contextlib.contextmanager
+def _renamings_ignored() -> Iterator[None]:
+    """Transformers 5.23 warns of names that it will drop in version 6 and that PEFT 0.21 still uses."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        yield
 
 
 def _lora_layers(model: Any) -> dict[str, Any]:

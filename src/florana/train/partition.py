@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -64,7 +65,8 @@ def deal(
     partitioner = _partitioner(settings, derive(seed, "partition") % 2**31)
     partitioner.dataset = keys
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a bar over a loop of milliseconds
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():  # a bar over a loop of milliseconds
+            warnings.simplefilter("ignore", UserWarning)  # of its own retries; what it ends with is checked below
             count = partitioner.num_partitions
             rows = [[int(row) for row in partitioner.load_partition(index)["row"]] for index in range(count)]
     except (ValueError, KeyError, IndexError) as error:

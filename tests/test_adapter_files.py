@@ -1,0 +1,204 @@
+"""Adapter folders: what florana writes PEFT loads with the same outputs, and the other way; damage is named."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from florana.adapter_files import CONFIG, WEIGHTS, AdapterCard, read_adapter, write_adapter
+from florana.aggregate.stack import stack
+from florana.errors import InputError
+from florana.factors import Adapter, Contribution, LoraFactors
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+MODELS: dict[str, Any] = {
+    "bert": lambda: BertForSequenceClassification(
+        BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    ),
+    "gpt2 (Conv1D)": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=16, n_layer=2, n_head=2, n_positions=32)),
+    "llama (grouped keys)": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=30,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=24,
+        )
+    ),
+}
+TARGETS = {
+    "bert": ["query", "intermediate.dense"],
+    "gpt2 (Conv1D)": ["c_attn", "c_fc"],
+    "llama (grouped keys)": ["k_proj", "down_proj"],
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 3, "lora_alpha": 7},
+    "rslora": {"r": 4, "lora_alpha": 5, "use_rslora": True},
+    "patterns": {"r": 3, "lora_alpha": 6, "rank_pattern": {"layer.1": 2}, "alpha_pattern": {"query": 5}},
+}
+
+
+def base(kind: str) -> Any:
+    torch.manual_seed(0)
+    return MODELS[kind]().eval()
+
+
+def with_adapter(kind: str, settings: dict[str, Any], seed: int) -> Any:
+    """A PEFT model with random, non-zero factors."""
+    settings = dict(settings)
+    if settings.get("rank_pattern"):  # a pattern that meets modules of every family
+        settings["rank_pattern"] = {rf".*1.*{TARGETS[kind][0]}": 2}
+        settings["alpha_pattern"] = {TARGETS[kind][1]: 5}
+    config = LoraConfig(
+        target_modules=TARGETS[kind],
+        fan_in_fan_out="gpt2" in kind,
+        modules_to_save=["classifier"] if kind == "bert" else None,
+        **settings,
+    )
+    model = get_peft_model(base(kind), config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.arange(1, 13).reshape(2, 6)
+    with torch.no_grad():
+        output: torch.Tensor = model(input_ids=ids).logits
+    return output
+
+
+@pytest.mark.parametrize("settings", CONFIGS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_peft_to_florana_to_peft_gives_the_same_outputs(kind: str, settings: str, tmp_path: Path) -> None:
+    model = with_adapter(kind, CONFIGS[settings], seed=1)
+    model.save_pretrained(tmp_path / "peft")
+    adapter, card = read_adapter(tmp_path / "peft")
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            assert adapter.modules[name.removeprefix("base_model.model.")].scaling == module.scaling["default"]
+    write_adapter(tmp_path / "ours", adapter, card)
+    again = PeftModel.from_pretrained(base(kind), tmp_path / "ours").eval()
+    assert torch.equal(logits(again), logits(model))
+    assert not torch.allclose(logits(again), logits(base(kind)), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_exact_stack_gives_the_weighted_sum_of_the_models_own_deltas(kind: str, tmp_path: Path) -> None:
+    """Against PEFT's own delta weights, both weight layouts: the merged model's weights are base + sum w_u delta_u."""
+    parts, deltas, weights = [], [], [0.25, 0.75]
+    for seed, weight, settings in zip((1, 2), weights, ("plain", "rslora"), strict=True):
+        model = with_adapter(kind, CONFIGS[settings], seed)
+        model.save_pretrained(tmp_path / str(seed))
+        adapter, card = read_adapter(tmp_path / str(seed))
+        parts.append(Contribution(str(seed), Adapter(adapter.modules), weight))
+        deltas.append(
+            {
+                name.removeprefix("base_model.model."): module.get_delta_weight("default").detach()
+                for name, module in model.named_modules()
+                if hasattr(module, "get_delta_weight") and module.scaling
+            }
+        )
+    merged = stack(parts)
+    plain_card = AdapterCard(card.base_model, None, card.target_modules, fan_in_fan_out=card.fan_in_fan_out)
+    write_adapter(tmp_path / "merged", merged, plain_card)
+    loaded = PeftModel.from_pretrained(base(kind), tmp_path / "merged").merge_and_unload()
+    for name in merged.modules:
+        wanted = base(kind).get_submodule(name).weight + sum(w * d[name] for w, d in zip(weights, deltas, strict=True))
+        assert torch.allclose(loaded.get_submodule(name).weight, wanted, atol=1e-5)
+
+
+def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
+    card = AdapterCard("b", "CAUSAL_LM", ("z", "a"), ("head",))
+    adapter = Adapter({n: LoraFactors(torch.ones(4, 2), torch.ones(2, 3), 1.5) for n in ("b", "a")})
+    for folder in ("x", "y"):
+        write_adapter(tmp_path / folder, adapter, card)
+    for name in (WEIGHTS, CONFIG):
+        assert (tmp_path / "x" / name).read_bytes() == (tmp_path / "y" / name).read_bytes()
+    assert not list((tmp_path / "x").glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("use_dora", True), ("bias", "all"), ("lora_bias", True), ("peft_type", "IA3"), ("r", 0), ("lora_alpha", "x"),
+     ("rank_pattern", {"q": -1}), ("r", 3), ("rank_pattern", {"(": 2})],
+)  # fmt: skip
+def test_what_is_no_plain_product_or_does_not_fit_is_refused_by_name(key: str, value: object, tmp_path: Path) -> None:
+    adapter = Adapter({"q": LoraFactors(torch.ones(4, 2), torch.ones(2, 3), 1.0)})
+    write_adapter(tmp_path, adapter, AdapterCard("b", None, ("q",)))
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {key: value}))
+    with pytest.raises(InputError) as caught:
+        read_adapter(tmp_path)
+    assert caught.value.exit_code == 3
+
+
+def test_a_thousand_damaged_files_are_named_or_harmless(tmp_path: Path) -> None:
+    """Every mutation is refused with an InputError, or leaves a well-formed, finite adapter of the right shapes."""
+    adapter = Adapter({n: LoraFactors(torch.randn(4, 2), torch.randn(2, 3), 1.0) for n in ("q", "v")})
+    write_adapter(tmp_path, adapter, AdapterCard("b", None, ("q", "v")))
+    whole = {name: (tmp_path / name).read_bytes() for name in (WEIGHTS, CONFIG)}
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(1000):
+        name = rng.choice([WEIGHTS, CONFIG])
+        content = bytearray(whole[name])
+        match rng.randrange(4):
+            case 0:
+                content = content[: rng.randrange(len(content))]
+            case 1:
+                content[rng.randrange(len(content))] = rng.randrange(256)
+            case 2:
+                place = rng.randrange(len(content))
+                content[place:place] = rng.randbytes(rng.randint(1, 9))
+            case _:
+                place = rng.randrange(len(content))
+                del content[place : place + rng.randint(1, 9)]
+        (tmp_path / name).write_bytes(bytes(content))
+        try:
+            read, _ = read_adapter(tmp_path)
+        except InputError:
+            refused += 1
+        else:
+            assert all(torch.isfinite(tensor).all() for tensor in read.tensors().values())
+        (tmp_path / name).write_bytes(whole[name])
+    assert refused > 500
+
+
+@pytest.mark.parametrize("missing", [WEIGHTS, CONFIG])
+def test_a_missing_file_is_named(missing: str, tmp_path: Path) -> None:
+    write_adapter(
+        tmp_path, Adapter({"q": LoraFactors(torch.ones(4, 2), torch.ones(2, 3), 1.0)}), AdapterCard("b", None, ("q",))
+    )
+    (tmp_path / missing).unlink()
+    with pytest.raises(InputError, match=missing):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.shared
+def test_the_real_client_adapters_are_read(shared: Path) -> None:
+    adapter, card = read_adapter(shared / "client_adapters" / "minilm-agnews-r8" / "client-0")
+    assert len(adapter.modules) == 12
+    assert {pair.shape for pair in adapter.modules.values()} == {(384, 384)}
+    assert set(adapter.scalings.values()) == {2.0}
+    assert set(adapter.extra) == {"classifier.weight", "classifier.bias"}
+    assert card.task_type == "SEQ_CLS"

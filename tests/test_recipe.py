@@ -1,0 +1,147 @@
+"""Recipes: closed to misspelt keys, combinations checked, overrides parsed, resolved text runs again."""
+
+from __future__ import annotations
+
+import copy
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from florana.errors import RecipeError
+from florana.recipe_file import check, differences, read_recipe, resolve
+from tests.conftest import ROOT
+
+BASE: dict[str, Any] = {
+    "task": "sequence-classification",
+    "model": {"base": "some/model"},
+    "data": {"train": "train.csv", "label": "label"},
+    "partition": {"kind": "dirichlet", "clients": 4},
+    "train": {"steps": 2},
+    "strategy": {"name": "fedit"},
+}
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    table = copy.deepcopy(BASE)
+    *folders, last = path.split(".")
+    inner = table
+    for name in folders:
+        inner = inner.setdefault(name, {})
+    if value is None:
+        del inner[last]
+    else:
+        inner[last] = value
+    return table
+
+
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [
+        ("model.rnak", "rank"),
+        ("model.target_module", "target_modules"),
+        ("train.learning_rat", "learning_rate"),
+        ("train.batchsize", "batch_size"),
+        ("federation.round", "rounds"),
+        ("federation.client_per_round", "clients_per_round"),
+        ("partition.alhpa", "alpha"),
+        ("evaluate.evry", "every"),
+        ("sede", "seed"),
+        ("strategey", "strategy"),
+        ("data.lable", "label"),
+    ],
+)
+def test_a_misspelt_key_names_the_nearest_right_one(path: str, nearest: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check(changed(path, 1), "r.toml")
+    assert f"unknown key '{path}': did you mean '{nearest}'?" in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model.rank", 0, "greater than or equal to 1"),
+        ("model.rank", "eight", "valid integer"),
+        ("model.alpha", -1, "greater than 0"),
+        ("task", "regression", "'sequence-classification' or 'causal-lm'"),
+        ("train.epochs", 1, "give either steps or epochs"),
+        ("train.steps", None, "give either steps or epochs"),
+        ("data.label", None, "data.label is missing"),
+        ("partition.clients", None, "partition.clients is missing"),
+        ("federation.clients_per_round", 5, "clients_per_round is 5, but there are 4 clients"),
+        ("federation.min_clients", 5, "min_clients is 5, but 4 are asked"),
+        ("model.quantization", "4bit", "needs model.device = 'cuda'"),
+        ("strategy.name", "flora-an", "did you mean 'flora-na'?"),
+        ("strategy.name", None, "'strategy.name' is missing"),
+        ("strategy.scope", "module", "'fedit' has no options"),
+        ("data.train", None, "'data.train' is missing"),
+    ],
+)
+def test_wrong_values_and_combinations_are_refused(path: str, value: Any, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check(changed(path, value), "r.toml")
+    assert message in str(caught.value)
+    assert "r.toml" in str(caught.value)
+
+
+def test_strategy_options_are_checked_against_the_strategy() -> None:
+    table = changed("strategy", {"name": "flora-na", "scope": "model", "combine": "updates"})
+    assert check(table, "r").build_strategy().name == "flora-na"
+    with pytest.raises(RecipeError, match="did you mean 'solver'"):
+        check(changed("strategy", {"name": "flora-na", "solvr": "als"}), "r")
+    with pytest.raises(RecipeError, match="one of 'als', 'adamw'"):
+        check(changed("strategy", {"name": "flora-na", "solver": "sgd"}), "r")
+
+
+def test_personal_heads_make_no_sense_for_language_models() -> None:
+    table = changed("task", "causal-lm")
+    table["model"]["head"] = "personal"
+    table["partition"] = {"kind": "iid", "clients": 2}
+    with pytest.raises(RecipeError, match="no tensor is trained whole"):
+        check(table, "r")
+
+
+def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\na,1\n")
+    recipe = resolve(check(BASE, "r"), tmp_path)
+    assert recipe.data.train == str(tmp_path / "train.csv")
+    (tmp_path / "again.toml").write_text(recipe.to_toml())
+    assert read_recipe(tmp_path / "again.toml") == recipe
+
+
+def test_overrides_are_toml_values_under_dotted_keys(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(check(BASE, "r").to_toml())
+    recipe = read_recipe(path, ["train.learning_rate=1e-4", "strategy.name=best-rank", 'model.target_modules=["q"]'])
+    assert recipe.train.learning_rate == 1e-4
+    assert recipe.strategy["name"] == "best-rank"
+    assert recipe.model.target_modules == ["q"]
+    with pytest.raises(RecipeError, match="did you mean 'rounds'"):
+        read_recipe(path, ["federation.ronds=3"])
+    with pytest.raises(RecipeError, match="not key=value"):
+        read_recipe(path, ["rounds"])
+    with pytest.raises(RecipeError, match="is a value, not a table"):
+        read_recipe(path, ["seed.x=3"])
+
+
+@pytest.mark.parametrize("content", [b"not = = toml", b"\xff\xfe", b""])
+def test_a_file_that_is_no_recipe(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(path)
+    assert "r.toml" in str(caught.value)
+    with pytest.raises(RecipeError, match="there is no recipe"):
+        read_recipe(tmp_path / "none.toml")
+
+
+def test_differences_name_the_key_and_both_values() -> None:
+    assert differences(check(BASE, "r"), check(changed("train.steps", 3), "r")) == ["train.steps: 2 -> 3"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_recipes_of_this_repository_are_valid(path: Path) -> None:
+    assert read_recipe(path).title
+    assert tomllib.loads(path.read_text())
