@@ -43,7 +43,7 @@ def _top(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="A new folder for the runs and the report.")] = Path("florana-demo"),
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds per strategy.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds per strategy.")] = 7,
     replace: Annotated[bool, typer.Option("--replace", help="Remove an earlier demo in that folder first.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -101,12 +101,14 @@ def run(
     if dry_run:
         _print_plan(resolved, console)
         return
-    from florana.report.page import write_report
-    from florana.report.views import summary, views
-    from florana.run import check_folder, execute, prepare
-    from florana.screen import Screen, summary_table
+    from florana.run_folder import check_folder
 
     check_folder(resolved, folder, resume)
+    from florana.report.page import write_report
+    from florana.report.views import summary, views
+    from florana.run import execute, prepare
+    from florana.screen import Screen, summary_table
+
     if console:
         console.print(f"loading {resolved.model.base} and {resolved.data.train}", highlight=False, soft_wrap=True)
     setup = prepare(resolved)

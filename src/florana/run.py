@@ -10,28 +10,23 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import os
 import platform
-import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 
 from florana import recipe as r
-from florana import recipe_file
 from florana.adapter_files import replace_file
 from florana.engine.local import LocalEngine
-from florana.errors import FederationError, InputError, RecipeError
 from florana.factors import Adapter
 from florana.federation.journal import Journal, explained, read_records
 from florana.federation.loop import Event, Federation, by_examples, run_rounds, uniformly
 from florana.federation.records import RoundRecord
+from florana.run_folder import check_folder, locked, logged
 from florana.strategy.base import State
 from florana.train.client import ClientData, TrainingClients
 from florana.train.data import Tables, load_tables, texts
@@ -118,7 +113,7 @@ def execute(
     setup = setup or prepare(recipe)
     with explained(folder, "the run folder could not be made"):
         folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder), _logged(folder):
+    with locked(folder), logged(folder):
         journal = Journal(folder, setup.bench.card)
         last, mended = journal.recover()
         for line in mended:
@@ -144,21 +139,6 @@ def execute(
         engine = LocalEngine(clients.fit, last.memories if last else None)
         run_rounds(strategy, state, engine, _federation(recipe, setup), journal, show)
     return Result(folder, tuple(read_records(folder / "rounds.jsonl")))
-
-
-def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[RoundRecord]]:
-    """The recipe (as a table), setup.json and the committed rounds of a run folder. Raises InputError."""
-    try:
-        recipe = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
-        setup = json.loads((folder / "setup.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{folder} is no run folder: {Path(str(error.filename)).name} is missing",
-            fix="give a folder made by 'florana run' or 'florana demo'",
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"the run folder {folder} cannot be read", why=str(error)) from None
-    return recipe, setup, read_records(folder / "rounds.jsonl")
 
 
 def global_scores(setup: Setup, adapter: Adapter, residual: Adapter | None, batch_size: int) -> dict[str, float]:
@@ -206,40 +186,6 @@ def _client_data(share: Share, examples: list[Example]) -> ClientData:
     return ClientData([examples[row] for row in share.train], [examples[row] for row in share.test])
 
 
-def check_folder(recipe: r.Recipe, folder: Path, resume: bool) -> None:
-    """Raise RecipeError where the folder cannot take this run: taken, not a run, or made by another recipe."""
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"--out {folder} is a file", fix="name a new folder")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not resume:
-        raise RecipeError(
-            f"--out {folder} exists already",
-            why="florana never writes over a run",
-            fix="name a new folder, or add --resume to continue that run",
-        )
-    if not (folder / "recipe.toml").exists():
-        if any(path.name not in {"log.txt", ".lock"} and not path.name.endswith(".tmp") for path in folder.iterdir()):
-            raise RecipeError(f"--out {folder} is not a run folder", fix="name a new folder")
-        return
-    old = recipe_file.check(
-        tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")), str(folder / "recipe.toml")
-    )
-    changed = [
-        line for line in recipe_file.differences(old, recipe) if not line.startswith(("federation.rounds:", "title:"))
-    ]
-    if changed:
-        raise RecipeError(
-            f"{folder} was made by another recipe: " + "; ".join(changed),
-            fix="resume with the same recipe (federation.rounds may grow), or name a new folder",
-        )
-    if recipe.federation.rounds < old.federation.rounds:
-        raise RecipeError(
-            f"{folder} was planned for {old.federation.rounds} rounds, the recipe asks for {recipe.federation.rounds}",
-            fix="only more rounds can be added",
-        )
-
-
 def _write_facts(recipe: r.Recipe, folder: Path, setup: Setup) -> None:
     scores = None
     if recipe.model.head != "personal":
@@ -270,33 +216,3 @@ def environment(recipe: r.Recipe) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "seed": recipe.seed,
     }
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise FederationError(
-            f"another florana is working in {folder}", fix="wait for it, or name another folder"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def _logged(folder: Path) -> Iterator[None]:
-    handler = logging.FileHandler(folder / "log.txt", delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log = logging.getLogger("florana")
-    log.addHandler(handler)
-    propagate, log.propagate = log.propagate, False
-    try:
-        yield
-    finally:
-        log.propagate = propagate
-        log.removeHandler(handler)
-        handler.close()

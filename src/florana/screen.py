@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -19,8 +19,10 @@ from rich.table import Table
 
 from florana.federation.loop import Event
 from florana.federation.records import RoundRecord
-from florana.plan import Plan
 from florana.report.page import number, seconds, size
+
+if TYPE_CHECKING:
+    from florana.plan import Plan
 
 
 class Screen:

@@ -9,7 +9,7 @@ from typing import Any
 
 from florana.errors import InputError
 from florana.federation.records import RoundRecord
-from florana.run import read_run
+from florana.run_folder import read_run
 
 LOWER_IS_BETTER = {"loss", "perplexity"}
 

@@ -1,0 +1,97 @@
+"""A run folder from outside: may this run have it, what does it hold, is nobody else at work in it.
+
+Light to import: no training library.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from florana.errors import FederationError, InputError, RecipeError
+from florana.federation.journal import read_records
+from florana.federation.records import RoundRecord
+from florana.recipe import Recipe
+from florana.recipe_file import check, differences
+
+
+def check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
+    """Raise RecipeError where the folder cannot take this run: taken, not a run, or made by another recipe."""
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"--out {folder} is a file", fix="name a new folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not resume:
+        raise RecipeError(
+            f"--out {folder} exists already",
+            why="florana never writes over a run",
+            fix="name a new folder, or add --resume to continue that run",
+        )
+    if not (folder / "recipe.toml").exists():
+        if any(path.name not in {"log.txt", ".lock"} and not path.name.endswith(".tmp") for path in folder.iterdir()):
+            raise RecipeError(f"--out {folder} is not a run folder", fix="name a new folder")
+        return
+    old = check(tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")), str(folder / "recipe.toml"))
+    changed = [line for line in differences(old, recipe) if not line.startswith(("federation.rounds:", "title:"))]
+    if changed:
+        raise RecipeError(
+            f"{folder} was made by another recipe: " + "; ".join(changed),
+            fix="resume with the same recipe (federation.rounds may grow), or name a new folder",
+        )
+    if recipe.federation.rounds < old.federation.rounds:
+        raise RecipeError(
+            f"{folder} was planned for {old.federation.rounds} rounds, the recipe asks for {recipe.federation.rounds}",
+            fix="only more rounds can be added",
+        )
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[RoundRecord]]:
+    """The recipe (as a table), setup.json and the committed rounds of a run folder. Raises InputError."""
+    try:
+        recipe = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
+        setup = json.loads((folder / "setup.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder} is no run folder: {Path(str(error.filename)).name} is missing",
+            fix="give a folder made by 'florana run' or 'florana demo'",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"the run folder {folder} cannot be read", why=str(error)) from None
+    return recipe, setup, read_records(folder / "rounds.jsonl")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise FederationError(
+            f"another florana is working in {folder}", fix="wait for it, or name another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def logged(folder: Path) -> Iterator[None]:
+    handler = logging.FileHandler(folder / "log.txt", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log = logging.getLogger("florana")
+    log.addHandler(handler)
+    propagate, log.propagate = log.propagate, False
+    try:
+        yield
+    finally:
+        log.propagate = propagate
+        log.removeHandler(handler)
+        handler.close()

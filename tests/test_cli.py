@@ -1,0 +1,120 @@
+"""The command line as a user meets it: real processes, exit codes, no traceback, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from florana.recipe_file import check
+from tests.conftest import ROOT
+
+
+def florana(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "florana", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture
+def recipe(recipe_table: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(check(recipe_table, "test").to_toml())
+    return path
+
+
+def test_run_report_and_json(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = florana("run", str(recipe), "--out", str(out), "--set", "federation.rounds=2")
+    assert done.returncode == 0, done.stderr
+    assert "round   2" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert done.stderr == ""
+    page = florana("report", str(out), "--out", str(tmp_path / "page.html"), "--json")
+    assert page.returncode == 0, page.stderr
+    (row,) = json.loads(page.stdout)["runs"]
+    assert row["strategy"] == "fedit"
+    assert row["rounds"] == 2
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    again = florana("run", str(recipe), "--out", str(out), "--json", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["rounds"] == 3
+
+
+def test_dry_run_writes_nothing(recipe: Path, tmp_path: Path) -> None:
+    done = florana("run", str(recipe), "--out", str(tmp_path / "none"), "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    promised = json.loads(done.stdout)
+    assert promised["rounds"] == 3
+    assert promised["memory"] > 0
+    assert not (tmp_path / "none").exists()
+    table = florana("run", str(recipe), "--dry-run")
+    assert "bytes per round" in table.stdout
+
+
+CASES: dict[str, tuple[list[str], int, str]] = {
+    "no recipe": (["run", "none.toml"], 2, "there is no recipe none.toml"),
+    "wrong key": (["run", "{recipe}", "--set", "train.stepz=3"], 2, "did you mean 'steps'"),
+    "wrong strategy": (["run", "{recipe}", "--set", "strategy.name=fedavg"], 2, "there is no strategy 'fedavg'"),
+    "wrong option": (["run", "{recipe}", "--fast"], 2, "No such option"),
+    "wrong verb": (["rum"], 2, "No such command"),
+    "taken folder": (["run", "{recipe}", "--out", "{folder}"], 2, "exists already"),
+    "missing data": (["run", "{recipe}", "--set", "data.train=/none/x.csv"], 3, "/none/x.csv does not exist"),
+    "missing column": (["run", "{recipe}", "--set", "data.text=txt"], 3, "has no column 'txt'"),
+    "missing model": (["run", "{recipe}", "--set", "model.base=/none"], 3, "/none"),
+    "no such module": (["run", "{recipe}", "--set", 'model.target_modules=["qery"]'], 3, "did you mean 'query'"),
+    "hub out of reach": (["run", "{recipe}", "--set", "model.base=some/model"], 3, "could not be loaded"),
+    "empty clients": (["run", "{recipe}", "--set", "partition.clients=90"], 3, "fewer clients"),
+    "all diverge": (
+        ["run", "{recipe}", "--set", "train.learning_rate=1e30", "--set", "train.steps=6"], 4, "usable updates",
+    ),
+    "no run": (["report", "{folder}"], 3, "is no run folder"),
+    "no right to write": (["run", "{recipe}", "--out", "/proc/run"], 4, "could not be made"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_user_can_cause_ends_with_its_code_a_reason_and_no_traceback(
+    case: str, recipe: Path, tmp_path: Path
+) -> None:
+    arguments, code, words = CASES[case]
+    folder = tmp_path / "taken"
+    folder.mkdir()
+    (folder / "file").write_text("x")
+    filled = [a.format(recipe=recipe, folder=folder) if "{" in a else a for a in arguments]
+    done = florana(*filled, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert words in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not (tmp_path / "florana-error.log").exists()
+    assert sorted(path.name for path in folder.iterdir()) == ["file"]
+    if code in (2, 3):
+        assert not (tmp_path / "runs").exists(), "something was written"
+
+
+def test_an_unexpected_failure_is_one_line_and_a_log(tmp_path: Path) -> None:
+    script = (
+        "import florana.recipe_file as f\n"
+        "def broken(*a): raise ZeroDivisionError('oops')\n"
+        "f.read_recipe = broken\n"
+        "import sys; sys.argv = ['florana', 'run', 'x.toml']\n"
+        "from florana.cli import main; main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "this is a bug" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "ZeroDivisionError: oops" in (tmp_path / "florana-error.log").read_text()
+
+
+@pytest.mark.parametrize("verb", [[], ["demo"], ["run"], ["report"]])
+def test_help_shows_an_example_and_loads_nothing_heavy(verb: list[str]) -> None:
+    done = florana(*verb, "--help")
+    assert done.returncode == 0
+    assert "Example" in done.stdout or verb == []
+
+
+def test_the_version() -> None:
+    assert florana("--version").stdout.startswith("florana 0.")

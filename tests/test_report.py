@@ -1,0 +1,79 @@
+"""The report: one self-contained file that says what the run folders say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from florana.errors import InputError
+from florana.recipe_file import check
+from florana.report.page import write_report
+from florana.report.views import summary, views
+from florana.run import execute, prepare
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, sentences: Path) -> list[Path]:
+    table: dict[str, Any] = {
+        "title": "a <b>title</b>",
+        "task": "sequence-classification",
+        "model": {"base": str(tiny_bert), "target_modules": ["query"], "rank": 2, "alpha": 4},
+        "data": {"train": str(sentences), "label": "label", "max_length": 16},
+        "partition": {"kind": "dirichlet", "clients": 3, "alpha": 1.0},
+        "train": {"steps": 2, "batch_size": 8},
+        "federation": {"rounds": 2},
+    }
+    out = tmp_path_factory.mktemp("runs")
+    setup = prepare(check({**table, "strategy": {"name": "fedit"}}, "t"))
+    names = ["fedit", "flora-na", "oracle"]
+    for name in names:
+        execute(check({**table, "strategy": {"name": name}}, "t"), out / name, setup=setup)
+    return [out / name for name in names]
+
+
+def test_the_page_is_whole_and_self_contained(folders: list[Path], tmp_path: Path) -> None:
+    page = write_report(folders, tmp_path / "deep" / "r.html").read_text()
+    assert page.count("<svg") == 4 + 2  # curves, error, bytes, partition; modules of the two inexact runs
+    assert "a &lt;b&gt;title&lt;/b&gt;" in page
+    assert "<script" not in page
+    links = re.findall(r'(?:href|src)="([^"#][^"]*)"', page)
+    assert all(link.startswith("data:image/png;base64,") for link in links)
+    assert not re.findall(r"url\((?!#)", page)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids)), "two pictures share an id: one would be drawn with the other's shapes"
+    for used in re.findall(r"url\(#([^)]+)\)", page) + re.findall(r'href="#([^"]+)"', page):
+        assert used in ids
+    assert page.count('role="img" aria-label="') == page.count("<svg")
+
+
+def test_the_same_runs_give_the_same_page(folders: list[Path], tmp_path: Path) -> None:
+    first = write_report(folders, tmp_path / "a.html").read_bytes()
+    assert write_report(folders, tmp_path / "b.html").read_bytes() == first
+
+
+def test_the_table_is_what_the_journal_says(folders: list[Path]) -> None:
+    runs = views(folders)
+    rows = summary(runs)
+    for run, row in zip(runs, rows, strict=True):
+        last = run.records[-1]
+        assert row["global"] == last.eval["global"]["accuracy"]
+        assert row["gap"] == pytest.approx(row["personal"] - row["global"])
+        assert row["bytes_down"] == sum(r.bytes_down for r in run.records)
+        assert row["error"] == last.error["overall"]
+        assert row["start"] == run.setup["start"]["accuracy"]
+    assert [row["strategy"] for row in rows] == ["fedit", "flora-na", "oracle"]
+
+
+def test_two_runs_of_one_strategy_are_told_apart(folders: list[Path]) -> None:
+    names = [run.name for run in views([folders[0], folders[0]])]
+    assert names == ["fedit (fedit)", "fedit (fedit)"]
+
+
+def test_a_run_without_a_round_is_an_error(folders: list[Path], tmp_path: Path) -> None:
+    for name in ("recipe.toml", "setup.json"):
+        (tmp_path / name).write_bytes((folders[0] / name).read_bytes())
+    with pytest.raises(InputError, match="no committed round"):
+        write_report([tmp_path], tmp_path / "r.html")

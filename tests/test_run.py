@@ -1,0 +1,235 @@
+"""Whole runs with a real (tiny) model: run folder, determinism, resume after real kills, PEFT loads the result."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+from florana.errors import FederationError, InputError, RecipeError
+from florana.federation.journal import read_records
+from florana.plan import plan
+from florana.recipe import Recipe
+from florana.recipe_file import check
+from florana.run import execute, global_scores, prepare
+from florana.run_folder import read_run
+from florana.strategy import STRATEGIES
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+def made(table: dict[str, Any], **sections: Any) -> Recipe:
+    table = copy.deepcopy(table)
+    for name, change in sections.items():
+        table[name] = {**table.get(name, {}), **change} if isinstance(change, dict) else change
+    return check(table, "test")
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_leaves_the_promised_folder_and_its_adapter_is_the_servers_model(
+    strategy: str, recipe_table: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = made(recipe_table, strategy={"name": strategy})
+    setup = prepare(recipe)
+    result = execute(recipe, tmp_path / "run", setup=setup)
+    present = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"recipe.toml", "environment.json", "setup.json", "rounds.jsonl", "checkpoint", "adapter"} <= present
+    assert [record.round for record in result.records] == [1, 2, 3]
+    last = result.records[-1]
+    assert {"global", "personal", "clients_on_common", "gap"} == set(last.eval)
+    assert last.eval["gap"]["accuracy"] == pytest.approx(
+        last.eval["personal"]["accuracy"] - last.eval["global"]["accuracy"]
+    )
+    assert len(last.clients) == 3
+    # the folder, loaded by PEFT alone on the base model, scores what the server's state scored
+    base = AutoModelForSequenceClassification.from_pretrained(recipe.model.base, num_labels=2)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    correct, loss = 0, 0.0
+    for example in setup.common:
+        with torch.no_grad():
+            logits = loaded(input_ids=torch.tensor([example.ids])).logits
+        correct += int(logits.argmax()) == example.labels[0]
+        loss += float(torch.nn.functional.cross_entropy(logits, torch.tensor(example.labels)))
+    assert correct / len(setup.common) == pytest.approx(last.eval["global"]["accuracy"], abs=0.05)
+    assert loss / len(setup.common) == pytest.approx(last.eval["global"]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("head", ["average", "personal"])
+def test_the_same_recipe_gives_the_same_bytes_and_another_seed_others(
+    head: str, recipe_table: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = made(recipe_table, strategy={"name": "flora-na"}, model={"head": head})
+    for name in ("a", "b"):
+        execute(recipe, tmp_path / name)
+    execute(made(recipe_table, strategy={"name": "flora-na"}, model={"head": head}, seed=4), tmp_path / "c")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "a" / "adapter" / file).read_bytes() == (tmp_path / "b" / "adapter" / file).read_bytes()
+    assert weights(tmp_path / "a") != weights(tmp_path / "c")
+    if head == "personal":
+        last = read_records(tmp_path / "a" / "rounds.jsonl")[-1]
+        assert "global" not in last.eval
+        assert "personal" in last.eval
+
+
+def test_strategies_on_one_setup_do_not_disturb_each_other(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    setup = prepare(made(recipe_table))
+    for name in ("oracle", "fedit"):
+        execute(made(recipe_table, strategy={"name": name}), tmp_path / "shared" / name, setup=setup)
+    execute(made(recipe_table, strategy={"name": "fedit"}), tmp_path / "alone")
+    assert weights(tmp_path / "shared" / "fedit") == weights(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("head", ["average", "personal"])
+def test_resume_continues_and_may_add_rounds(head: str, recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    """Personal heads are state of the clients: they must come back with the rounds."""
+    model = {"head": head}
+    execute(
+        made(recipe_table, model=model, federation={"rounds": 4}, evaluate={"personal": "every"}), tmp_path / "four"
+    )
+    execute(made(recipe_table, model=model, federation={"rounds": 2}, evaluate={"personal": "every"}), tmp_path / "two")
+    longer = made(recipe_table, model=model, federation={"rounds": 4}, evaluate={"personal": "every"})
+    execute(longer, tmp_path / "two", resume=True)
+    assert weights(tmp_path / "two") == weights(tmp_path / "four")
+    assert tomllib.loads((tmp_path / "two" / "recipe.toml").read_text())["federation"]["rounds"] == 4
+    scores = [[r.eval for r in read_records(tmp_path / name / "rounds.jsonl")] for name in ("two", "four")]
+    assert scores[0] == scores[1]
+
+
+def test_resume_with_another_recipe_names_what_differs(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    execute(made(recipe_table), tmp_path / "run")
+    before = weights(tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"train\.learning_rate: 0\.01 -> 0\.02"):
+        execute(made(recipe_table, train={"learning_rate": 0.02}), tmp_path / "run", resume=True)
+    with pytest.raises(RecipeError, match="planned for 3 rounds"):
+        execute(made(recipe_table, federation={"rounds": 2}), tmp_path / "run", resume=True)
+    with pytest.raises(RecipeError, match="never writes over a run"):
+        execute(made(recipe_table), tmp_path / "run")
+    assert weights(tmp_path / "run") == before
+
+
+def test_a_folder_of_something_else_is_left_alone(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RecipeError, match="is not a run folder"):
+        execute(made(recipe_table), tmp_path, resume=True)
+    with pytest.raises(RecipeError, match="is a file"):
+        execute(made(recipe_table), tmp_path / "notes.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_two_processes_in_one_folder(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    execute(made(recipe_table, federation={"rounds": 1}), tmp_path / "run")
+    with filelock.FileLock(tmp_path / "run" / ".lock"), pytest.raises(FederationError, match="another florana"):
+        execute(made(recipe_table, federation={"rounds": 2}), tmp_path / "run", resume=True)
+
+
+def test_clients_that_diverge_are_refused_and_named(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    wild = made(recipe_table, train={"learning_rate": 1e30, "steps": 6})
+    with pytest.raises(FederationError) as caught:
+        execute(wild, tmp_path / "run")
+    assert "the training loss became" in str(caught.value)
+    assert "lower train.learning_rate" in str(caught.value)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_sigkill_of_a_real_run_then_resume_gives_the_same_bytes(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    """The whole program, killed at random moments after its first round, until it is done."""
+    recipe = made(
+        recipe_table, federation={"rounds": 12}, strategy={"name": "flora-na"}, evaluate={"personal": "never"}
+    )
+    (tmp_path / "r.toml").write_text(recipe.to_toml())
+    execute(recipe, tmp_path / "alone")
+    rng, kills = random.Random(3), 0
+    command = [
+        sys.executable,
+        "-m",
+        "florana",
+        "run",
+        str(tmp_path / "r.toml"),
+        "--out",
+        str(tmp_path / "killed"),
+        "--resume",
+    ]
+    for _ in range(8):
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=None
+        )
+        assert process.stdout is not None
+        for line in process.stdout:  # wait until this sitting has committed a round, then strike
+            if "round" in line:
+                break
+        time.sleep(rng.uniform(0.0, 0.15))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.stdout.read()
+        process.stdout.close()
+        if process.wait() == 0:
+            break
+        if kills == 3:
+            break
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert kills >= 1
+    assert weights(tmp_path / "killed") == weights(tmp_path / "alone")
+
+
+def test_the_plan_is_true_and_leaves_no_trace(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe = made(recipe_table)
+    setup = prepare(recipe)
+    before = global_scores(setup, setup.start, None, 16)
+    promised = plan(recipe, setup)
+    result = execute(recipe, tmp_path / "run", setup=setup)
+    first = result.records[0]
+    assert promised.bytes_up == first.bytes_up
+    assert promised.bytes_down == first.bytes_down
+    assert promised.trainable_parameters == setup.start.parameters
+    assert {c: promised.clients[c] for c in first.clients} == dict(first.examples)
+    assert promised.seconds > 0
+    assert global_scores(setup, setup.start, None, 16) == before
+    assert json.loads(json.dumps(promised.to_json()))["rounds"] == 3
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"recipe\.toml is missing"):
+        read_run(tmp_path)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["sst2-minilm", "gsm8k-tiny-llama"])
+def test_the_recipes_run_on_real_data(name: str, tmp_path: Path) -> None:
+    """Short rounds of each recipe on the real model and the real data; the figures need the full recipe."""
+    from florana.recipe_file import read_recipe
+
+    short = [
+        "federation.rounds=2",
+        "evaluate.personal=never",
+        "data.test_limit=48",
+        "data.train_limit=2000",
+        "evaluate.every=1",
+        "train.steps=4",
+        "federation.clients_per_round=3",
+    ]
+    result = execute(read_recipe(ROOT / "recipes" / f"{name}.toml", short), tmp_path / "run")
+    setup = json.loads((tmp_path / "run" / "setup.json").read_text())
+    if name == "gsm8k-tiny-llama":  # eight steps are enough for the small model to show it
+        assert result.records[-1].eval["global"]["loss"] < setup["start"]["loss"] - 1
+    else:
+        assert {"accuracy", "macro_f1", "matthews", "loss"} == set(result.records[-1].eval["global"])
+    assert result.records[0].error["optimum"] <= result.records[0].error["overall"] < 1
