@@ -105,6 +105,16 @@ def test_a_lost_line_before_the_checkpoint_is_an_error_not_a_guess(tmp_path: Pat
         Journal(tmp_path, CARD).recover()
 
 
+def test_no_readable_checkpoint_is_an_error_not_a_new_beginning(tmp_path: Path) -> None:
+    run(tmp_path, "fedit", 2)
+    for path in (tmp_path / "checkpoint").glob("*/state.json"):
+        path.write_text("{}")
+    before = (tmp_path / "rounds.jsonl").read_bytes()
+    with pytest.raises(InputError, match="no checkpoint can be read"):
+        run(tmp_path, "fedit", 3)
+    assert (tmp_path / "rounds.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
 def test_a_disk_that_refuses_leaves_the_round_before(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from florana.aggregate import als, gradient
-from florana.aggregate.mix import Fit, Solver, mix, per_model, per_module
+from florana.aggregate.mix import Fit, Solver, mix, per_model, per_model_relative, per_module
 from florana.factors import Adapter, LoraFactors
 from tests import oracle
 from tests.cases import Case, cases, dense, make_case
@@ -157,3 +157,33 @@ def test_als_ends_no_higher_than_adamw(fit: Fit, seed: int) -> None:
         return sum({id(c): c.history[-1] for c in answer.values()}.values())
 
     assert total(als.solve) <= total(gradient.solve) * (1 + 1e-3)
+
+
+@given(case=cases(equal_scalings=True))
+def test_relative_counting_never_ends_above_fedit_in_the_relative_sum(case: Case) -> None:
+    answer = mix(case.parts, fit=per_model_relative).adapter
+    sizes = {name: float(np.sum(oracle.target(c) ** 2)) for name, c in case.modules.items()}
+    ours = sum(square / sizes[name] for name, square in squares(answer, case).items())
+    fedit = sum(float(np.sum((oracle.fedit(c) - oracle.target(c)) ** 2)) / sizes[n] for n, c in case.modules.items())
+    assert ours <= fedit * (1 + 1e-6) + 1e-11
+
+
+def test_relative_and_absolute_counting_differ_where_modules_differ_in_size() -> None:
+    case = make_case(2, 4, 2, [(7, 12), (12, 7)], drift=1.0, equal_scalings=True)
+    grown = [
+        dataclasses.replace(
+            part,
+            adapter=Adapter(
+                {
+                    n: LoraFactors(p.B * (100 if "0" in n else 1), p.A, p.scaling)
+                    for n, p in part.adapter.modules.items()
+                }
+            ),
+        )
+        for part in case.parts
+    ]
+    small = {
+        fit: (dense(mix(grown, fit=fit).adapter, "layer.1.q") - oracle.target(case.modules["layer.1.q"]))
+        for fit in (per_model, per_model_relative)
+    }
+    assert np.linalg.norm(small[per_model_relative]) < np.linalg.norm(small[per_model])

@@ -30,7 +30,7 @@ def test_a_step_is_a_pure_function(name: str) -> None:
     [
         {"combine": c, "scope": s, "solver": v}
         for c in ("factors", "updates")
-        for s in ("module", "model")
+        for s in ("module", "model", "model-relative")
         for v in ("als", "adamw")
     ],
     ids=str,

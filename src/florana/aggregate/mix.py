@@ -15,13 +15,13 @@ D_u = B_u - B_0 (F alike): the objective never meets an (out x in) matrix.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from florana.aggregate import als, inputs
-from florana.aggregate.blocks import Blocks, Coefficients, blocks_of
+from florana.aggregate.blocks import Blocks, Coefficients, blocks_of, target_square
 from florana.factors import Adapter, Contribution, LoraFactors
 
 
@@ -50,6 +50,15 @@ def per_model(blocks: Mapping[str, Blocks], solver: Solver) -> dict[str, Coeffic
     return dict.fromkeys(blocks, shared)
 
 
+def per_model_relative(blocks: Mapping[str, Blocks], solver: Solver) -> dict[str, Coefficients]:
+    """One (p, q) for all modules, each module's squared error counted relative to its own target."""
+    squares = {name: float(target_square(block)) for name, block in blocks.items()}
+    scaled = {
+        name: replace(block, unit=1.0 / squares[name] if squares[name] > 0 else 0.0) for name, block in blocks.items()
+    }
+    return per_model(scaled, solver)
+
+
 def mix(
     parts: Sequence[Contribution], *, solver: Solver = als.solve, fit: Fit = per_module, base: Adapter | None = None
 ) -> Mixture:
@@ -58,7 +67,7 @@ def mix(
     Args:
         parts: one contribution per client; equal ranks, any scalings, weights on any scale.
         solver: `als.solve` or `gradient.solve`.
-        fit: `per_module` or `per_model`.
+        fit: `per_module`, `per_model` or `per_model_relative`.
         base: the adapter all clients started from, to mix updates; None to mix whole factors.
 
     Raises:

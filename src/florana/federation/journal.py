@@ -105,6 +105,12 @@ class Journal:
                 mended += self._mend_rounds(last.record)
                 self.export(last.state)
             return last, mended
+        if read_records(self.folder / "rounds.jsonl"):
+            raise InputError(
+                f"{self.folder}: no checkpoint can be read, though rounds were committed",
+                why="; ".join(mended) or "the folder checkpoint/ is empty",
+                fix="adapter/ still holds the last adapter; start the run anew in another folder",
+            )
         return None, mended
 
     def _mend_rounds(self, last: RoundRecord) -> list[str]:

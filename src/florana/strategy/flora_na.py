@@ -15,7 +15,7 @@ from florana.aggregate import als, gradient, mix
 from florana.factors import Adapter, Contribution
 from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, start
 
-FITS: dict[str, mix.Fit] = {"module": mix.per_module, "model": mix.per_model}
+FITS: dict[str, mix.Fit] = {"module": mix.per_module, "model": mix.per_model, "model-relative": mix.per_model_relative}
 SOLVERS: dict[str, mix.Solver] = {"als": als.solve, "adamw": gradient.solve}
 BASES: dict[str, Callable[[State], Adapter | None]] = {
     "factors": lambda state: None,
@@ -25,14 +25,15 @@ BASES: dict[str, Callable[[State], Adapter | None]] = {
 
 def build(
     combine: Literal["factors", "updates"] = "factors",
-    scope: Literal["module", "model"] = "module",
+    scope: Literal["module", "model", "model-relative"] = "module",
     solver: Literal["als", "adamw"] = "als",
 ) -> Strategy:
     """The strategy.
 
     Args:
         combine: mix whole factors, or the updates since the last broadcast.
-        scope: one coefficient pair per client and module, or per client.
+        scope: one coefficient pair per client and module, or per client; for the latter the modules' squared errors are
+            summed as they are (`model`) or each relative to its own target (`model-relative`).
         solver: alternating least squares, or the published style of gradient descent.
     """
     step = _Step(FITS[scope], SOLVERS[solver], BASES[combine])
