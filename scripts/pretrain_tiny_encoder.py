@@ -4,7 +4,7 @@
 
 A WordPiece vocabulary and a BERT of about 0.7 million parameters (3 layers, hidden 96) are trained by the two
 original objectives (masked words; do two passages come from the same file), on the comments of all modules and
-the docstrings outside the held-out share of `florana.demo.stdlib`. The weights are stored in bfloat16. Seeded:
+the docstrings outside the held-out share of `florana.train.docstrings`. The weights are stored in bfloat16. Seeded:
 the same Python and the same torch give the same file. About 15 minutes on two cores.
 """
 
@@ -25,7 +25,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForPreTraining, BertTokenizerFast
 
-from florana.demo.stdlib import comments, docstrings, source_files
+from florana.train.docstrings import comments, docstrings, source_files
 
 LENGTH = 64  # tokens
 VOCABULARY = 4096  # pieces

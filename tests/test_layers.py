@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 SOURCE = ROOT / "src" / "florana"
 FLOORS = [
-    {"errors", "demo.stdlib"},
+    {"errors"},
     {"factors"},
     {"linalg", "adapter_files"},
     {"aggregate"},
@@ -49,8 +49,7 @@ ROOMS = {
 
 
 def place(path: Path) -> str:
-    parts = path.relative_to(SOURCE).with_suffix("").parts
-    return "demo.stdlib" if parts == ("demo", "stdlib") else parts[0]
+    return path.relative_to(SOURCE).with_suffix("").parts[0]
 
 
 def floor(name: str) -> int:
@@ -76,7 +75,7 @@ def faults(path: Path, source: str | None = None) -> list[str]:
     for line, name in imports(path):
         top, _, rest = name.partition(".")
         if top == "florana" and rest:
-            there = "demo.stdlib" if rest.startswith("demo.stdlib") else rest.split(".")[0]
+            there = rest.split(".")[0]
             if there != here and floor(there) >= floor(here) and there not in INSIDE.get(here, set()):
                 wrong.append(f"{path.name}:{line}: {here} imports {there}, which is not below it")
         elif top in ROOMS and here not in ROOMS[top]:

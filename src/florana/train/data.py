@@ -14,6 +14,7 @@ import pandas as pd
 from florana import recipe as r
 from florana.errors import FloranaError, InputError, nearest
 from florana.federation.sampling import derive
+from florana.train.docstrings import docstrings
 
 DOCSTRINGS = "stdlib-docstrings"
 
@@ -139,8 +140,6 @@ def _read_json(path: Path) -> pd.DataFrame:
 
 
 def _docstrings() -> datasets.Dataset:
-    from florana.demo.stdlib import docstrings
-
     rows = docstrings(only_topics=True)
     return datasets.Dataset.from_dict(
         {
