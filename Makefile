@@ -22,7 +22,7 @@ demo: setup  ## train four strategies on real text, offline, and write a report
 	$(BIN)/florana demo --out demo-runs --replace
 
 test: setup  ## all tests, the import rule among them
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 check: format lint types test  ## formatting, lint, types, import rule and tests
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -37,6 +38,8 @@ def zero_base(parts: Sequence[Contribution]) -> Adapter:
     return Adapter(modules, parts[0].adapter.extra)
 
 
+few_steps = functools.partial(gradient.solve, steps=25)  # the invariants hold at every number of steps
+
 Rule = Callable[[Sequence[Contribution]], Adapter]
 
 
@@ -62,7 +65,7 @@ ROWS = [
     Row("flora-na factors/model", lambda p: mix(p, solver=als.solve, fit=per_model).adapter),
     Row("flora-na updates/module", lambda p: mix(p, solver=als.solve, base=zero_base(p)).adapter),
     Row("flora-na updates/model", lambda p: mix(p, solver=als.solve, fit=per_model, base=zero_base(p)).adapter),
-    Row("flora-na adamw", lambda p: mix(p, solver=gradient.solve).adapter, weight_two=False),
+    Row("flora-na adamw", lambda p: mix(p, solver=few_steps).adapter, weight_two=False),
 ]
 every = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
