@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from florana import Adapter, AdapterCard, LoraFactors, read_adapter, write_adapter
 from florana.recipe_file import check
 from tests.conftest import ROOT
 
@@ -109,7 +111,54 @@ def test_an_unexpected_failure_is_one_line_and_a_log(tmp_path: Path) -> None:
     assert "ZeroDivisionError: oops" in (tmp_path / "florana-error.log").read_text()
 
 
-@pytest.mark.parametrize("verb", [[], ["demo"], ["run"], ["report"]])
+def adapters(folder: Path) -> list[str]:
+    names = []
+    for u in range(2):
+        pair = LoraFactors(B=torch.full((6, 2), 1.0 + u), A=torch.eye(2, 4), scaling=1.5)
+        write_adapter(folder / f"site-{u}", Adapter({"layer.q": pair}), AdapterCard("base", None, ("q",)))
+        names.append(str(folder / f"site-{u}"))
+    return names
+
+
+def test_merge_and_inspect(tmp_path: Path) -> None:
+    folders = adapters(tmp_path)
+    done = florana("merge", *folders, "--weights", "3,1", "--out", str(tmp_path / "out"), "--json")
+    assert done.returncode == 0, done.stderr
+    merged = json.loads(done.stdout)
+    assert [source["weight"] for source in merged["sources"]] == [0.75, 0.25]
+    assert merged["error"] < 1e-6
+    product = read_adapter(tmp_path / "out")[0].modules["layer.q"]
+    assert torch.allclose(product.scaling * product.B @ product.A, 1.25 * 1.5 * torch.ones(6, 2) @ torch.eye(2, 4))
+    plain = florana("merge", *folders, "--out", str(tmp_path / "plain"))
+    assert "exact to rounding" in plain.stdout
+    looked = florana("inspect", *folders, "--json")
+    assert looked.returncode == 0, looked.stderr
+    assert json.loads(looked.stdout)["overlap"][0][1] == pytest.approx(1.0)
+    table = florana("inspect", *folders)
+    assert "What a merge would lose" in table.stdout
+    assert "site-1" in table.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["merge", "{a}", "--out", "{a}"], 2, "exists already"),
+        (["merge", "{a}", "--out", "new", "--weights", "3;1"], 2, "is not a list of numbers"),
+        (["merge", "{a}", "none", "--out", "new"], 3, "none/adapter_config.json does not exist"),
+        (["merge", "{a}", "{b}", "--out", "new", "--weights", "1,-1"], 3, "is not a non-negative number"),
+        (["inspect", "none"], 3, "none/adapter_config.json does not exist"),
+    ],
+)
+def test_merging_what_cannot_be_merged(arguments: list[str], code: int, words: str, tmp_path: Path) -> None:
+    a, b = adapters(tmp_path)
+    done = florana(*(word.format(a=a, b=b) for word in arguments), cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert words in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("verb", [[], ["demo"], ["run"], ["report"], ["merge"], ["inspect"]])
 def test_help_shows_an_example_and_loads_nothing_heavy(verb: list[str]) -> None:
     done = florana(*verb, "--help")
     assert done.returncode == 0

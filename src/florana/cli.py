@@ -150,6 +150,68 @@ def report(
         console.print(f"report: {path}", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def merge(
+    adapters: Annotated[list[Path], typer.Argument(help="PEFT LoRA folders on one base model.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the merged adapter.")],
+    method: Annotated[str, typer.Option(help="best-rank, stack (exact), flora-na or fedit.")] = "best-rank",
+    rank: Annotated[int | None, typer.Option(help="Of the result, for best-rank. Default: the largest.")] = None,
+    weights: Annotated[str | None, typer.Option(help="One per adapter, like 3,1,1. Default: equal.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the widest.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model's name in the result.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Merge LoRA adapters exactly, or as exactly as a rank allows, and say how exactly that is.
+
+    Example: florana merge north south west --weights 1200,800,400 --rank 16 --out merged
+    """
+    from florana.merge import merge as merge_folders
+    from florana.screen import Counter, merge_line, merge_table
+
+    console = _console(as_json)
+    with Counter(console, "merging", "modules") as counter:
+        result = merge_folders(
+            adapters,
+            out,
+            method=method,
+            rank=rank,
+            weights=_numbers(weights),
+            dtype=dtype,
+            base=base,
+            done=counter.done,
+        )
+    if as_json:
+        typer.echo(json.dumps({**result.to_json(), "out": str(out)}, indent=1))
+    elif console:
+        console.print(merge_table(result))
+        console.print(merge_line(result), highlight=False, soft_wrap=True)
+        console.print(
+            f"adapter: {out} (PEFT loads it as it is; README.md says how it was made)", highlight=False, soft_wrap=True
+        )
+
+
+@app.command()
+def inspect(
+    adapters: Annotated[list[Path], typer.Argument(help="PEFT LoRA folders.")],
+    weights: Annotated[str | None, typer.Option(help="One per adapter, like 3,1,1. Default: equal.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what adapters are, how far apart they are, and what each way of merging them would lose.
+
+    Example: florana inspect north south west
+    """
+    from florana.inspection import inspect as inspect_folders
+    from florana.screen import inspection_tables
+
+    result = inspect_folders(adapters, _numbers(weights))
+    console = _console(as_json)
+    if as_json:
+        typer.echo(json.dumps(result.to_json(), indent=1))
+    elif console:
+        for table in inspection_tables(result):
+            console.print(table)
+
+
 def main() -> None:
     """The entry point: what a user can cause ends in a few lines and the promised code, never in a traceback."""
     try:
@@ -182,6 +244,15 @@ def _console(as_json: bool) -> Console | None:
 def _complain(text: str) -> None:
     for index, line in enumerate(text.splitlines()):
         typer.secho(("error: " if index == 0 else "  ") + line, fg="red" if index == 0 else None, err=True)
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"--weights {text!r} is not a list of numbers", fix="for example --weights 3,1,1") from None
 
 
 def _prepare_demo_folder(out: Path, replace: bool) -> None:

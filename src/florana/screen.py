@@ -22,6 +22,8 @@ from florana.federation.records import RoundRecord
 from florana.report.page import number, seconds, size
 
 if TYPE_CHECKING:
+    from florana.inspection import Inspection
+    from florana.merge import Merged
     from florana.plan import Plan
 
 
@@ -100,6 +102,105 @@ def _round_line(record: RoundRecord) -> str:
             parts.append(f"global {name} {record.eval['global'][name]:.4f}")
     parts.append(f"error {number(record.error['overall'])} (optimum {number(record.error['optimum'])})")
     return "  ".join(parts)
+
+
+class Counter:
+    """A bar over things that are counted; silent without a terminal."""
+
+    def __init__(self, console: Console | None, name: str, unit: str) -> None:
+        self._progress: Progress | None = None
+        if console is not None and console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(unit),
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
+            )
+            self._task = self._progress.add_task(name, total=None)
+
+    def __enter__(self) -> Counter:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def done(self, count: int, total: int) -> None:
+        """So many are done, of so many."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=count, total=total)
+
+
+def merge_table(merged: Merged) -> Table:
+    """What a merge did."""
+    table = Table(title=f"Merged by {merged.method}", title_justify="left")
+    for column in ("adapter", "weight", "rank"):
+        table.add_column(column, justify="left" if column == "adapter" else "right")
+    for source in merged.sources:
+        table.add_row(source.name, number(source.weight), ", ".join(map(str, source.ranks)))
+    return table
+
+
+def merge_line(merged: Merged) -> str:
+    """How exact a merge is, in one line."""
+    if merged.error < 1e-6:
+        return f"rank {merged.rank}: exact to rounding (relative error {merged.error:.1e})"
+    return (
+        f"rank {merged.rank}: relative error {number(merged.error)} against the exact weighted sum; "
+        f"the least any adapter of that rank has: {number(merged.optimum)}"
+    )
+
+
+def inspection_tables(result: Inspection) -> list[Table]:
+    """The adapters; their overlap; what each choice loses."""
+    adapters = Table(title="Adapters", title_justify="left")
+    for column in (
+        "adapter",
+        "variant",
+        "rank",
+        "scaling",
+        "dtype",
+        "modules",
+        "parameters",
+        "file",
+        "norm",
+        "whole tensors",
+    ):
+        adapters.add_column(column, justify="left" if column in ("adapter", "variant", "whole tensors") else "right")
+    for s in result.sheets:
+        adapters.add_row(
+            s.name,
+            s.variant,
+            ", ".join(map(str, s.ranks)),
+            ", ".join(f"{x:g}" for x in s.scalings),
+            ", ".join(s.dtypes),
+            str(s.modules),
+            str(s.parameters),
+            size(s.bytes),
+            f"{s.norm:.4g}",
+            ", ".join(s.extra) or "-",
+        )
+    if len(result.sheets) == 1:
+        return [adapters]
+    overlap = Table(title="Overlap of their updates' column spaces: 1 the same, 0 orthogonal", title_justify="left")
+    overlap.add_column("")
+    for s in result.sheets:
+        overlap.add_column(s.name, justify="right")
+    for s, row in zip(result.sheets, result.overlap, strict=True):
+        overlap.add_row(s.name, *(f"{value:.2f}" for value in row))
+    choices = Table(title="What a merge would lose", title_justify="left")
+    for column in ("method", "rank", "relative error", "bytes"):
+        choices.add_column(column, justify="left" if column == "method" else "right")
+    for c in result.choices:
+        choices.add_row(c.method, str(c.rank), "exact" if c.error < 1e-6 else number(c.error), size(c.bytes))
+    return [adapters, overlap, choices]
 
 
 def summary_table(rows: Sequence[dict[str, Any]], title: str) -> Table:

@@ -28,10 +28,14 @@ class ModuleError:
 
 @dataclass(frozen=True)
 class AggregationError:
-    """`error` and `optimum` over all modules (roots of summed squares, divided), and each module's."""
+    """`error` and `optimum` over all modules (roots of summed squares, divided), and each module's.
+
+    `norm` is the Frobenius norm of all targets together.
+    """
 
     error: float
     optimum: float
+    norm: float
     modules: Mapping[str, ModuleError]
 
 
@@ -69,6 +73,7 @@ def measure(
     return AggregationError(
         error=_relative(math.fsum(missed for missed, _, _ in squares.values()), total),
         optimum=_relative(math.fsum(tail for _, tail, _ in squares.values()), total),
+        norm=math.sqrt(total),
         modules={
             name: ModuleError(_relative(missed, whole), _relative(tail, whole), whole / total if total else 0.0)
             for name, (missed, tail, whole) in squares.items()

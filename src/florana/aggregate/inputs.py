@@ -14,15 +14,20 @@ from florana.factors import Contribution, LoraFactors
 
 def shares(parts: Sequence[Contribution]) -> list[float]:
     """The weights, scaled to sum 1 over the contributions. Raises InputError for none, negative or zero weights."""
-    if not parts:
+    return normalised([(part.client, part.weight) for part in parts])
+
+
+def normalised(weights: Sequence[tuple[str, float]]) -> list[float]:
+    """The weights of (client, weight) pairs, scaled to sum 1. Raises InputError as `shares`."""
+    if not weights:
         raise InputError("nothing to aggregate: no contribution was given")
-    for part in parts:
-        if not (math.isfinite(part.weight) and part.weight >= 0):
-            raise InputError(f"client '{part.client}': the weight {part.weight} is not a non-negative number")
-    total = math.fsum(part.weight for part in parts)
+    for client, weight in weights:
+        if not (math.isfinite(weight) and weight >= 0):
+            raise InputError(f"client '{client}': the weight {weight} is not a non-negative number")
+    total = math.fsum(weight for _, weight in weights)
     if total <= 0:
         raise InputError("the weights of all contributions are zero", fix="give at least one a positive weight")
-    return [part.weight / total for part in parts]
+    return [weight / total for _, weight in weights]
 
 
 def columns(parts: Sequence[Contribution]) -> dict[str, list[LoraFactors]]:

@@ -1,0 +1,192 @@
+"""Looking at adapters before merging them: what each is, how far apart they are, and what every choice would lose.
+
+No model is loaded; module by module, as in a merge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from florana import linalg
+from florana.adapter_reader import AdapterReader, open_adapter
+from florana.aggregate.error import measure
+from florana.aggregate.inputs import normalised
+from florana.errors import RecipeError
+from florana.factors import LoraFactors
+from florana.merge import RULES, common_card, contributions_of
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One adapter: what it says of itself, its sizes, and the Frobenius norm of its whole update."""
+
+    name: str
+    base_model: str
+    variant: str
+    ranks: tuple[int, ...]
+    scalings: tuple[float, ...]
+    dtypes: tuple[str, ...]
+    modules: int
+    extra: tuple[str, ...]
+    parameters: int
+    bytes: int
+    norm: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A merge that could be made: its relative error over all modules, and the bytes of the result in float32."""
+
+    method: str
+    rank: int
+    error: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything `florana inspect` says.
+
+    Args:
+        sheets: one per adapter.
+        overlap: [i][j], how much of the column spaces of two adapters' updates is common: the mean squared cosine of
+            their principal angles over all modules, 1 for the same space, 0 for orthogonal ones.
+        energy: rank -> share of the squared norm of the weighted sum that the best adapter of that rank keeps.
+        choices: what each method and rank would lose; empty for a single adapter.
+    """
+
+    sheets: Sequence[Sheet]
+    overlap: Sequence[Sequence[float]]
+    energy: dict[int, float]
+    choices: Sequence[Choice]
+
+    def to_json(self) -> dict[str, Any]:
+        """The inspection as JSON's own types."""
+        return asdict(self)
+
+
+def inspect(folders: Sequence[Path], weights: Sequence[float] | None = None) -> Inspection:
+    """Read the adapters' factors and compare them.
+
+    Args:
+        folders: PEFT LoRA folders; with more than one, on one base model.
+        weights: of the sum that `energy` and `choices` speak of; equal where not given.
+
+    Raises:
+        RecipeError: as many weights as folders are needed. InputError: a folder cannot be read or does not fit.
+    """
+    if weights is not None and len(weights) != len(folders):
+        raise RecipeError(f"{len(weights)} weights for {len(folders)} adapters", fix="give one weight per adapter")
+    readers = [open_adapter(folder) for folder in folders]
+    if len(readers) > 1:
+        common_card(readers, base=readers[0].card.base_model)
+    shares = normalised(list(zip(map(str, folders), weights or [1.0] * len(folders), strict=True)))
+    norms = [0.0] * len(readers)
+    dtypes: list[set[str]] = [set() for _ in readers]
+    overlap = torch.zeros(len(readers), len(readers), dtype=torch.float64)
+    tails: dict[int, float] = {}
+    lost: dict[tuple[str, int], float] = {}
+    sizes: dict[tuple[str, int], int] = {}
+    whole = 0.0
+    names = list(readers[0].modules)
+    ranks = _ranks(readers)
+    for name in names:
+        pairs = [reader.pair(name) for reader in readers]
+        for u, pair in enumerate(pairs):
+            norms[u] += linalg.norm(linalg.stack([pair], [1.0])) ** 2
+            dtypes[u].add(str(pair.A.dtype).removeprefix("torch."))
+        overlap += _overlap(pairs) / len(names)
+        values = linalg.singular_values(linalg.stack(pairs, shares)).square()
+        whole += float(values.sum())
+        for rank in ranks:
+            tails[rank] = tails.get(rank, 0.0) + float(values[rank:].sum())
+        if len(readers) > 1:
+            _try_rules(readers, shares, name, ranks[0], lost, sizes)
+    out_plus_in = sum(sum(readers[0].modules[name].shape) for name in names)
+    choices = [
+        Choice(method, rank, math.sqrt(square / whole) if whole else 0.0, sizes[method, rank])
+        for (method, rank), square in lost.items()
+    ]
+    if len(readers) > 1:
+        choices += [
+            Choice("best-rank", rank, math.sqrt(tails[rank] / whole) if whole else 0.0, 4 * rank * out_plus_in)
+            for rank in ranks
+        ]
+    return Inspection(
+        sheets=[_sheet(reader, math.sqrt(n), d) for reader, n, d in zip(readers, norms, dtypes, strict=True)],
+        overlap=[[float(value) for value in row] for row in overlap],
+        energy={rank: 1.0 - tail / whole if whole else 1.0 for rank, tail in tails.items()},
+        choices=sorted(choices, key=lambda choice: (choice.bytes, -choice.error)),
+    )
+
+
+def _ranks(readers: Sequence[AdapterReader]) -> list[int]:
+    """The largest single rank, doubled until the stack's rank: 8, 16, 32, ... ."""
+    first = max(module.rank for reader in readers for module in reader.modules.values())
+    stacked = sum(max(module.rank for module in reader.modules.values()) for reader in readers)
+    ranks = [first]
+    while ranks[-1] * 2 < stacked:
+        ranks.append(ranks[-1] * 2)
+    return ranks
+
+
+def _try_rules(
+    readers: Sequence[AdapterReader],
+    shares: Sequence[float],
+    name: str,
+    rank: int,
+    lost: dict[tuple[str, int], float],
+    sizes: dict[tuple[str, int], int],
+) -> None:
+    """Add one module's squared error and bytes of every rule but best-rank; rules that need one rank may not apply."""
+    parts, _ = contributions_of(readers, shares, name)
+    one_rank = len({m.rank for reader in readers for m in reader.modules.values()}) == 1
+    for method in ("fedit", "flora-na", "stack"):
+        if method != "stack" and not one_rank:
+            continue
+        answer = RULES[method](parts, rank)
+        error = measure(parts, answer)
+        own = sum(reader.modules[name].rank for reader in readers)
+        key = (method, rank if method != "stack" else sum(max(m.rank for m in r.modules.values()) for r in readers))
+        lost[key] = lost.get(key, 0.0) + (error.error * error.norm) ** 2
+        shape = readers[0].modules[name].shape
+        sizes[key] = sizes.get(key, 0) + 4 * (own if method == "stack" else rank) * sum(shape)
+
+
+def _overlap(pairs: Sequence[LoraFactors]) -> Tensor:
+    """The mean squared cosine of the principal angles between the column spaces of B_u A_u, over the smaller rank."""
+    spaces = [linalg.decompose(linalg.stack([pair], [1.0])) for pair in pairs]
+    bases = [d.left[:, d.values > 1e-7 * d.values[0]] if float(d.values[0]) > 0 else d.left[:, :0] for d in spaces]
+    result = torch.zeros(len(pairs), len(pairs), dtype=torch.float64)
+    for i, left in enumerate(bases):
+        for j, right in enumerate(bases):
+            smaller = min(left.shape[1], right.shape[1])
+            result[i, j] = (left.T @ right).square().sum() / smaller if smaller else 0.0
+    return result
+
+
+def _sheet(reader: AdapterReader, norm: float, dtypes: set[str]) -> Sheet:
+    modules = reader.modules.values()
+    variant = "rsLoRA" if reader.card.rslora else "LoRA"
+    if reader.card.lora_bias:
+        variant += " with bias"
+    return Sheet(
+        name=reader.folder.resolve().name,
+        base_model=reader.card.base_model,
+        variant=variant,
+        ranks=tuple(sorted({module.rank for module in modules})),
+        scalings=tuple(sorted({module.scaling for module in modules})),
+        dtypes=tuple(sorted(dtypes)),
+        modules=len(reader.modules),
+        extra=tuple(reader.extra),
+        parameters=sum(module.rank * sum(module.shape) for module in modules),
+        bytes=sum(path.stat().st_size for path in set(reader.files.values())),
+        norm=norm,
+    )
