@@ -139,7 +139,7 @@ def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("use_dora", True), ("bias", "all"), ("lora_bias", True), ("peft_type", "IA3"), ("r", 0), ("lora_alpha", "x"),
+    [("use_dora", True), ("bias", "all"), ("use_qalora", True), ("peft_type", "IA3"), ("r", 0), ("lora_alpha", "x"),
      ("rank_pattern", {"q": -1}), ("r", 3), ("rank_pattern", {"(": 2})],
 )  # fmt: skip
 def test_what_is_no_plain_product_or_does_not_fit_is_refused_by_name(key: str, value: object, tmp_path: Path) -> None:

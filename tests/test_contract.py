@@ -13,9 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from florana.aggregate import als, gradient
+from florana.aggregate.fair import corrected_mean
 from florana.aggregate.mean import mean
 from florana.aggregate.mix import mix, per_model
 from florana.aggregate.project import best_rank, split
+from florana.aggregate.residual import mean_and_remainder
+from florana.aggregate.rotate import align, rotated_mean
 from florana.aggregate.stack import combined, stack
 from florana.errors import InputError
 from florana.factors import Adapter, Contribution, LoraFactors
@@ -29,6 +32,11 @@ def rank_of(parts: Sequence[Contribution]) -> int:
 
 def exact_split(parts: Sequence[Contribution]) -> Adapter:
     whole = split(parts, rank_of(parts))
+    return combined(whole.adapter, whole.remainder)
+
+
+def exact_mean(parts: Sequence[Contribution]) -> Adapter:
+    whole = mean_and_remainder(parts)
     return combined(whole.adapter, whole.remainder)
 
 
@@ -61,6 +69,9 @@ ROWS = [
     Row("stack", stack, exact=True, mixed_ranks=True, keeps_rank=False, gauge_free=True),
     Row("best-rank", lambda p: best_rank(p, rank_of(p)), mixed_ranks=True, gauge_free=True),
     Row("oracle", exact_split, exact=True, mixed_ranks=True, keeps_rank=False, gauge_free=True),
+    Row("fedex-lora", exact_mean, exact=True, keeps_rank=False, gauge_free=True),
+    Row("lora-fair", corrected_mean),
+    Row("fedrot updates", lambda p: rotated_mean(p, zero_base(p))),
     Row("flora-na factors/module", lambda p: mix(p, solver=als.solve).adapter),
     Row("flora-na factors/model", lambda p: mix(p, solver=als.solve, fit=per_model).adapter),
     Row("flora-na updates/module", lambda p: mix(p, solver=als.solve, base=zero_base(p)).adapter),
@@ -120,8 +131,9 @@ def test_weight_two_is_two_clients_of_weight_one(row: Row, case: Case) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.exact], ids=lambda row: row.name)
-@given(case=cases(mixed_ranks=True))
-def test_exact_rules_are_exact(row: Row, case: Case) -> None:
+@given(case=cases(), mixed=cases(mixed_ranks=True))
+def test_exact_rules_are_exact(row: Row, case: Case, mixed: Case) -> None:
+    case = mixed if row.mixed_ranks else case
     answer = row.rule(case.parts)
     for name, column in case.modules.items():
         scale = sum(abs(c.weight) * np.abs(c.scaling * c.B @ c.A) for c in column)
@@ -208,6 +220,50 @@ def test_best_rank_is_the_truncated_dense_svd(case: Case, rank: int) -> None:
 def test_mean_is_the_oracles_fedit(case: Case) -> None:
     for name, column in case.modules.items():
         assert close(dense(mean(case.parts), name), oracle.fedit(column), tolerance=1e-12)
+
+
+@given(case=cases(), penalty=st.sampled_from([0.0, 0.01, 1.0, 1e9]))
+def test_lora_fair_is_the_dense_ridge_solution(case: Case, penalty: float) -> None:
+    """B of the least penalised error, by dense least squares over [A_hat | sqrt(lambda) I]."""
+    answer = corrected_mean(case.parts, penalty)
+    for name, column in case.modules.items():
+        weights, scaling = oracle.shares(column), max(c.scaling for c in column)
+        A = sum(w * c.A for w, c in zip(weights, column, strict=True))
+        B = sum(w * c.scaling / scaling * c.B for w, c in zip(weights, column, strict=True))
+        missed = oracle.target(column) / scaling - B @ A
+        ridge = penalty * np.trace(A @ A.T) / len(A)
+        wide = np.hstack([A, np.sqrt(ridge) * np.eye(len(A))])  # min |dB wide - [missed | 0]|
+        right = np.hstack([missed, np.zeros((len(missed), len(A)))])
+        correction = np.linalg.lstsq(wide.T, right.T, rcond=None)[0].T
+        assert close(dense(answer, name), scaling * (B + correction) @ A, oracle.target(column), 1e-6)
+
+
+@given(case=cases(equal_scalings=True))
+def test_aligning_keeps_the_product_and_undoes_any_rotation(case: Case) -> None:
+    """Clients that hold one product in rotated bases: the plain mean errs, the rotated mean does not."""
+    rng = np.random.default_rng(2)
+    one = case.parts[0].adapter
+    parts = []
+    for part in case.parts:
+        modules = {}
+        for name, pair in one.modules.items():
+            turn = torch.from_numpy(np.linalg.qr(rng.normal(size=(pair.rank, pair.rank)))[0])
+            modules[name] = LoraFactors(pair.B @ turn, turn.T @ pair.A, pair.scaling)
+            again = align(modules[name], part.adapter.modules[name])
+            assert torch.allclose(again.B @ again.A, pair.B @ pair.A, atol=1e-9 * float((pair.B @ pair.A).norm()))
+        parts.append(Contribution(part.client, Adapter(modules, part.adapter.extra), part.weight))
+    for name, pair in one.modules.items():
+        truth = (pair.scaling * pair.B @ pair.A).numpy()
+        assert close(dense(rotated_mean(parts, one), name), truth, tolerance=1e-8)
+
+
+def test_a_bounded_remainder_loses_only_its_tail() -> None:
+    case = make_case(6, 4, 2, [(12, 16)])
+    whole, cut = mean_and_remainder(case.parts), mean_and_remainder(case.parts, rank=2)
+    assert cut.remainder.modules["layer.0.q"].rank == 2
+    missed = dense(combined(cut.adapter, cut.remainder), "layer.0.q") - oracle.target(case.modules["layer.0.q"])
+    tail = np.linalg.svd(dense(whole.remainder, "layer.0.q"), compute_uv=False)[2:]
+    assert np.linalg.norm(missed) == pytest.approx(np.linalg.norm(tail), rel=1e-6)
 
 
 def _broken(kind: str) -> tuple[list[Contribution], str]:

@@ -87,9 +87,10 @@ def test_als_ends_where_the_dense_objective_is_flat(combine: str, fit: Fit) -> N
             assert abs(ends[0] - ends[1]) / 2e-4 < 1e-4 * size
 
 
+@pytest.mark.parametrize("combine", ["factors", "updates"])
 @given(case=cases())
-def test_als_error_never_increases_and_is_the_dense_error(case: Case) -> None:
-    mixture = mix(case.parts, solver=als.solve)
+def test_als_error_never_increases_and_is_the_dense_error(combine: str, case: Case) -> None:
+    mixture = mix(case.parts, solver=als.solve, base=base_of(case, combine))
     for name, found in mixture.coefficients.items():
         history = np.array(found.history)
         assert np.all(np.diff(history) <= 1e-12 * history[0] + 1e-300)

@@ -91,6 +91,13 @@ def test_strategy_options_are_checked_against_the_strategy() -> None:
     assert check(table, "r").build_strategy().name == "flora-na"
     with pytest.raises(RecipeError, match="did you mean 'solver'"):
         check(changed("strategy", {"name": "flora-na", "solvr": "als"}), "r")
+    assert check(changed("strategy", {"name": "fedex-lora", "residual_rank": 4}), "r").build_strategy()
+    for name, wrong in (("fedex-lora", {"residual_rank": "four"}), ("lora-fair", {"penalty": "x"})):
+        with pytest.raises(RecipeError, match="strategy"):
+            check(changed("strategy", {"name": name, **wrong}), "r")
+    with pytest.raises(RecipeError, match="not at least 1"):
+        check(changed("strategy", {"name": "fedex-lora", "residual_rank": 0}), "r")
+    assert check(changed("strategy", {"name": "lora-fair", "penalty": 1}), "r")
     with pytest.raises(RecipeError, match="one of 'als', 'adamw'"):
         check(changed("strategy", {"name": "flora-na", "solver": "sgd"}), "r")
 

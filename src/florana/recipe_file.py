@@ -50,6 +50,7 @@ def check(table: Mapping[str, Any], source: str) -> Recipe:
         faults = [_fault(dict(fault)) for fault in error.errors()]
         raise RecipeError(f"{source}: " + "\n".join(faults)) from None
     _check_strategy(recipe.strategy, source)
+    recipe.build_strategy()  # options that no type can tell are refused here too
     return recipe
 
 
@@ -145,5 +146,7 @@ def _check_strategy(table: Mapping[str, Any], source: str) -> None:
         if allowed is not None and value not in allowed:
             raise RecipeError(f"{source}: 'strategy.{key}' is {value!r}", fix=f"one of {', '.join(map(repr, allowed))}")
         expected = known[key]
+        if expected is float:
+            expected = float | int
         if allowed is None and isinstance(expected, type | types.UnionType) and not isinstance(value, expected):
             raise RecipeError(f"{source}: 'strategy.{key}' is {value!r}, not {expected}")

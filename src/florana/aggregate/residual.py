@@ -1,0 +1,52 @@
+"""The mean of factors plus the exact remainder, kept factored: FedEx-LoRA (Singhal et al., arXiv 2410.09432).
+
+    E = sum_u w_u s_u B_u A_u - s B_hat A_hat        B_hat, A_hat = the factor means
+
+For equal scalings E is the weighted covariance of the factors across clients, of rank at most (U - 1) r. The paper
+folds E into the base weights as a dense matrix; here it stays a product of two thin factors beside the adapter, so that
+quantised bases and PEFT export keep working. The paper averages unweighted; here the weights are the contributions'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from florana import linalg
+from florana.aggregate.mean import mean
+from florana.aggregate.project import Split, targets
+from florana.factors import Adapter, Contribution
+
+
+def mean_and_remainder(
+    parts: Sequence[Contribution], residual: Adapter | None = None, rank: int | None = None
+) -> Split:
+    """The factor means, and what they miss of the true sum (plus the frozen `residual` every client carried).
+
+    Args:
+        parts: one contribution per client; equal ranks; weights on any scale.
+        residual: the remainder sent with the last broadcast; it joins the new one.
+        rank: keep only the leading terms of the remainder; None keeps it exact to the rounding of float32.
+
+    Raises:
+        InputError: the contributions do not fit together (client, module and shapes named).
+
+    >>> from florana.factors import LoraFactors
+    >>> x = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 1.0)})
+    >>> y = Adapter({"q": LoraFactors(3 * torch.ones(3, 1), 3 * torch.ones(1, 2), 1.0)})
+    >>> both = mean_and_remainder([Contribution("x", x, 1), Contribution("y", y, 1)])
+    >>> pair, rest = both.adapter.modules["q"], both.remainder.modules["q"]
+    >>> round(float((pair.B @ pair.A + rest.B @ rest.A)[0, 0]), 4)  # (1 + 9) / 2
+    5.0
+    """
+    averaged = mean(parts)
+    remainders = {}
+    for name, (target, scaling, dtype) in targets(parts, residual).items():
+        missed = linalg.join(target, linalg.stack([averaged.modules[name]], [1.0]), sign=-1.0)
+        whole = linalg.decompose(missed)
+        kept = linalg.left_over(whole, 0, tolerance=torch.finfo(torch.float32).eps / 16)
+        if rank is not None:
+            kept = linalg.kept(kept, min(rank, len(kept.values)))
+        remainders[name] = linalg.balanced(kept, scaling, dtype)
+    return Split(averaged, Adapter(remainders))

@@ -1,0 +1,32 @@
+"""LoRA-FAIR: the mean A, and a B corrected towards the true average (Bian et al., arXiv 2411.14961, ICCV 2025).
+
+Trains A and B; r (out + in) numbers up and down per module, as FedIT; the base stays. The correction is the ridge
+form, in closed form; the paper minimises a cosine similarity with the same penalty by gradient descent. The server
+must see every client's factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from florana.aggregate.fair import corrected_mean
+from florana.factors import Contribution
+from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, start
+
+
+def build(penalty: float = 0.01) -> Strategy:
+    """The strategy.
+
+    Args:
+        penalty: lambda, relative to the mean eigenvalue of A A^T; large values give FedIT.
+    """
+    return Strategy("lora-fair", "arXiv 2411.14961", start, broadcast, _Step(penalty))
+
+
+@dataclass(frozen=True)
+class _Step:
+    penalty: float
+
+    def __call__(self, state: State, parts: Sequence[Contribution]) -> Outcome:
+        return Outcome(advance(state, corrected_mean(parts, self.penalty)))
