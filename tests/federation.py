@@ -46,7 +46,9 @@ def noisy(brief: Brief) -> Reply:
     }
     answer = Adapter(moved, {name: tensor + 1 for name, tensor in adapter.extra.items()})
     examples = 10 * (1 + int(brief.client[-1]))
-    return Reply(brief.client, brief.round, examples, {"train_loss": 1.0}, pack(Payload(answer)), 0.01)
+    return Reply(
+        brief.client, brief.round, examples, {"train_loss": 1.0 + int(brief.client[-1])}, pack(Payload(answer)), 0.01
+    )
 
 
 class FakeEngine:

@@ -128,6 +128,12 @@ def test_the_order_of_arrival_does_not_change_a_bit(tmp_path: Path) -> None:
         run(tmp_path / strategy / "a", strategy, 2)
         run(tmp_path / strategy / "b", strategy, 2, reversed_order)
         assert adapter_bytes(tmp_path / strategy / "a") == adapter_bytes(tmp_path / strategy / "b")
+        first, second = (read_records(tmp_path / strategy / name / "rounds.jsonl") for name in ("a", "b"))
+        for one, other in zip(first, second, strict=True):
+            assert list(one.clients) == list(other.clients) == sorted(one.clients)
+            loss = sum(one.weights[client] * (1 + int(client[-1])) for client in one.clients)
+            assert one.train_loss == pytest.approx(loss)
+            assert other.train_loss == one.train_loss
 
 
 def test_no_usable_update_ends_with_code_four_and_the_last_adapter_stands(tmp_path: Path) -> None:

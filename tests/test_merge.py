@@ -73,7 +73,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {**PLAIN, "use_rslora": True, "rank_pattern": {"$1": 2}, "alpha_pattern": {"$0": 9}}, PLAIN,
     ],
     "embedding": [{**PLAIN, "targets": [0, 2]}, {"r": 2, "lora_alpha": 3, "targets": [0, 2]}],
-    "bias beside B": [{**PLAIN, "lora_bias": True}, PLAIN],
+    "bias beside B": [{**PLAIN, "lora_bias": True}, {"r": 3, "lora_alpha": 15}],
     "whole head": [{**PLAIN, "modules_to_save": ["$3"]}, {**PLAIN, "modules_to_save": ["$3"]}],
     "three unlike": [
         {"r": 2, "lora_alpha": 1}, {"r": 3, "lora_alpha": 8, "use_rslora": True}, {"r": 6, "lora_alpha": 6},

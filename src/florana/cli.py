@@ -69,7 +69,7 @@ def demo(
     if as_json:
         typer.echo(json.dumps({"runs": rows, "report": str(report)}, indent=1))
     elif console:
-        console.print(summary_table(rows, "Same clients, same start; only the server's step differs"))
+        console.print(summary_table(rows, "Same clients, same start; only the server's step differs", console.width))
         console.print(
             f"report: {report}\nadapters: {out}/<strategy>/adapter (PEFT loads them as they are)",
             highlight=False,
@@ -119,7 +119,7 @@ def run(
     if as_json:
         typer.echo(json.dumps({**rows[0], "run": str(folder), "report": str(report)}, indent=1))
     elif console:
-        console.print(summary_table(rows, resolved.title or recipe.stem))
+        console.print(summary_table(rows, resolved.title or recipe.stem, console.width))
         console.print(
             f"run: {folder}\nadapter: {folder / 'adapter'}\nreport: {report}", highlight=False, soft_wrap=True
         )
@@ -146,7 +146,7 @@ def report(
     if as_json:
         typer.echo(json.dumps({"runs": rows, "report": str(path)}, indent=1))
     elif console:
-        console.print(summary_table(rows, title or "runs"))
+        console.print(summary_table(rows, title or "runs", console.width))
         console.print(f"report: {path}", highlight=False, soft_wrap=True)
 
 

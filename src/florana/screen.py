@@ -203,22 +203,28 @@ def inspection_tables(result: Inspection) -> list[Table]:
     return [adapters, overlap, choices]
 
 
-def summary_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """The strategies side by side."""
-    metric = rows[0]["metric"]
-    table = Table(title=title, title_justify="left")
-    table.add_column("strategy")
-    columns = [f"{metric}: start", "global", "personal", "gap", "error", "optimum", "up", "down", "server"]
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
+def summary_table(rows: Sequence[dict[str, Any]], title: str, width: int = 120) -> Table:
+    """The strategies side by side: a row each, or a column each where the screen is narrow."""
+    heads = ["strategy", f"{rows[0]['metric']}: start", "global", "personal", "gap", "error", "optimum"]
+    heads += ["up", "down", "server"]
+    lines = [
+        [
             row["strategy"],
             *(number(row[key]) for key in ("start", "global", "personal", "gap", "error", "optimum")),
             size(row["bytes_up"]),
             size(row["bytes_down"]),
             seconds(row["server_seconds"]),
-        )
+        ]
+        for row in rows
+    ]
+    cells = [heads, *lines]
+    if width < 120:
+        cells = [list(column) for column in zip(*cells, strict=True)]
+    table = Table(title=title, title_justify="left")
+    for index, head in enumerate(cells[0]):
+        table.add_column(head, justify="right" if index else "left")
+    for line in cells[1:]:
+        table.add_row(*line)
     return table
 
 
