@@ -166,10 +166,10 @@ def merge(
     Example: florana merge north south west --weights 1200,800,400 --rank 16 --out merged
     """
     from florana.merge import merge as merge_folders
-    from florana.screen import Counter, merge_line, merge_table
+    from florana.screen import counting, merge_line, merge_table
 
     console = _console(as_json)
-    with Counter(console, "merging", "modules") as counter:
+    with counting(console, "merging", "modules") as done:
         result = merge_folders(
             adapters,
             out,
@@ -178,7 +178,7 @@ def merge(
             weights=_numbers(weights),
             dtype=dtype,
             base=base,
-            done=counter.done,
+            done=done,
         )
     if as_json:
         typer.echo(json.dumps({**result.to_json(), "out": str(out)}, indent=1))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -104,38 +105,16 @@ def _round_line(record: RoundRecord) -> str:
     return "  ".join(parts)
 
 
-class Counter:
-    """A bar over things that are counted; silent without a terminal."""
-
-    def __init__(self, console: Console | None, name: str, unit: str) -> None:
-        self._progress: Progress | None = None
-        if console is not None and console.is_terminal:
-            self._progress = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn(unit),
-                TimeRemainingColumn(),
-                console=console,
-                transient=True,
-            )
-            self._task = self._progress.add_task(name, total=None)
-
-    def __enter__(self) -> Counter:
-        if self._progress is not None:
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def done(self, count: int, total: int) -> None:
-        """So many are done, of so many."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=count, total=total)
+@contextmanager
+def counting(console: Console | None, name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over things that are counted: yields what to call with (done, of how many). Silent without a terminal."""
+    if console is None or not console.is_terminal:
+        yield lambda count, total: None
+        return
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task(name, total=None)
+        yield lambda count, total: progress.update(task, completed=count, total=total)
 
 
 def merge_table(merged: Merged) -> Table:
