@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from florana.adapter_files import AdapterCard
-from florana.factors import Adapter, LoraFactors
+from florana.factors import Adapter, LoraFactors, adapter_from_tensors, kind_of
 from florana.federation.journal import Journal
 from florana.federation.loop import Event, Federation, by_examples, run_rounds
 from florana.federation.messages import Brief, Failure, Reply, pack, unpack
 from florana.strategy import STRATEGIES
-from florana.strategy.base import Payload, State
+from florana.strategy.base import State, Strategy
 
 CARD = AdapterCard("base", "SEQ_CLS", ("q",), ("head",))
 CLIENTS = [f"client-{u}" for u in range(5)]
@@ -32,23 +32,25 @@ def first_adapter() -> Adapter:
     return Adapter(modules, {"head.weight": torch.zeros(3, 4)})
 
 
-def noisy(brief: Brief) -> Reply:
-    """What a client answers: the adapter it was sent plus noise of its own seed."""
-    adapter = unpack(brief.payload, first_adapter().scalings).adapter
+def built(strategy: str) -> Strategy:
+    """The strategy of that name, small enough for the modules of `first_adapter`."""
+    return STRATEGIES[strategy](**({"heads": 2, "size": 2} if strategy == "ravan" else {}))
+
+
+def noisy(brief: Brief, strategy: str = "fedit") -> Reply:
+    """What a client answers: what it was asked to train of what it was sent, plus noise of its own seed."""
+    first = built(strategy).init(first_adapter()).adapter
+    adapter, _ = unpack(brief.payload, first, {}, brief.scalings)
     generator = torch.Generator().manual_seed(brief.seed)
     moved = {
-        name: LoraFactors(
-            B=pair.B + 0.1 * torch.randn(pair.B.shape, generator=generator),
-            A=pair.A + 0.1 * torch.randn(pair.A.shape, generator=generator),
-            scaling=pair.scaling,
-        )
-        for name, pair in adapter.modules.items()
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) if kind_of(name) in brief.trains else tensor
+        for name, tensor in adapter.tensors().items()
     }
-    answer = Adapter(moved, {name: tensor + 1 for name, tensor in adapter.extra.items()})
+    moved |= {name: tensor + 1 for name, tensor in moved.items() if kind_of(name) == "extra"}
+    answer = adapter_from_tensors(moved, brief.scalings)
     examples = 10 * (1 + int(brief.client[-1]))
-    return Reply(
-        brief.client, brief.round, examples, {"train_loss": 1.0 + int(brief.client[-1])}, pack(Payload(answer)), 0.01
-    )
+    metrics = {"train_loss": 1.0 + int(brief.client[-1])}
+    return Reply(brief.client, brief.round, examples, metrics, pack(answer, brief.returns), 0.01)
 
 
 class FakeEngine:
@@ -90,7 +92,7 @@ def run(
     folder: Path,
     strategy: str,
     rounds: int,
-    answer: Callable[[Brief], Sequence[Reply | Failure]] = lambda brief: [noisy(brief)],
+    answer: Callable[[Brief], Sequence[Reply | Failure]] | None = None,
     minimum: int = 1,
     show: Callable[[Event], None] = lambda event: None,
 ) -> State:
@@ -98,9 +100,9 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     journal = Journal(folder, CARD)
     last, _ = journal.recover()
-    chosen = STRATEGIES[strategy]()
+    chosen = built(strategy)
     state = last.state if last else chosen.init(first_adapter())
-    engine = FakeEngine(answer, last.memories if last else None)
+    engine = FakeEngine(answer or (lambda brief: [noisy(brief, strategy)]), last.memories if last else None)
     return run_rounds(chosen, state, engine, federation(rounds, minimum), journal, show)
 
 
@@ -111,7 +113,7 @@ def main() -> None:
 
     def slow(brief: Brief) -> list[Reply | Failure]:
         time.sleep(0.002)
-        return [noisy(brief)]
+        return [noisy(brief, sys.argv[2])]
 
     run(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), slow)
     print("done", flush=True)

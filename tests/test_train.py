@@ -127,19 +127,18 @@ def test_a_frozen_residual_acts_as_if_it_were_in_the_base(recipe: Recipe, setup:
 @pytest.mark.parametrize("head", ["average", "personal"])
 def test_the_head_policy_decides_what_is_sent_and_what_is_kept(head: str, recipe_table: dict[str, Any]) -> None:
     from florana.federation.messages import Brief, pack, unpack
-    from florana.strategy.base import Payload
 
     recipe_table["model"]["head"] = head
     recipe = check(recipe_table, "test")
     setup = prepare(recipe)
-    clients = TrainingClients(setup.bench, setup.clients, setup.common, recipe.train, recipe.evaluate, head)
-    sent = Payload(setup.start)
-    brief = Brief(1, "client-0", 5, pack(sent), True)
+    first = Adapter(setup.start.modules, setup.head)
+    clients = TrainingClients(setup.bench, first, setup.clients, setup.common, recipe.train, recipe.evaluate, head)
+    brief = Brief(1, "client-0", 5, pack(setup.start), True, ["A", "B"], ["A", "B"], setup.start.scalings)
     reply, kept = clients.fit(brief, {})
-    answer = unpack(reply.payload, setup.start.scalings).adapter
+    answer, _ = unpack(reply.payload, setup.start, {}, setup.start.scalings)
     heads = {"classifier.weight", "classifier.bias"}
     assert set(answer.extra) == (heads if head == "average" else set())
-    assert set(kept) == (heads if head == "personal" else set())
+    assert set(kept) == ({f"extra/{name}" for name in heads} if head == "personal" else set())
     # another client in between must leave no trace: the first one's round is the same again
     clients.fit(dataclasses.replace(brief, client="client-1"), {})
     again, kept_again = clients.fit(brief, {})

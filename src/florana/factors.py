@@ -9,7 +9,7 @@ product, which is the model's business.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -74,22 +74,39 @@ class Adapter:
     Args:
         modules: module name (as in the base model) -> factors; at least one.
         extra: parameter name -> tensor.
+        cores: module name -> (h, k, k) blocks with h k = r, for methods that train small matrices between fixed
+            factors: the module's update is then `scaling * B @ blockdiag(core) @ A`. Empty for plain LoRA.
+
+    Raises:
+        InputError: no module at all, or a core that does not fit its module.
     """
 
     modules: Mapping[str, LoraFactors]
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    cores: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.modules:
             raise InputError("an adapter without a single LoRA module")
+        for name, core in self.cores.items():
+            if name not in self.modules:
+                raise InputError(f"a core for module '{name}', which the adapter does not have")
+            rank = self.modules[name].rank
+            if core.ndim != 3 or core.shape[1] != core.shape[2] or core.shape[0] * core.shape[1] != rank:
+                raise InputError(
+                    f"module '{name}': the core is {tuple(core.shape)}, the rank is {rank}",
+                    why="a core is (h, k, k) with h k equal to the rank",
+                )
+        object.__setattr__(self, "cores", MappingProxyType(dict(sorted(self.cores.items()))))
         object.__setattr__(self, "modules", MappingProxyType(dict(sorted(self.modules.items()))))
         object.__setattr__(self, "extra", MappingProxyType(dict(sorted(self.extra.items()))))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor under a name that says what it is: `A/<module>`, `B/<module>`, `extra/<name>`."""
+        """Every tensor under a name that says what it is: `A/<module>`, `B/<module>`, `core/...`, `extra/<name>`."""
         named: dict[str, Tensor] = {}
         for name, pair in self.modules.items():
             named[f"A/{name}"], named[f"B/{name}"] = pair.A, pair.B
+        named |= {f"core/{name}": core for name, core in self.cores.items()}
         return named | {f"extra/{name}": tensor for name, tensor in self.extra.items()}
 
     @property
@@ -110,16 +127,30 @@ def adapter_from_tensors(tensors: Mapping[str, Tensor], scalings: Mapping[str, f
         for name, scaling in scalings.items()
     }
     extra = {name.removeprefix("extra/"): t for name, t in tensors.items() if name.startswith("extra/")}
-    return Adapter(modules, extra)
+    cores = {name.removeprefix("core/"): t for name, t in tensors.items() if name.startswith("core/")}
+    return Adapter(modules, extra, cores)
+
+
+def kind_of(tensor: str) -> str:
+    """What a name of `Adapter.tensors` denotes: `A`, `B`, `core` or `extra`.
+
+    >>> kind_of("A/layer.0.query")
+    'A'
+    """
+    return tensor.partition("/")[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Contribution:
-    """What one client brings to an aggregation: its name, its adapter, its weight (any positive scale)."""
+    """What one client brings to an aggregation: its name, its adapter, its weight (any positive scale).
+
+    `residual` is the frozen part it carried unchanged beside the adapter: it belongs to what the client's model was.
+    """
 
     client: str
     adapter: Adapter
     weight: float
+    residual: Adapter | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,9 +165,3 @@ class Update:
     adapter: Adapter
     examples: int
     metrics: Mapping[str, float]
-
-
-def contributions(updates: Sequence[Update], weights: Mapping[str, float]) -> list[Contribution]:
-    """The updates with the weight of each client, in the canonical order (by client name)."""
-    ordered = sorted(updates, key=lambda update: update.client)
-    return [Contribution(update.client, update.adapter, weights[update.client]) for update in ordered]

@@ -96,6 +96,11 @@ def kept(whole: Decomposition, rank: int) -> Decomposition:
     return Decomposition(left, values, right)
 
 
+def between(whole: Decomposition, begin: int, end: int) -> Decomposition:
+    """The terms from `begin` up to, not including, `end`."""
+    return Decomposition(whole.left[:, begin:end], whole.values[begin:end], whole.right[begin:end])
+
+
 def left_over(whole: Decomposition, rank: int, tolerance: float) -> Decomposition:
     """What `kept` leaves out, without terms below `tolerance` times the largest; at least one term (maybe zero)."""
     if len(whole.values) <= rank:

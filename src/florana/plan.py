@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from florana import recipe as r
-from florana.federation.messages import pack
-from florana.run import Setup
-from florana.strategy.base import Payload
+from florana.federation.messages import pack, travelling
+from florana.run import Setup, begin, strategy_of
 from florana.train.client import steps_per_round, train_locally
 from florana.train.evaluate import evaluate
 
@@ -23,7 +22,7 @@ class Plan:
         clients: client -> training rows. own_test: client -> rows of its own test share. common_test: rows.
         per_round: clients asked each round. rounds: how many. steps: optimizer steps per client and round (the mean).
         trainable_parameters, base_parameters: numbers that are trained; that are frozen.
-        bytes_up, bytes_down: per round, all clients; `oracle` sends more down as its remainder grows.
+        bytes_up, bytes_down: in the first round, all clients; methods with a frozen part send more down as it grows.
         memory: peak of this process after one training step, bytes; None where the system does not tell.
         seconds_per_step, seconds: one measured step; the whole run, scoring included (an estimate from both).
     """
@@ -64,7 +63,7 @@ def plan(recipe: r.Recipe, setup: Setup, *, timed_steps: int = 3) -> Plan:
     evaluate(setup.bench, sample, recipe.evaluate.batch_size)
     scoring = (time.perf_counter() - started) / len(sample) * len(setup.common)
     setup.bench.load(setup.start)
-    size = len(pack(Payload(setup.start)))
+    down, up, trained = _traffic(recipe, setup)
     steps = sum(steps_per_round(recipe.train, count) for count in rows.values()) / len(rows)
     scorings = recipe.federation.rounds / recipe.evaluate.every + 1
     return Plan(
@@ -75,14 +74,26 @@ def plan(recipe: r.Recipe, setup: Setup, *, timed_steps: int = 3) -> Plan:
         per_round=per_round,
         rounds=recipe.federation.rounds,
         steps=steps,
-        trainable_parameters=setup.start.parameters,
+        trainable_parameters=trained,
         base_parameters=setup.bench.base_parameters,
-        bytes_up=per_round * size,
-        bytes_down=per_round * size,
+        bytes_up=round(per_round * up),
+        bytes_down=round(per_round * down),
         memory=peak_memory(),
         seconds_per_step=per_step,
         seconds=recipe.federation.rounds * per_round * steps * per_step + scorings * scoring,
     )
+
+
+def _traffic(recipe: r.Recipe, setup: Setup) -> tuple[float, float, int]:
+    """The first round's bytes down and up, the mean over clients, and the most numbers a client trains."""
+    strategy = strategy_of(recipe, setup)
+    state = strategy.init(begin(recipe, setup, strategy))
+    setup.bench.load(setup.start)
+    payloads = [strategy.brief(state, client) for client in sorted(setup.clients)]
+    down = [len(pack(p.adapter, p.work.down, p.residual)) for p in payloads]
+    up = [len(pack(p.adapter, p.work.up)) for p in payloads]
+    trained = [sum(t.numel() for t in travelling(p.adapter, p.work.trains).values()) for p in payloads]
+    return sum(down) / len(down), sum(up) / len(up), max(trained)
 
 
 def peak_memory() -> int | None:

@@ -6,7 +6,7 @@ is written. Relative paths count from the recipe's own folder. `to_toml` writes 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -28,6 +28,8 @@ class Model(Section):
     """A folder, a hub name, or `package:NAME[/sub/folder]` for a model that an installed Python package carries."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     rank: int = Field(8, ge=1)
+    client_ranks: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=1)
+    """Lower ranks for some clients: dealt out in turn to the clients by name; none above `rank`."""
     alpha: float = Field(16.0, gt=0)
     rslora: bool = False
     """Scaling alpha / sqrt(rank) instead of alpha / rank."""
@@ -40,6 +42,16 @@ class Model(Section):
     """Needs a CUDA device and bitsandbytes."""
     head: Literal["average", "personal"] = "average"
     """Tensors trained whole (the classifier): averaged by the server, or kept by each client."""
+
+    @model_validator(mode="after")
+    def _ranks(self) -> Model:
+        if self.client_ranks is not None and max(self.client_ranks) > self.rank:
+            raise ValueError(f"model.client_ranks has {max(self.client_ranks)}, above model.rank = {self.rank}")
+        return self
+
+    def scaling_of(self, rank: int) -> float:
+        """alpha / rank, or alpha / sqrt(rank) under rsLoRA."""
+        return float(self.alpha / (rank**0.5 if self.rslora else rank))
 
 
 class Data(Section):

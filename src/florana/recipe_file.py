@@ -19,6 +19,8 @@ from pydantic import BaseModel, ValidationError
 from florana.errors import RecipeError, nearest
 from florana.recipe import Recipe
 from florana.strategy import STRATEGIES
+from florana.strategy.base import Strategy
+from florana.strategy.ranks import with_ranks
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -50,8 +52,20 @@ def check(table: Mapping[str, Any], source: str) -> Recipe:
         faults = [_fault(dict(fault)) for fault in error.errors()]
         raise RecipeError(f"{source}: " + "\n".join(faults)) from None
     _check_strategy(recipe.strategy, source)
-    recipe.build_strategy()  # options that no type can tell are refused here too
+    _check_combinations(recipe, recipe.build_strategy())  # options that no type can tell are refused here too
     return recipe
+
+
+def _check_combinations(recipe: Recipe, strategy: Strategy) -> None:
+    """What the strategy's own declarations exclude. Raises RecipeError."""
+    if recipe.model.client_ranks is not None:
+        with_ranks(strategy, {}, recipe.model.scaling_of)
+    if strategy.begin != "lora" and recipe.model.quantization != "none":
+        raise RecipeError(
+            f"the strategy '{strategy.name}' does not go with model.quantization = '{recipe.model.quantization}'",
+            why="it starts from the base weights themselves, which a quantised base does not have",
+            fix="set model.quantization = 'none', or choose another strategy",
+        )
 
 
 def resolve(recipe: Recipe, folder: Path) -> Recipe:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from florana import recipe as r
 from florana.adapter_files import replace_file
@@ -27,7 +28,9 @@ from florana.federation.journal import Journal, explained, read_records
 from florana.federation.loop import Event, Federation, by_examples, run_rounds, uniformly
 from florana.federation.records import RoundRecord
 from florana.run_folder import check_folder, locked, logged
-from florana.strategy.base import State
+from florana.strategy.base import State, Strategy
+from florana.strategy.ranks import with_ranks
+from florana.train import beginnings
 from florana.train.client import ClientData, TrainingClients
 from florana.train.data import Tables, load_tables, texts
 from florana.train.evaluate import evaluate
@@ -46,12 +49,14 @@ class Setup:
 
     Args:
         bench: the one model. start: the initial adapter (without the head where heads are personal).
+        head: the tensors trained whole as they are at the start.
         clients: client -> its rows. common: the common test set.
         partition: who holds what, as written to setup.json.
     """
 
     bench: Workbench
     start: Adapter
+    head: Mapping[str, Tensor]
     clients: Mapping[str, ClientData]
     common: tuple[Example, ...]
     partition: Mapping[str, Any]
@@ -83,6 +88,7 @@ def prepare(recipe: r.Recipe) -> Setup:
     return Setup(
         bench=bench,
         start=Adapter(start.modules) if recipe.model.head == "personal" else start,
+        head=start.extra,
         clients={client: _client_data(share, train) for client, share in shares.items()},
         common=tuple(common),
         partition=table_of(shares, classes, tables.labels),
@@ -111,6 +117,8 @@ def execute(
     """
     check_folder(recipe, folder, resume)
     setup = setup or prepare(recipe)
+    strategy = strategy_of(recipe, setup)
+    begun = strategy.init(begin(recipe, setup, strategy))
     with explained(folder, "the run folder could not be made"):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder), logged(folder):
@@ -125,6 +133,7 @@ def execute(
             replace_file(folder / "recipe.toml", recipe.to_toml().encode())
         clients = TrainingClients(
             setup.bench,
+            Adapter(begun.adapter.modules, setup.head, begun.adapter.cores),
             setup.clients,
             setup.common[: recipe.evaluate.personal_limit],
             recipe.train,
@@ -132,13 +141,32 @@ def execute(
             recipe.model.head,
             step,
         )
-        strategy = recipe.build_strategy()
-        state = last.state if last else strategy.init(setup.start)
+        state = last.state if last else begun
         if last is None:
             journal.export(state)
         engine = LocalEngine(clients.fit, last.memories if last else None)
         run_rounds(strategy, state, engine, _federation(recipe, setup), journal, show)
     return Result(folder, tuple(read_records(folder / "rounds.jsonl")))
+
+
+def strategy_of(recipe: r.Recipe, setup: Setup) -> Strategy:
+    """The recipe's strategy, with the clients' own ranks where it gives them (in turn, by client name)."""
+    strategy, ranks = recipe.build_strategy(), recipe.model.client_ranks
+    if ranks is None:
+        return strategy
+    names = sorted(setup.clients)
+    own = {client: ranks[index % len(ranks)] for index, client in enumerate(names)}
+    return with_ranks(strategy, own, recipe.model.scaling_of)
+
+
+def begin(recipe: r.Recipe, setup: Setup, strategy: Strategy) -> Adapter:
+    """What the strategy's first state is made from: PEFT's start, or pairs from the base weights or their gradient."""
+    if strategy.begin == "principal":
+        return beginnings.principal(setup.bench, setup.start)
+    if strategy.begin == "gradient":
+        batches = {client: data.train[: recipe.train.batch_size] for client, data in setup.clients.items()}
+        return beginnings.gradient(setup.bench, setup.start, batches)
+    return setup.start
 
 
 def global_scores(setup: Setup, adapter: Adapter, residual: Adapter | None, batch_size: int) -> dict[str, float]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from florana import linalg
+from florana.aggregate.core import folded
 from florana.aggregate.project import targets
 from florana.factors import Adapter, Contribution
 
@@ -42,17 +43,14 @@ class AggregationError:
 def measure(
     parts: Sequence[Contribution],
     answer: Adapter,
-    *,
-    residual_before: Adapter | None = None,
-    residual_after: Adapter | None = None,
+    residual: Adapter | None = None,
 ) -> AggregationError:
     """The aggregation error of `answer` against the weighted sum of the contributions.
 
     Args:
-        parts: what was aggregated, with its weights.
+        parts: what was aggregated, with its weights; what they carried frozen belongs to the target.
         answer: what came out; the optimum is that of its rank.
-        residual_before: a frozen part every client carried: it belongs to the target.
-        residual_after: a frozen part sent along with the answer: it belongs to the answer, not to the optimum's rank.
+        residual: a frozen part sent along with the answer: it belongs to the answer, not to the optimum's rank.
 
     >>> import torch
     >>> from florana.factors import LoraFactors
@@ -60,12 +58,13 @@ def measure(
     >>> measure([Contribution("a", pair, 1.0)], pair).error
     0.0
     """
+    plain = folded(answer)
     squares: dict[str, tuple[float, float, float]] = {}
-    for name, (target, _, _) in targets(parts, residual_before).items():
-        pair = answer.modules[name]
+    for name, (target, _, _) in targets([replace(part, adapter=folded(part.adapter)) for part in parts]).items():
+        pair = plain.modules[name]
         difference = linalg.join(target, linalg.stack([pair], [1.0]), sign=-1.0)
-        if residual_after is not None:
-            difference = linalg.join(difference, linalg.stack([residual_after.modules[name]], [1.0]), sign=-1.0)
+        if residual is not None and name in residual.modules:
+            difference = linalg.join(difference, linalg.stack([residual.modules[name]], [1.0]), sign=-1.0)
         values = linalg.singular_values(target)
         whole, tail = float(values.square().sum()), float(values[pair.rank :].square().sum())
         squares[name] = (linalg.norm(difference) ** 2, tail, whole)

@@ -38,6 +38,10 @@ def columns(parts: Sequence[Contribution]) -> dict[str, list[LoraFactors]]:
             a value that is not finite; the message names the client, the module and both shapes.
     """
     first = parts[0]
+    for part in parts:
+        if part.adapter.cores:
+            raise InputError(f"client '{part.client}' brings cores between fixed factors, which this rule cannot mix",
+                             fix="fold them first (florana.aggregate.core.folded)")  # fmt: skip
     for part in parts[1:]:
         _same_names(first, part, first.adapter.modules, part.adapter.modules, "module")
         _same_names(first, part, first.adapter.extra, part.adapter.extra, "tensor")

@@ -28,19 +28,23 @@ class Split:
     remainder: Adapter
 
 
-def targets(
-    parts: Sequence[Contribution], residual: Adapter | None = None
-) -> dict[str, tuple[linalg.Stack, float, torch.dtype]]:
+def targets(parts: Sequence[Contribution]) -> dict[str, tuple[linalg.Stack, float, torch.dtype]]:
     """Module name -> (the true weighted sum as a stack, the output scaling, the dtype).
 
-    `residual`, where given, is a frozen part that every client carried unchanged: it joins the sum as it is.
+    What clients carried frozen (`Contribution.residual`) belongs to the sum; one that several share enters once.
     """
     weights = inputs.shares(parts)
+    carried: dict[int, tuple[Adapter, float]] = {}
+    for part, weight in zip(parts, weights, strict=True):
+        if part.residual is not None:
+            _, before = carried.get(id(part.residual), (part.residual, 0.0))
+            carried[id(part.residual)] = (part.residual, before + weight)
     result = {}
     for name, pairs in inputs.columns(parts).items():
         whole = linalg.stack(pairs, weights)
-        if residual is not None:
-            whole = linalg.join(whole, linalg.stack([residual.modules[name]], [1.0]))
+        for residual, weight in carried.values():
+            if name in residual.modules:
+                whole = linalg.join(whole, linalg.stack([residual.modules[name]], [weight]))
         result[name] = (whole, inputs.output_scaling(pairs), pairs[0].A.dtype)
     return result
 
@@ -64,18 +68,19 @@ def best_rank(parts: Sequence[Contribution], rank: int) -> Adapter:
     return split(parts, rank).adapter
 
 
-def split(parts: Sequence[Contribution], rank: int, residual: Adapter | None = None) -> Split:
-    """The true sum (plus a frozen `residual`) as its best rank-r part and a factored remainder: nothing is lost.
+def split(parts: Sequence[Contribution], rank: int) -> Split:
+    """The true sum as its best rank-r part and a factored remainder: nothing is lost.
 
+    What clients carried frozen belongs to the sum.
     Remainder terms below float32's resolution of the largest singular value are dropped.
     """
     if rank < 1:
         raise InputError(f"the rank {rank} is not at least 1")
     modules: dict[str, LoraFactors] = {}
     remainders: dict[str, LoraFactors] = {}
-    for name, (target, scaling, dtype) in targets(parts, residual).items():
+    for name, (target, scaling, dtype) in targets(parts).items():
         whole = linalg.decompose(target)
         modules[name] = linalg.balanced(linalg.kept(whole, rank), scaling, dtype)
         rest = linalg.left_over(whole, rank, tolerance=torch.finfo(torch.float32).eps / 16)
-        remainders[name] = linalg.balanced(rest, scaling, dtype)
+        remainders[name] = linalg.balanced(rest, 1.0, dtype)
     return Split(Adapter(modules, inputs.average_extra(parts)), Adapter(remainders))

@@ -19,14 +19,11 @@ from florana.aggregate.project import Split, targets
 from florana.factors import Adapter, Contribution
 
 
-def mean_and_remainder(
-    parts: Sequence[Contribution], residual: Adapter | None = None, rank: int | None = None
-) -> Split:
-    """The factor means, and what they miss of the true sum (plus the frozen `residual` every client carried).
+def mean_and_remainder(parts: Sequence[Contribution], rank: int | None = None) -> Split:
+    """The factor means, and what they miss of the true sum (what clients carried frozen included).
 
     Args:
         parts: one contribution per client; equal ranks; weights on any scale.
-        residual: the remainder sent with the last broadcast; it joins the new one.
         rank: keep only the leading terms of the remainder; None keeps it exact to the rounding of float32.
 
     Raises:
@@ -42,11 +39,11 @@ def mean_and_remainder(
     """
     averaged = mean(parts)
     remainders = {}
-    for name, (target, scaling, dtype) in targets(parts, residual).items():
+    for name, (target, _, dtype) in targets(parts).items():
         missed = linalg.join(target, linalg.stack([averaged.modules[name]], [1.0]), sign=-1.0)
         whole = linalg.decompose(missed)
         kept = linalg.left_over(whole, 0, tolerance=torch.finfo(torch.float32).eps / 16)
         if rank is not None:
             kept = linalg.kept(kept, min(rank, len(kept.values)))
-        remainders[name] = linalg.balanced(kept, scaling, dtype)
+        remainders[name] = linalg.balanced(kept, 1.0, dtype)
     return Split(averaged, Adapter(remainders))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from florana.aggregate import inputs
+from florana.aggregate.core import folded
 from florana.factors import Adapter, Contribution, LoraFactors
 
 
@@ -40,8 +41,12 @@ def stack(parts: Sequence[Contribution]) -> Adapter:
 
 
 def combined(adapter: Adapter, residual: Adapter | None) -> Adapter:
-    """An adapter and its frozen residual as one adapter of the added rank: what PEFT loads as a whole."""
+    """An adapter and its frozen residual as one plain adapter of the added rank: what PEFT loads as a whole."""
+    plain = folded(adapter)
     if residual is None:
-        return adapter
-    modules = {name: concatenate([pair, residual.modules[name]], [1.0, 1.0]) for name, pair in adapter.modules.items()}
-    return Adapter(modules, adapter.extra)
+        return plain
+    modules = {
+        name: concatenate([pair, residual.modules[name]], [1.0, 1.0]) if name in residual.modules else pair
+        for name, pair in plain.modules.items()
+    }
+    return Adapter(modules, plain.extra)

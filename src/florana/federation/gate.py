@@ -12,8 +12,10 @@ from safetensors.torch import load
 from torch import Tensor
 
 from florana import linalg
+from florana.aggregate.core import folded
 from florana.factors import Adapter, Update, adapter_from_tensors
-from florana.federation.messages import Reply
+from florana.federation.messages import Reply, travelling
+from florana.strategy.base import Payload
 
 MAX_EXAMPLES = 1_000_000_000
 """More training examples than this from one client is taken for nonsense."""
@@ -29,12 +31,13 @@ class Expected:
 
     Args:
         round: the round that is running.
-        clients: client name -> the adapter it was sent, whose names, shapes and dtypes its reply must have.
+        clients: client name -> what it was sent; its reply must bring the tensors that come up, in these shapes and
+            dtypes, and what does not come up stays as it was sent.
         examples: client name -> the size of its training share, where the server knows it.
     """
 
     round: int
-    clients: Mapping[str, Adapter]
+    clients: Mapping[str, Payload]
     examples: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -70,8 +73,8 @@ def _check_examples(reply: Reply, known: int | None) -> None:
         raise Refused(f"reports {count} training examples, but has {known}")
 
 
-def _check_tensors(content: bytes, sent: Adapter) -> Adapter:
-    template = sent.tensors()
+def _check_tensors(content: bytes, sent: Payload) -> Adapter:
+    template = travelling(sent.adapter, sent.work.up)
     limit = 2 * sum(t.numel() * t.element_size() for t in template.values()) + 65_536
     if len(content) > limit:
         raise Refused(f"sent {len(content)} bytes, the limit is {limit}")
@@ -85,8 +88,8 @@ def _check_tensors(content: bytes, sent: Adapter) -> Adapter:
         raise Refused(f"brings the foreign tensor '{name[:80]}'")
     for name, expected in template.items():
         _check_tensor(name, tensors[name], expected)
-    adapter = adapter_from_tensors(tensors, sent.scalings)
-    for name, pair in adapter.modules.items():
+    adapter = adapter_from_tensors(sent.adapter.tensors() | tensors, sent.adapter.scalings)
+    for name, pair in folded(adapter).modules.items():
         size = linalg.norm(linalg.stack([pair], [1.0]))
         if not size <= torch.finfo(torch.float32).max:
             raise Refused(f"the product of module '{name}' overflows (norm {size:.1e})")
@@ -101,3 +104,6 @@ def _check_tensor(name: str, tensor: Tensor, expected: Tensor) -> None:
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise Refused(f"tensor '{name}' has {bad} values that are not finite (NaN or infinite)")
+    size = float(torch.linalg.vector_norm(tensor.double()))
+    if not size <= torch.finfo(torch.float32).max:
+        raise Refused(f"tensor '{name}' overflows (norm {size:.1e})")

@@ -187,6 +187,7 @@ def _write_checkpoint(folder: Path, round_: Committed) -> None:
     facts: dict[str, Any] = {
         "round": state.round,
         "scalings": state.adapter.scalings,
+        "residual_scalings": state.residual.scalings if state.residual is not None else {},
         "record": _json_safe(round_.record.to_json()),
         "sha256": {},
     }
@@ -218,7 +219,8 @@ def _read_checkpoint(folder: Path) -> Committed:
     def part(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
-    residual: Adapter | None = adapter_from_tensors(part("residual/"), scalings) if part("residual/") else None
+    kept = facts.get("residual_scalings", scalings)  # checkpoints of the first version have one table for both
+    residual: Adapter | None = adapter_from_tensors(part("residual/"), kept) if part("residual/") else None
     state = State(facts["round"], adapter_from_tensors(part("adapter/"), scalings), residual, part("memory/"))
     memories: dict[str, dict[str, Tensor]] = {}
     for key, tensor in content["clients.safetensors"].items():

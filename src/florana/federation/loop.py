@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from florana.aggregate.error import AggregationError, measure
 from florana.errors import FederationError
-from florana.factors import Contribution, Update, contributions
+from florana.factors import Contribution, Update
 from florana.federation.gate import Expected, Refused, admit
 from florana.federation.journal import Journal
 from florana.federation.messages import Brief, Engine, Failure, Reply, pack
@@ -96,7 +96,7 @@ def _one_round(
     show(Event("round", round_, detail=str(len(chosen))))
     payloads = {client: strategy.brief(state, client) for client in chosen}
     briefs = _briefs(payloads, round_, federation)
-    expected = Expected(round_, {client: payload.adapter for client, payload in payloads.items()}, federation.examples)
+    expected = Expected(round_, payloads, federation.examples)
     collected = _collect(engine.fit(briefs), expected, show)
     updates = sorted(collected.updates, key=lambda update: update.client)
     if len(updates) < max(1, federation.minimum):
@@ -108,11 +108,16 @@ def _one_round(
             fix="mend the clients named and run again with --resume: the rounds before this one are committed",
         )
     weights = federation.weights(updates)
-    parts = contributions(updates, weights)
+    parts = [
+        Contribution(update.client, update.adapter, weights[update.client], payloads[update.client].residual)
+        for update in updates
+    ]
     started = time.perf_counter()
     outcome = strategy.step(state, parts)
     server_seconds = time.perf_counter() - started
-    error = measure(parts, outcome.state.adapter, residual_before=state.residual, residual_after=outcome.state.residual)
+    error: Mapping[str, object] = {"overall": None, "optimum": None, "per_module": {}}
+    if strategy.facts.one_model:
+        error = _error_json(measure(parts, outcome.state.adapter, outcome.state.residual))
     record = RoundRecord(
         round=round_,
         strategy=strategy.name,
@@ -121,12 +126,12 @@ def _one_round(
         examples={update.client: update.examples for update in updates},
         weights=dict(weights),
         train_loss=_weighted("train_loss", updates, parts),
-        eval=_scores(outcome.state, updates, federation),
+        eval=_scores(outcome.state, updates, federation, one_model=strategy.facts.one_model),
         bytes_up=collected.bytes_up,
         bytes_down=sum(len(brief.payload) for brief in briefs),
         server_seconds=server_seconds,
         client_seconds=collected.client_seconds,
-        error=_error_json(error),
+        error=error,
         notes=dict(outcome.notes),
     )
     return outcome.state, record
@@ -138,9 +143,19 @@ def _briefs(payloads: Mapping[str, Payload], round_: int, federation: Federation
     for client, payload in payloads.items():
         key = (id(payload.adapter), id(payload.residual))
         if key not in packed:
-            packed[key] = pack(payload)
-        seed = derive(federation.seed, "client", round_, client)
-        briefs.append(Brief(round_, client, seed, packed[key], federation.personal(round_)))
+            packed[key] = pack(payload.adapter, payload.work.down, payload.residual)
+        briefs.append(
+            Brief(
+                round=round_,
+                client=client,
+                seed=derive(federation.seed, "client", round_, client),
+                payload=packed[key],
+                evaluate=federation.personal(round_),
+                trains=sorted(payload.work.trains),
+                returns=sorted(payload.work.up),
+                scalings=payload.adapter.scalings,
+            )
+        )
     return briefs
 
 
@@ -183,12 +198,14 @@ def _weighted(name: str, updates: Sequence[Update], parts: Sequence[Contribution
     return sum(update.metrics[name] * part.weight for update, part in zip(updates, parts, strict=True))
 
 
-def _scores(state: State, updates: Sequence[Update], federation: Federation) -> dict[str, dict[str, float]]:
+def _scores(
+    state: State, updates: Sequence[Update], federation: Federation, *, one_model: bool
+) -> dict[str, dict[str, float]]:
     """`global`: the server's model on the common test set. `personal`: the mean over this round's clients of a
     client's own model on its own test share. `clients_on_common`: the same models on the common test set, averaged.
     `gap` = personal - global."""
     scores: dict[str, dict[str, float]] = {}
-    if federation.measured(state.round) and federation.evaluate is not None:
+    if one_model and federation.measured(state.round) and federation.evaluate is not None:
         scores["global"] = dict(federation.evaluate(state))
     for figure in ("personal", "clients_on_common"):
         prefix = f"{figure}/"

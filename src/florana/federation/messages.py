@@ -6,15 +6,14 @@ bytes a network would, so the bytes counted are the bytes sent, and no client ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from safetensors.torch import load, save
 from torch import Tensor
 
-from florana.factors import Adapter, adapter_from_tensors
-from florana.strategy.base import Payload
+from florana.factors import Adapter, adapter_from_tensors, kind_of
 
 _RESIDUAL = "residual/"
 
@@ -27,8 +26,10 @@ class Brief:
         round: counted from 1.
         client: whom it is for.
         seed: for everything random in this client's round.
-        payload: `pack`ed adapter (and residual).
+        payload: the `pack`ed part of the adapter that travels, and the residual.
         evaluate: whether the client should also measure its own model.
+        trains, returns: kinds of tensors to train, and to send back (see `strategy.base.Work`).
+        scalings: module -> scaling of the adapter to train.
     """
 
     round: int
@@ -36,6 +37,9 @@ class Brief:
     seed: int
     payload: bytes
     evaluate: bool
+    trains: Collection[str]
+    returns: Collection[str]
+    scalings: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -71,20 +75,42 @@ class Engine(Protocol):
         ...
 
 
-def pack(payload: Payload) -> bytes:
-    """The tensors of an adapter and, where there is one, its frozen residual, as safetensors bytes."""
-    tensors = payload.adapter.tensors()
-    if payload.residual is not None:
-        tensors |= {_RESIDUAL + name: tensor for name, tensor in payload.residual.tensors().items()}
+def travelling(adapter: Adapter, kinds: Collection[str]) -> dict[str, Tensor]:
+    """The adapter's tensors of those kinds, and its extra tensors: what a message holds of it."""
+    return {name: t for name, t in adapter.tensors().items() if kind_of(name) in kinds or kind_of(name) == "extra"}
+
+
+def pack(adapter: Adapter, kinds: Collection[str] = ("A", "B", "core"), residual: Adapter | None = None) -> bytes:
+    """The tensors of those kinds, and a frozen residual where there is one, as safetensors bytes.
+
+    The residual's scalings must be 1: they are not sent.
+    """
+    tensors = travelling(adapter, kinds)
+    if residual is not None:
+        tensors |= {_RESIDUAL + name: tensor for name, tensor in residual.tensors().items()}
     return save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
-def unpack(content: bytes, scalings: Mapping[str, float]) -> Payload:
-    """The inverse of `pack`, for bytes from a trusted side; `scalings` comes from the model's configuration."""
+def unpack(
+    content: bytes, first: Adapter, own: Mapping[str, Tensor], scalings: Mapping[str, float]
+) -> tuple[Adapter, Adapter | None]:
+    """The adapter to train and the residual, from bytes of a trusted side.
+
+    Args:
+        first: the adapter before the first round, which every client knows from the recipe.
+        own: tensors the client kept from earlier rounds, by the names of `Adapter.tensors`.
+        scalings: of the adapter to train.
+
+    A tensor that did not travel is the client's own; else that of `first`, of which a client of a lower rank takes the
+    first rows of A and columns of B.
+    """
     tensors = load(content)
-    residual: Adapter | None = None
     frozen = {n.removeprefix(_RESIDUAL): t for n, t in tensors.items() if n.startswith(_RESIDUAL)}
-    if frozen:
-        residual = adapter_from_tensors(frozen, scalings)
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_RESIDUAL)}
-    return Payload(adapter_from_tensors(tensors, scalings), residual)
+    residual = adapter_from_tensors(frozen, {name.partition("/")[2]: 1.0 for name in frozen}) if frozen else None
+    sent = {name: tensor for name, tensor in tensors.items() if not name.startswith(_RESIDUAL)}
+    known = first.tensors() | dict(own) | sent
+    for name in first.modules:
+        A, B = f"A/{name}", f"B/{name}"
+        rank = min(known[A].shape[0], known[B].shape[1])
+        known[A], known[B] = known[A][:rank], known[B][:, :rank]
+    return adapter_from_tensors(known, scalings), residual

@@ -4,7 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from florana.strategy import best_rank, fedex_lora, fedit, fedrot, flora_na, lora_fair, oracle
+from florana.strategy import (
+    best_rank,
+    fed_sb,
+    fedex_lora,
+    fedit,
+    fedrot,
+    fedsa_lora,
+    fedsvd,
+    ffa_lora,
+    flexlora,
+    flora,
+    flora_na,
+    florist,
+    frlora,
+    hetlora,
+    lora_fair,
+    oracle,
+    ravan,
+    rolora,
+)
 from florana.strategy.base import Strategy
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
@@ -12,8 +31,19 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "flora-na": flora_na.build,
     "best-rank": best_rank.build,
     "oracle": oracle.build,
+    "ffa-lora": ffa_lora.build,
+    "fedsa-lora": fedsa_lora.build,
+    "rolora": rolora.build,
+    "flora": flora.build,
     "fedex-lora": fedex_lora.build,
+    "flexlora": flexlora.build,
+    "florist": florist.build,
+    "hetlora": hetlora.build,
+    "fedsvd": fedsvd.build,
     "lora-fair": lora_fair.build,
+    "frlora": frlora.build,
     "fedrot": fedrot.build,
+    "fed-sb": fed_sb.build,
+    "ravan": ravan.build,
 }
 """Name -> the function that builds the strategy from its own options (keyword arguments)."""

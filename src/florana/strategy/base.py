@@ -1,7 +1,7 @@
-"""What a strategy is: a value of three pure functions over an explicit, frozen state.
+"""What a strategy is: a value of three pure functions over an explicit, frozen state, and the facts of the method.
 
     init(adapter) -> State            before the first round
-    brief(state, client) -> Payload   what goes down to one client
+    brief(state, client) -> Payload   what goes down to one client, what it trains, what comes back
     step(state, parts) -> Outcome     the accepted updates, weighted, in; the next state out
 
 Nothing is kept on the strategy. The round loop owns sampling, the gate, the journal and the accounting.
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
 from florana.factors import Adapter, Contribution
+from florana.strategy.facts import Facts
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +36,42 @@ class State:
     memory: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Work:
+    """Which kinds of tensors (`A`, `B`, `core`, `scale`) a client trains, sends up and is sent.
+
+    Extra tensors (heads) are not meant here: they follow the recipe's head policy. `scale` is one factor per block of
+    a core; it is multiplied into the core before it is sent. What is trained and not sent up stays with the client.
+    """
+
+    trains: frozenset[str]
+    up: frozenset[str]
+    down: frozenset[str]
+
+
+def work(trains: Sequence[str], up: Sequence[str], down: Sequence[str]) -> Work:
+    """A Work from three lists.
+
+    >>> sorted(work(["B"], up=["B"], down=["B"]).trains)
+    ['B']
+    """
+    return Work(frozenset(trains), frozenset(up), frozenset(down))
+
+
+PAIR = work(["A", "B"], up=["A", "B"], down=["A", "B"])
+"""Both factors trained, both sent both ways."""
+
+
 @dataclass(frozen=True, eq=False)
 class Payload:
-    """What the server sends to one client: where to start, and what to add unchanged."""
+    """What the server sends to one client: where to start, what to add unchanged, and what to do.
+
+    `adapter` is complete, as the server knows it; of it, `work.down` travels: the client holds the rest.
+    """
 
     adapter: Adapter
     residual: Adapter | None = None
+    work: Work = PAIR
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +82,10 @@ class Outcome:
     notes: Mapping[str, object] = field(default_factory=dict)
 
 
+Cut = Callable[[Payload, int, float], Payload]
+"""(the broadcast, a client's rank, its scaling) -> what a client of that rank gets of it."""
+
+
 @dataclass(frozen=True)
 class Strategy:
     """One published method.
@@ -57,14 +93,21 @@ class Strategy:
     Args:
         name: as recipes and tables spell it.
         source: paper and equation.
+        facts: what is trained and sent, and what the method can be combined with.
         init, brief, step: the three functions above.
+        cut: how a client of a lower rank gets its part; None where all clients must have one rank.
+        begin: what `init` is given: PEFT's usual start (`lora`), or pairs from the singular vectors of each base
+            weight (`principal`) or of its first gradient (`gradient`).
     """
 
     name: str
     source: str
+    facts: Facts
     init: Callable[[Adapter], State]
     brief: Callable[[State, str], Payload]
     step: Callable[[State, Sequence[Contribution]], Outcome]
+    cut: Cut | None = None
+    begin: Literal["lora", "principal", "gradient"] = "lora"
 
 
 def start(adapter: Adapter) -> State:
@@ -81,3 +124,8 @@ def broadcast(state: State, client: str) -> Payload:
 def advance(state: State, adapter: Adapter, residual: Adapter | None = None) -> State:
     """The state after one more round."""
     return State(state.round + 1, adapter, residual, state.memory)
+
+
+def rank_of(adapter: Adapter) -> int:
+    """The rank of the adapter's modules (the largest, where they differ)."""
+    return max(pair.rank for pair in adapter.modules.values())

@@ -2,27 +2,136 @@
 
 Trains A and B; r (out + in) numbers up and down per module, as FedIT; the base stays; no adapter of that rank has a
 smaller aggregation error. FlexLoRA (arXiv 2402.11505) gives the same product from a dense target; here it is never
-dense. The server must see every client's factors.
+dense. Beyond the published methods, each an option:
+
+    gauge       which of the equivalent pairs goes back (see aggregate/gauge.py)
+    memory      what rank r could not carry is kept at the server, in at most so many terms, for the next target
+    broadcast_* the terms after the first r go out too, as a frozen part beside the pair: so many, or as many as an
+                error asks for, or as a budget allows
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
+from torch import Tensor
+
+from florana.aggregate import gauge as gauges
 from florana.aggregate.project import best_rank
-from florana.factors import Adapter, Contribution
-from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, start
+from florana.aggregate.terms import Choose, by_budget, by_error, by_rank, divided
+from florana.errors import RecipeError
+from florana.factors import Adapter, Contribution, adapter_from_tensors
+from florana.strategy import facts
+from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, rank_of, start
+from florana.strategy.flora import residual_note
+from florana.strategy.ranks import best_and_rest, best_terms
+
+FACTS = facts.Facts(
+    does="the nearest adapter of rank r; options `gauge`, `memory`, `broadcast_rank`, `broadcast_error`, "
+    "`broadcast_bytes`",
+    trains="A, B",
+    up=facts.PAIR,
+    down=facts.PAIR,
+    exact="the optimum of rank r (Eckart-Young)",
+    mixed_ranks="the best adapter of its own rank",
+    noise="in both factors: a product of noises; the rest is post-processing",
+)
+WIDE = replace(
+    FACTS,
+    down=facts.PAIR_AND_RESIDUAL,
+    exact="the optimum of rank r + k",
+    base="a frozen part beside the pair, new in every round",
+    mixed_ranks="the best adapter of its own rank; the terms beyond it frozen beside it",
+)
+GAUGES: dict[str, gauges.Gauge] = {
+    "balanced": gauges.balanced,
+    "orthonormal": gauges.orthonormal,
+    "aligned": gauges.aligned,
+}
+_MEMORY = "kept/"
 
 
-def build() -> Strategy:
-    """The strategy; the rank is that of the adapter it starts from."""
-    return Strategy("best-rank", "Eckart-Young 1936; arXiv 2402.11505", start, broadcast, _step)
+def build(
+    gauge: Literal["balanced", "orthonormal", "aligned"] = "balanced",
+    memory: int = 0,
+    broadcast_rank: int | None = None,
+    broadcast_error: float | None = None,
+    broadcast_bytes: int | None = None,
+) -> Strategy:
+    """The strategy; the clients' rank is that of the adapter it starts from.
+
+    Args:
+        gauge: balanced factors, orthonormal rows of A, or balanced and turned to the last broadcast.
+        memory: the most terms per module that are kept for the next round.
+        broadcast_rank: r + k, how many terms of every module go out.
+        broadcast_error: the relative error per module at which the terms that go out are enough.
+        broadcast_bytes: float32 bytes of a whole broadcast, spent where they take away most error.
+    """
+    wide = _chooser(broadcast_rank, broadcast_error, broadcast_bytes)
+    if memory < 0:
+        raise RecipeError(f"strategy.memory is {memory}, not at least 0")
+    step = _Step(GAUGES[gauge], memory, wide)
+    made_of, cut = (FACTS, best_terms) if wide is None else (WIDE, best_and_rest)
+    return Strategy("best-rank", "Eckart-Young 1936; arXiv 2402.11505", made_of, start, broadcast, step, cut=cut)
 
 
-def _step(state: State, parts: Sequence[Contribution]) -> Outcome:
-    return Outcome(advance(state, best_rank(parts, rank_of(state.adapter))))
+def _chooser(rank: int | None, error: float | None, budget: int | None) -> Callable[[int], Choose] | None:
+    """The clients' rank -> how many terms go out; None where only that many do."""
+    given = {"broadcast_rank": rank, "broadcast_error": error, "broadcast_bytes": budget}
+    named = [f"strategy.{name}" for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise RecipeError(f"{' and '.join(named)} exclude one another", fix="give one of them")
+    if rank is not None:
+        if rank < 1:
+            raise RecipeError(f"strategy.broadcast_rank is {rank}, not at least 1")
+        return lambda own: by_rank(rank)
+    if error is not None:
+        if not 0 <= error < 1:
+            raise RecipeError(f"strategy.broadcast_error is {error}, not at least 0 and below 1")
+        return lambda own: by_error(error)
+    if budget is not None:
+        if budget < 1:
+            raise RecipeError(f"strategy.broadcast_bytes is {budget}, not at least 1")
+        return lambda own: by_budget(budget // 4, own)
+    return None
 
 
-def rank_of(adapter: Adapter) -> int:
-    """The rank of the adapter's modules (the largest, where they differ)."""
-    return max(pair.rank for pair in adapter.modules.values())
+@dataclass(frozen=True)
+class _Step:
+    gauge: gauges.Gauge
+    memory: int
+    wide: Callable[[int], Choose] | None
+
+    def __call__(self, state: State, parts: Sequence[Contribution]) -> Outcome:
+        rank = rank_of(state.adapter)
+        if self.wide is None and self.memory == 0:
+            return Outcome(advance(state, self.gauge(best_rank(parts, rank), state.adapter)))
+        choose = self.wide(rank) if self.wide is not None else by_rank(rank)
+        found = divided(parts, rank, choose, added=_kept(state.memory), keep=self.memory)
+        adapter = self.gauge(found.adapter, state.adapter)
+        notes = residual_note(found.residual) if self.wide is not None else {}
+        next_state = advance(state, adapter, found.residual)
+        if self.memory:
+            notes["memory_norm"] = _norm(found.rest)
+            next_state = replace(next_state, memory=_stored(found.rest))
+        return Outcome(next_state, notes)
+
+
+def _stored(rest: Adapter | None) -> dict[str, Tensor]:
+    return {_MEMORY + name: tensor for name, tensor in rest.tensors().items()} if rest is not None else {}
+
+
+def _kept(memory: Mapping[str, Tensor]) -> Adapter | None:
+    tensors = {name.removeprefix(_MEMORY): t for name, t in memory.items() if name.startswith(_MEMORY)}
+    if not tensors:
+        return None
+    return adapter_from_tensors(tensors, {name.partition("/")[2]: 1.0 for name in tensors})
+
+
+def _norm(rest: Adapter | None) -> float:
+    """Of balanced factors of a singular value decomposition: the squares of their columns are the singular values."""
+    if rest is None:
+        return 0.0
+    return float(sum(float(pair.B.double().square().sum(0).square().sum()) for pair in rest.modules.values()) ** 0.5)

@@ -12,9 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from florana.aggregate.residual import mean_and_remainder
-from florana.errors import RecipeError
 from florana.factors import Contribution
+from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, start
+from florana.strategy.flora import check_residual_rank, residual_note
+
+FACTS = facts.Facts(
+    does="factor means, and their exact remainder as a frozen, factored residual (option `residual_rank`)",
+    trains="A, B",
+    up=facts.PAIR,
+    down=facts.PAIR_AND_RESIDUAL,
+    exact="exact, or the residual's tail where its rank is bounded",
+    base="moves, as a factored residual of rank k",
+    noise="in both factors: a product of noises, in the base for good",
+)
 
 
 def build(residual_rank: int | None = None) -> Strategy:
@@ -23,11 +34,8 @@ def build(residual_rank: int | None = None) -> Strategy:
     Args:
         residual_rank: the most terms of the remainder that are kept; all of them where not given.
     """
-    if residual_rank is not None and residual_rank < 1:
-        raise RecipeError(
-            f"strategy.residual_rank is {residual_rank}, not at least 1", fix="use fedit for no remainder"
-        )
-    return Strategy("fedex-lora", "arXiv 2410.09432", start, broadcast, _Step(residual_rank))
+    check_residual_rank(residual_rank)
+    return Strategy("fedex-lora", "arXiv 2410.09432", FACTS, start, broadcast, _Step(residual_rank))
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,5 @@ class _Step:
     rank: int | None
 
     def __call__(self, state: State, parts: Sequence[Contribution]) -> Outcome:
-        whole = mean_and_remainder(parts, state.residual, self.rank)
-        ranks = [pair.rank for pair in whole.remainder.modules.values()]
-        return Outcome(advance(state, whole.adapter, whole.remainder), {"residual_rank": max(ranks)})
+        whole = mean_and_remainder(parts, self.rank)
+        return Outcome(advance(state, whole.adapter, whole.remainder), residual_note(whole.remainder))

@@ -9,12 +9,22 @@ from collections.abc import Sequence
 
 from florana.aggregate.mean import mean
 from florana.factors import Contribution
+from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, start
+
+FACTS = facts.Facts(
+    does="averages A and B apart",
+    trains="A, B",
+    up=facts.PAIR,
+    down=facts.PAIR,
+    exact="no: the covariance of the factors across clients",
+    secure_aggregation="yes: sums of A and of B",
+)
 
 
 def build() -> Strategy:
     """The strategy; it has no options."""
-    return Strategy("fedit", "arXiv 2305.05644", start, broadcast, _step)
+    return Strategy("fedit", "arXiv 2305.05644", FACTS, start, broadcast, _step)
 
 
 def _step(state: State, parts: Sequence[Contribution]) -> Outcome:

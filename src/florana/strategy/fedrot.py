@@ -10,12 +10,21 @@ from collections.abc import Sequence
 
 from florana.aggregate.rotate import rotated_mean
 from florana.factors import Contribution
+from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, start
+
+FACTS = facts.Facts(
+    does="turns each client's factors to the last broadcast by Procrustes, then averages",
+    trains="A, B",
+    up=facts.PAIR,
+    down=facts.PAIR,
+    exact="no: what rotation explains of `fedit`'s error goes away",
+)
 
 
 def build() -> Strategy:
     """The strategy; it has no options."""
-    return Strategy("fedrot", "arXiv 2602.23638", start, broadcast, _step)
+    return Strategy("fedrot", "arXiv 2602.23638", FACTS, start, broadcast, _step)
 
 
 def _step(state: State, parts: Sequence[Contribution]) -> Outcome:

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from florana.aggregate import als, gradient, mix
+from florana.aggregate.pad import all_padded
 from florana.factors import Adapter, Contribution
-from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, start
+from florana.strategy import facts
+from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, rank_of, start
+from florana.strategy.ranks import first_terms
 
 FITS: dict[str, mix.Fit] = {"module": mix.per_module, "model": mix.per_model, "model-relative": mix.per_model_relative}
 SOLVERS: dict[str, mix.Solver] = {"als": als.solve, "adamw": gradient.solve}
@@ -21,6 +24,17 @@ BASES: dict[str, Callable[[State], Adapter | None]] = {
     "factors": lambda state: None,
     "updates": lambda state: state.adapter,
 }
+
+
+FACTS = facts.Facts(
+    does="fits one coefficient per client and factor (options `combine`, `scope`, `solver`)",
+    trains="A, B",
+    up=facts.PAIR,
+    down=facts.PAIR,
+    exact="no: never above `fedit` in the fit, never below `best-rank`",
+    mixed_ranks="with `combine = factors`: zero-padded, the first r_u columns of B and rows of A",
+    noise="in both factors: a product of noises; the fit is post-processing, and fits the noise too",
+)
 
 
 def build(
@@ -37,7 +51,8 @@ def build(
         solver: alternating least squares, or the published style of gradient descent.
     """
     step = _Step(FITS[scope], SOLVERS[solver], BASES[combine])
-    return Strategy("flora-na", "arXiv 2509.26399", start, broadcast, step)
+    cut = first_terms if combine == "factors" else None
+    return Strategy("flora-na", "arXiv 2509.26399", FACTS, start, broadcast, step, cut=cut)
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,8 @@ class _Step:
     base_of: Callable[[State], Adapter | None]
 
     def __call__(self, state: State, parts: Sequence[Contribution]) -> Outcome:
-        mixture = mix.mix(parts, solver=self.solver, fit=self.fit, base=self.base_of(state))
+        alike = all_padded(parts, rank_of(state.adapter))
+        mixture = mix.mix(alike, solver=self.solver, fit=self.fit, base=self.base_of(state))
         found = list(mixture.coefficients.values())
         notes = {
             "clients": [part.client for part in parts],

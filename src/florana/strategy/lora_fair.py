@@ -12,7 +12,16 @@ from dataclasses import dataclass
 
 from florana.aggregate.fair import corrected_mean
 from florana.factors import Contribution
+from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, start
+
+FACTS = facts.Facts(
+    does="the mean A, and a B corrected towards the true average (ridge form; option `penalty`)",
+    trains="A, B",
+    up=facts.PAIR,
+    down=facts.PAIR,
+    exact="no: between `best-rank` and `fedit`",
+)
 
 
 def build(penalty: float = 0.01) -> Strategy:
@@ -21,7 +30,7 @@ def build(penalty: float = 0.01) -> Strategy:
     Args:
         penalty: lambda, relative to the mean eigenvalue of A A^T; large values give FedIT.
     """
-    return Strategy("lora-fair", "arXiv 2411.14961", start, broadcast, _Step(penalty))
+    return Strategy("lora-fair", "arXiv 2411.14961", FACTS, start, broadcast, _Step(penalty))
 
 
 @dataclass(frozen=True)

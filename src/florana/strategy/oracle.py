@@ -10,18 +10,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from florana.aggregate.project import split
+from florana.aggregate.terms import by_rank, divided
 from florana.factors import Contribution
-from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, start
-from florana.strategy.best_rank import rank_of
+from florana.strategy import facts
+from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, rank_of, start
+from florana.strategy.flora import residual_note
+from florana.strategy.ranks import best_and_rest
+
+EVERYTHING = 2**31
+"""More terms than any module has."""
+
+
+FACTS = facts.Facts(
+    does="the exact average: the best pair of rank r, and all the rest as a frozen part: the control",
+    trains="A, B",
+    up=facts.PAIR,
+    down=facts.PAIR_AND_RESIDUAL,
+    exact="exact",
+    base="a frozen part beside the pair, new in every round",
+    mixed_ranks="the best adapter of its own rank; all the rest frozen beside it",
+)
 
 
 def build() -> Strategy:
     """The strategy; it has no options."""
-    return Strategy("oracle", "the exact target, by definition", start, broadcast, _step)
+    return Strategy("oracle", "the exact target, by definition", FACTS, start, broadcast, _step, cut=best_and_rest)
 
 
 def _step(state: State, parts: Sequence[Contribution]) -> Outcome:
-    whole = split(parts, rank_of(state.adapter), state.residual)
-    ranks = [pair.rank for pair in whole.remainder.modules.values()]
-    return Outcome(advance(state, whole.adapter, whole.remainder), {"residual_rank": max(ranks)})
+    whole = divided(parts, rank_of(state.adapter), by_rank(EVERYTHING))
+    return Outcome(advance(state, whole.adapter, whole.residual), residual_note(whole.residual))

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from florana import recipe as r
 from florana.errors import FloranaError
-from florana.factors import Adapter
+from florana.factors import Adapter, kind_of
 from florana.federation.messages import Brief, Reply, pack, unpack
-from florana.strategy.base import Payload
 from florana.train.evaluate import evaluate
 from florana.train.model import Workbench
 from florana.train.tasks import Example, collate
@@ -34,32 +33,28 @@ class TrainingClients:
     """All clients of a simulation at one bench; `fit` is what the local engine calls.
 
     Args:
-        bench: the shared model. data: client -> its rows. common: the common test set clients are measured on.
+        bench: the shared model. first: the adapter before the first round, head included, as every client knows it.
+        data: client -> its rows. common: the common test set clients are measured on.
         train, evaluate: the recipe's sections. head: the recipe's policy for tensors trained whole.
         step: called after every optimizer step, for progress.
     """
 
     bench: Workbench
+    first: Adapter
     data: Mapping[str, ClientData]
     common: Sequence[Example]
     train: r.Train
     evaluate: r.Evaluate
     head: str
     step: Callable[[str], None] = lambda client: None
-    _last: tuple[bytes, Payload] | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        start = self.bench.adapter()
-        self._scalings = start.scalings
-        self._first_head = start.extra if self.head == "personal" else {}
+    _last: tuple[Brief, tuple[Adapter, Adapter | None]] | None = field(default=None, repr=False)
 
     def fit(self, brief: Brief, memory: Mapping[str, Tensor]) -> tuple[Reply, Mapping[str, Tensor]]:
-        """One round of one client: the reply, and what it keeps (its head, where heads are personal)."""
+        """One round of one client: the reply, and what it keeps (what it trains and does not send)."""
         started = time.perf_counter()
         own = self.data[brief.client]
-        payload = self._unpacked(brief.payload)
-        self.bench.load(payload.adapter, payload.residual)
-        self.bench.load_extra(memory or self._first_head)
+        adapter, residual = self._unpacked(brief, memory)
+        self.bench.load(adapter, residual, brief.trains)
         loss = train_locally(self.bench, own.train, self.train, brief.seed, lambda: self.step(brief.client))
         seconds = time.perf_counter() - started
         metrics = {"train_loss": loss}
@@ -69,15 +64,19 @@ class TrainingClients:
                     scores = evaluate(self.bench, rows, self.evaluate.batch_size)
                     metrics |= {f"{figure}/{name}": value for name, value in scores.items()}
         trained = self.bench.adapter()
-        kept: Mapping[str, Tensor] = {}
-        if self.head == "personal":
-            trained, kept = Adapter(trained.modules), trained.extra
-        content = pack(Payload(trained))
+        stays = set(brief.trains) - set(brief.returns) | ({"extra"} if self.head == "personal" else set())
+        kept = {name: tensor for name, tensor in trained.tensors().items() if kind_of(name) in stays}
+        sent = Adapter(trained.modules, {} if "extra" in stays else trained.extra, trained.cores)
+        content = pack(sent, brief.returns)
         return Reply(brief.client, brief.round, len(own.train), metrics, content, seconds), kept
 
-    def _unpacked(self, content: bytes) -> Payload:
-        if self._last is None or self._last[0] is not content:  # one broadcast is decoded once
-            self._last = (content, unpack(content, self._scalings))
+    def _unpacked(self, brief: Brief, memory: Mapping[str, Tensor]) -> tuple[Adapter, Adapter | None]:
+        """One broadcast is decoded once for all clients that keep nothing of their own."""
+        if memory or self._last is None or self._last[0].payload is not brief.payload:
+            unpacked = unpack(brief.payload, self.first, memory, brief.scalings)
+            if memory:
+                return unpacked
+            self._last = (brief, unpacked)
         return self._last[1]
 
 

@@ -1,0 +1,83 @@
+"""Small matrices trained between fixed factors: their mean is exact.
+
+    update_u = s B blockdiag(C_u1, ..., C_uh) A        C_k = sum_u w_u C_uk        (B, A the same for all clients)
+
+The target is linear in the cores, so averaging them is averaging the updates: Fed-SB (arXiv 2502.15436) with one
+block, RAVAN (arXiv 2506.05568) with h of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from florana.aggregate import inputs
+from florana.errors import InputError
+from florana.factors import Adapter, Contribution, LoraFactors
+
+
+def fold(pair: LoraFactors, core: Tensor) -> LoraFactors:
+    """The plain pair with the same update: B blockdiag(core) in the place of B.
+
+    >>> pair = LoraFactors(torch.ones(3, 2), torch.ones(2, 4), 0.5)
+    >>> fold(pair, torch.tensor([[[2.0]], [[3.0]]])).B[0]
+    tensor([2., 3.])
+    """
+    count, size, _ = core.shape
+    inner = pair.B.reshape(len(pair.B), count, size)  # (out, h, k)
+    B = torch.einsum("ohj,hjk->ohk", inner, core.to(pair.B.dtype)).reshape(pair.B.shape)
+    return LoraFactors(B=B, A=pair.A, scaling=pair.scaling)
+
+
+def folded(adapter: Adapter) -> Adapter:
+    """The adapter with every core multiplied into its B: plain LoRA, as rules and PEFT know it."""
+    if not adapter.cores:
+        return adapter
+    modules = {
+        name: fold(pair, adapter.cores[name]) if name in adapter.cores else pair
+        for name, pair in adapter.modules.items()
+    }
+    return Adapter(modules, adapter.extra)
+
+
+def mean_cores(parts: Sequence[Contribution]) -> Adapter:
+    """The clients' common fixed factors with the weighted mean of their cores; extra tensors are averaged.
+
+    Raises:
+        InputError: a client has other fixed factors than the first, or cores of another shape.
+
+    >>> pair = {"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 4), 1.0)}
+    >>> x, y = (Adapter(pair, cores={"q": torch.full((1, 1, 1), value)}) for value in (1.0, 5.0))
+    >>> mean_cores([Contribution("x", x, 3), Contribution("y", y, 1)]).cores["q"].item()
+    2.0
+    """
+    weights = inputs.shares(parts)
+    first = parts[0]
+    inputs.columns([Contribution(p.client, Adapter(p.adapter.modules, p.adapter.extra), p.weight) for p in parts])
+    for part in parts:
+        for name, pair in first.adapter.modules.items():
+            own = part.adapter.modules[name]
+            if not (torch.equal(own.A, pair.A) and torch.equal(own.B, pair.B) and own.scaling == pair.scaling):
+                raise InputError(
+                    f"module '{name}': the fixed factors of client '{part.client}' are not those of '{first.client}'",
+                    why="cores only add up between the same factors",
+                )
+        if part.adapter.cores.keys() != first.adapter.cores.keys():
+            raise InputError(f"client '{part.client}' has cores for other modules than client '{first.client}'")
+    cores: dict[str, Tensor] = {}
+    for name, expected in first.adapter.cores.items():
+        wide = torch.promote_types(expected.dtype, torch.float32)
+        total = torch.zeros_like(expected, dtype=wide)
+        for part, weight in zip(parts, weights, strict=True):
+            core = part.adapter.cores[name]
+            if core.shape != expected.shape:
+                raise InputError(
+                    f"module '{name}': the core is {tuple(core.shape)} in client '{part.client}' but "
+                    f"{tuple(expected.shape)} in client '{first.client}'"
+                )
+            inputs.require_finite(core, f"client '{part.client}', module '{name}', core")
+            total += weight * core.to(wide)
+        cores[name] = total.to(expected.dtype)
+    return Adapter(first.adapter.modules, inputs.average_extra(parts), cores)

@@ -1,0 +1,80 @@
+"""What every method says of itself: what travels, what it can be combined with. The README's table is made from this.
+
+Counts are numbers (parameters) per module, client and round, without the tensors trained whole (heads). A test holds
+them against the messages really sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Size:
+    """One module in one round.
+
+    Args:
+        out, into: the shape of its weight. rank: r, of the pair a client trains. round: counted from 1.
+        residual: k, the rank of the frozen part sent along. blocks: h, the blocks of its core.
+    """
+
+    out: int
+    into: int
+    rank: int
+    round: int = 1
+    residual: int = 0
+    blocks: int = 1
+
+
+@dataclass(frozen=True)
+class Count:
+    """A number of parameters: as a formula for people, and as the same formula to compute.
+
+    >>> PAIR.text, PAIR.of(Size(out=4, into=6, rank=2))
+    ('r (out + in)', 20)
+    """
+
+    text: str
+    of: Callable[[Size], int]
+
+
+PAIR = Count("r (out + in)", lambda s: s.rank * (s.out + s.into))
+ONLY_B = Count("r out", lambda s: s.rank * s.out)
+ONLY_A = Count("r in", lambda s: s.rank * s.into)
+IN_TURN = Count("r out, r in in turn", lambda s: s.rank * (s.out if s.round % 2 else s.into))
+PAIR_AND_RESIDUAL = Count("(r + k) (out + in)", lambda s: (s.rank + s.residual) * (s.out + s.into))
+A_AND_RESIDUAL = Count("r in + k (out + in)", lambda s: s.rank * s.into + s.residual * (s.out + s.into))
+RESIDUAL = Count("k (out + in)", lambda s: s.residual * (s.out + s.into))
+CORE = Count("h (r/h)^2", lambda s: s.rank * s.rank // s.blocks)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The declarations of one method, in words for people and in fields for the checks of a recipe.
+
+    Args:
+        does: what the server does, in a few words.
+        trains: what a client trains.
+        up, down: parameters sent per module, client and round; k is the rank of the frozen part.
+        exact: how near the server's step comes to the true average.
+        base: whether what clients add to the base model besides the trained pair changes over the rounds.
+        absent: what a client needs that missed rounds. client_state: what it keeps, and what its loss means.
+        mixed_ranks: what a client of a lower rank gets, or why all must have one rank.
+        secure_aggregation: whether the server can work on sums alone; if not, why.
+        noise: how noise added to what is sent (differential privacy) enters the result.
+        one_model: False for methods without a global product; they have no global score and no aggregation error.
+    """
+
+    does: str
+    trains: str
+    up: Count
+    down: Count
+    exact: str
+    base: str = "stays"
+    absent: str = "nothing: every broadcast is complete"
+    client_state: str = "none"
+    mixed_ranks: str = "refused: factors are combined entry by entry"
+    secure_aggregation: str = "no: needs every client's factors"
+    noise: str = "in both factors: a product of noises remains"
+    one_model: bool = True

