@@ -13,9 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from florana.aggregate import als, gradient
+from florana.aggregate.core import folded, mean_cores
 from florana.aggregate.fair import corrected_mean
+from florana.aggregate.gauge import orthonormal
+from florana.aggregate.half import mean_of_A, mean_of_B
 from florana.aggregate.mean import mean
 from florana.aggregate.mix import mix, per_model
+from florana.aggregate.pad import norm_weighted_mean
 from florana.aggregate.project import best_rank, split
 from florana.aggregate.residual import mean_and_remainder
 from florana.aggregate.rotate import align, rotated_mean
@@ -46,6 +50,83 @@ def zero_base(parts: Sequence[Contribution]) -> Adapter:
     return Adapter(modules, parts[0].adapter.extra)
 
 
+def as_they_are(case: Case) -> Case:
+    """Clients that share nothing."""
+    return case
+
+
+def with_one_A(case: Case) -> Case:  # noqa: N802
+    """The same clients, all with the first one's A."""
+    return _shared(case, "A")
+
+
+def with_one_B(case: Case) -> Case:  # noqa: N802
+    """The same clients, all with the first one's B."""
+    return _shared(case, "B")
+
+
+def _shared(case: Case, letter: str) -> Case:
+    modules = {
+        name: [dataclasses.replace(client, **{letter: getattr(column[0], letter)}) for client in column]
+        for name, column in case.modules.items()
+    }
+    return Case(_parts(case, modules), modules, case.rank)
+
+
+def with_cores(case: Case) -> Case:
+    """Clients that share the first one's factors and scaling, each with its own core between them."""
+    rng = np.random.default_rng(len(case.parts))
+    cores = [{n: rng.normal(size=(1, case.rank, case.rank)) for n in case.modules} for _ in case.parts]
+    modules = {
+        name: [
+            dataclasses.replace(column[0], B=column[0].B @ own[name][0], weight=client.weight)
+            for client, own in zip(column, cores, strict=True)
+        ]
+        for name, column in case.modules.items()
+    }
+    dtype = case.parts[0].adapter.modules["layer.0.q"].A.dtype
+    first = case.parts[0].adapter
+    parts = [
+        dataclasses.replace(
+            part,
+            adapter=Adapter(
+                {n: LoraFactors(p.B.clone(), p.A.clone(), p.scaling) for n, p in first.modules.items()},
+                part.adapter.extra,
+                {n: torch.from_numpy(core).to(dtype) for n, core in own.items()},
+            ),
+        )
+        for part, own in zip(case.parts, cores, strict=True)
+    ]
+    return Case(parts, modules, case.rank)
+
+
+def _parts(case: Case, modules: dict[str, list[oracle.Client]]) -> list[Contribution]:
+    dtype = case.parts[0].adapter.modules["layer.0.q"].A.dtype
+    return [
+        dataclasses.replace(
+            part,
+            adapter=Adapter(
+                {
+                    n: LoraFactors(
+                        torch.from_numpy(column[u].B).to(dtype),
+                        torch.from_numpy(column[u].A).to(dtype),
+                        column[u].scaling,
+                    )
+                    for n, column in modules.items()
+                },
+                part.adapter.extra,
+            ),
+        )
+        for u, part in enumerate(case.parts)
+    ]
+
+
+def copy_of(part: Contribution) -> Adapter:
+    """A server's own copy of what the first client holds."""
+    modules = {n: LoraFactors(p.B.clone(), p.A.clone(), p.scaling) for n, p in part.adapter.modules.items()}
+    return Adapter(modules, part.adapter.extra)
+
+
 few_steps = functools.partial(gradient.solve, steps=25)  # the invariants hold at every number of steps
 
 Rule = Callable[[Sequence[Contribution]], Adapter]
@@ -62,6 +143,7 @@ class Row:
     keeps_rank: bool = True
     weight_two: bool = True  # one client of weight 2 = two clients of weight 1
     gauge_free: bool = False  # (B G, G^-1 A) changes nothing
+    prepare: Callable[[Case], Case] = as_they_are  # what the clients must have in common
 
 
 ROWS = [
@@ -72,6 +154,11 @@ ROWS = [
     Row("fedex-lora", exact_mean, exact=True, keeps_rank=False, gauge_free=True),
     Row("lora-fair", corrected_mean),
     Row("fedrot updates", lambda p: rotated_mean(p, zero_base(p))),
+    Row("flexlora", lambda p: orthonormal(best_rank(p, rank_of(p)), p[0].adapter), mixed_ranks=True, gauge_free=True),
+    Row("hetlora", lambda p: norm_weighted_mean(p, rank_of(p)), mixed_ranks=True),
+    Row("ffa-lora", lambda p: mean_of_B(p, copy_of(p[0])), exact=True, prepare=with_one_A),
+    Row("rolora even", lambda p: mean_of_A(p, copy_of(p[0])), exact=True, prepare=with_one_B),
+    Row("fed-sb", lambda p: folded(mean_cores(p)), exact=True, prepare=with_cores),
     Row("flora-na factors/module", lambda p: mix(p, solver=als.solve).adapter),
     Row("flora-na factors/model", lambda p: mix(p, solver=als.solve, fit=per_model).adapter),
     Row("flora-na updates/module", lambda p: mix(p, solver=als.solve, base=zero_base(p)).adapter),
@@ -93,6 +180,7 @@ def error(adapter: Adapter, case: Case, module: str) -> float:
 @every
 @given(case=cases())
 def test_one_client_comes_out_as_it_went_in(row: Row, case: Case) -> None:
+    case = row.prepare(case)
     alone = row.rule(case.parts[:1])
     for name, column in case.modules.items():
         only = column[0].scaling * column[0].B @ column[0].A
@@ -102,6 +190,7 @@ def test_one_client_comes_out_as_it_went_in(row: Row, case: Case) -> None:
 @every
 @given(case=cases(), order=st.randoms(use_true_random=False))
 def test_the_order_of_clients_does_not_matter(row: Row, case: Case, order: object) -> None:
+    case = row.prepare(case)
     shuffled = list(case.parts)
     order.shuffle(shuffled)  # type: ignore[attr-defined]
     if "updates" in row.name:  # the base is made from the first client: keep it first
@@ -115,6 +204,7 @@ def test_the_order_of_clients_does_not_matter(row: Row, case: Case, order: objec
 @every
 @given(case=cases())
 def test_the_scale_of_the_weights_does_not_matter(row: Row, case: Case) -> None:
+    case = row.prepare(case)
     scaled = [dataclasses.replace(part, weight=part.weight * 4) for part in case.parts]
     for name in case.modules:
         assert close(dense(row.rule(scaled), name), dense(row.rule(case.parts), name), tolerance=1e-6)
@@ -123,6 +213,7 @@ def test_the_scale_of_the_weights_does_not_matter(row: Row, case: Case) -> None:
 @pytest.mark.parametrize("row", [row for row in ROWS if row.weight_two], ids=lambda row: row.name)
 @given(case=cases())
 def test_weight_two_is_two_clients_of_weight_one(row: Row, case: Case) -> None:
+    case = row.prepare(case)
     first = case.parts[0]
     twice = [dataclasses.replace(first, weight=2 * first.weight), *case.parts[1:]]
     copies = [first, *case.parts[1:], dataclasses.replace(first, client="copy")]
@@ -133,7 +224,7 @@ def test_weight_two_is_two_clients_of_weight_one(row: Row, case: Case) -> None:
 @pytest.mark.parametrize("row", [row for row in ROWS if row.exact], ids=lambda row: row.name)
 @given(case=cases(), mixed=cases(mixed_ranks=True))
 def test_exact_rules_are_exact(row: Row, case: Case, mixed: Case) -> None:
-    case = mixed if row.mixed_ranks else case
+    case = row.prepare(mixed if row.mixed_ranks else case)
     answer = row.rule(case.parts)
     for name, column in case.modules.items():
         scale = sum(abs(c.weight) * np.abs(c.scaling * c.B @ c.A) for c in column)
@@ -143,6 +234,7 @@ def test_exact_rules_are_exact(row: Row, case: Case, mixed: Case) -> None:
 @pytest.mark.parametrize("row", [row for row in ROWS if row.gauge_free], ids=lambda row: row.name)
 @given(case=cases(equal_scalings=True))
 def test_product_rules_ignore_the_gauge(row: Row, case: Case) -> None:
+    case = row.prepare(case)
     turned = _turned(case)
     for name, column in case.modules.items():
         assert close(dense(row.rule(turned), name), dense(row.rule(case.parts), name), oracle.target(column), 1e-6)
@@ -169,6 +261,7 @@ def _turned(case: Case) -> list[Contribution]:
 @every
 @given(case=cases())
 def test_inputs_stay_as_they_were_and_outputs_are_new(row: Row, case: Case) -> None:
+    case = row.prepare(case)
     before = [{n: t.clone() for n, t in part.adapter.tensors().items()} for part in case.parts]
     answer = row.rule(case.parts)
     owned = {t.data_ptr() for part in case.parts for t in part.adapter.tensors().values()}
@@ -180,7 +273,7 @@ def test_inputs_stay_as_they_were_and_outputs_are_new(row: Row, case: Case) -> N
 @every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_dtype_and_rank_are_kept(row: Row, dtype: torch.dtype) -> None:
-    case = make_case(1, 4, 3, [(7, 12), (16, 5)], dtype=dtype)
+    case = row.prepare(make_case(1, 4, 3, [(7, 12), (16, 5)], dtype=dtype))
     answer = row.rule(case.parts)
     for tensor in answer.tensors().values():
         assert tensor.dtype == dtype
@@ -199,9 +292,11 @@ def _mean_head(case: Case) -> float:
 @every
 @given(case=cases())
 def test_no_rule_of_its_rank_beats_best_rank(row: Row, case: Case) -> None:
+    case = row.prepare(case)
     if not row.keeps_rank:
         return
-    best, answer = best_rank(case.parts, case.rank), row.rule(case.parts)
+    plain = [dataclasses.replace(part, adapter=folded(part.adapter)) for part in case.parts]
+    best, answer = best_rank(plain, case.rank), row.rule(case.parts)
     for name, column in case.modules.items():
         slack = 1e-9 * np.linalg.norm(oracle.target(column))
         assert error(best, case, name) <= error(answer, case, name) + slack
@@ -266,9 +361,9 @@ def test_a_bounded_remainder_loses_only_its_tail() -> None:
     assert np.linalg.norm(missed) == pytest.approx(np.linalg.norm(tail), rel=1e-6)
 
 
-def _broken(kind: str) -> tuple[list[Contribution], str]:
+def _broken(row: Row, kind: str) -> tuple[list[Contribution], str]:
     """Three good clients of which the second is broken, and what the message must name."""
-    case = make_case(2, 3, 2, [(7, 12), (5, 9)])
+    case = row.prepare(make_case(2, 3, 2, [(7, 12), (5, 9)]))
     parts = list(case.parts)
     modules, extra = dict(parts[1].adapter.modules), dict(parts[1].adapter.extra)
     pair = modules["layer.1.q"]
@@ -291,7 +386,8 @@ def _broken(kind: str) -> tuple[list[Contribution], str]:
             extra = {}
         case "head shape":
             extra["head.weight"] = torch.zeros(3, 2, dtype=torch.float64)
-    parts[1] = Contribution("c1", Adapter(modules, extra), parts[1].weight)
+    cores = {name: core for name, core in parts[1].adapter.cores.items() if name in modules}
+    parts[1] = Contribution("c1", Adapter(modules, extra, cores), parts[1].weight)
     return parts, "head.weight" if "head" in kind else ("layer.9.q" if "foreign" in kind else "layer.1.q")
 
 
@@ -301,7 +397,7 @@ def _broken(kind: str) -> tuple[list[Contribution], str]:
     ["missing module", "foreign module", "shape", "nan", "infinite", "dtype", "missing head", "head shape"],
 )
 def test_a_malformed_client_is_named(row: Row, kind: str) -> None:
-    parts, thing = _broken(kind)
+    parts, thing = _broken(row, kind)
     with pytest.raises(InputError) as caught:
         row.rule(parts)
     assert "'c1'" in str(caught.value)
@@ -314,7 +410,7 @@ def test_a_malformed_client_is_named(row: Row, kind: str) -> None:
 @every
 @pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [float("inf"), 1.0]])
 def test_senseless_weights_are_refused(row: Row, weights: list[float]) -> None:
-    case = make_case(3, 2, 2, [(7, 12)])
+    case = row.prepare(make_case(3, 2, 2, [(7, 12)]))
     parts = [dataclasses.replace(part, weight=w) for part, w in zip(case.parts, weights, strict=True)]
     with pytest.raises(InputError, match="weight"):
         row.rule(parts)
@@ -326,7 +422,7 @@ def test_nothing_to_aggregate_is_an_error(row: Row) -> None:
         row.rule([])
 
 
-@every
+@pytest.mark.parametrize("row", [row for row in ROWS if row.prepare is as_they_are], ids=lambda row: row.name)
 def test_mixed_ranks_work_or_are_refused_with_both_shapes(row: Row) -> None:
     case = make_case(4, 3, 2, [(7, 12)], mixed_ranks=True)
     if row.mixed_ranks:

@@ -80,4 +80,5 @@ def mean_cores(parts: Sequence[Contribution]) -> Adapter:
             inputs.require_finite(core, f"client '{part.client}', module '{name}', core")
             total += weight * core.to(wide)
         cores[name] = total.to(expected.dtype)
-    return Adapter(first.adapter.modules, inputs.average_extra(parts), cores)
+    modules = {n: LoraFactors(p.B.clone(), p.A.clone(), p.scaling) for n, p in first.adapter.modules.items()}
+    return Adapter(modules, inputs.average_extra(parts), cores)
