@@ -44,6 +44,13 @@ def test_the_commands_of_the_readme_exist() -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_the_method_tables_are_what_the_strategies_declare() -> None:
+    done = subprocess.run(
+        [sys.executable, "scripts/method_table.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples_print_what_they_say(name: str) -> None:
     module = importlib.import_module(name)

@@ -76,6 +76,10 @@ def test_a_misspelt_key_names_the_nearest_right_one(path: str, nearest: str) -> 
         ("strategy.name", "flora-an", "did you mean 'flora-na'?"),
         ("strategy.name", None, "'strategy.name' is missing"),
         ("strategy.scope", "module", "'fedit' has no options"),
+        ("model.client_ranks", [2, 16], "model.client_ranks has 16, above model.rank = 8"),
+        ("model.client_ranks", [0], "greater than or equal to 1"),
+        ("model.client_ranks", [], "at least 1 item"),
+        ("model.client_ranks", [2, 4], "does not go with the strategy 'fedit'"),
         ("data.train", None, "'data.train' is missing"),
     ],
 )
@@ -98,6 +102,44 @@ def test_strategy_options_are_checked_against_the_strategy() -> None:
     with pytest.raises(RecipeError, match="not at least 1"):
         check(changed("strategy", {"name": "fedex-lora", "residual_rank": 0}), "r")
     assert check(changed("strategy", {"name": "lora-fair", "penalty": 1}), "r")
+    for options, message in (
+        ({"name": "best-rank", "gauge": "aligned", "memory": 8, "broadcast_error": 0.1}, None),
+        ({"name": "best-rank", "gauge": "straight"}, "one of 'balanced', 'orthonormal', 'aligned'"),
+        ({"name": "best-rank", "broadcast_rank": 9, "broadcast_bytes": 9}, "exclude one another"),
+        ({"name": "ravan", "heads": 0}, "strategy.heads is 0"),
+        ({"name": "fed-sb", "begin": "pooled"}, "one of 'principal', 'gradient', 'random'"),
+        ({"name": "florist", "energy": 1.5}, "strategy.energy is 1.5"),
+    ):
+        if message is None:
+            assert check(changed("strategy", options), "r")
+            continue
+        with pytest.raises(RecipeError, match=message):
+            check(changed("strategy", options), "r")
+
+
+def test_mixed_ranks_are_refused_with_the_methods_reason_and_pass_where_they_can_work() -> None:
+    table = changed("model.client_ranks", [2, 4])
+    for name, reason in (("fedsvd", "one A"), ("ravan", "fixed factors"), ("fedex-lora", "entry by entry")):
+        table["strategy"] = {"name": name}
+        with pytest.raises(RecipeError, match=reason):
+            check(table, "r")
+    table["strategy"] = {"name": "flora-na", "combine": "updates"}
+    with pytest.raises(RecipeError, match="combine = factors"):
+        check(table, "r")
+    for name in ("best-rank", "oracle", "flora-na", "flexlora", "florist", "flora", "hetlora", "ffa-lora"):
+        table["strategy"] = {"name": name}
+        assert check(table, "r").model.client_ranks == [2, 4]
+
+
+def test_starting_from_the_base_weights_excludes_a_quantised_base() -> None:
+    table = changed("model.quantization", "4bit")
+    table["model"]["device"] = "cuda"
+    for name in ("frlora", "fed-sb"):
+        table["strategy"] = {"name": name}
+        with pytest.raises(RecipeError, match=f"'{name}' does not go with model.quantization"):
+            check(table, "r")
+    table["strategy"] = {"name": "fed-sb", "begin": "random"}
+    assert check(table, "r")
     with pytest.raises(RecipeError, match="one of 'als', 'adamw'"):
         check(changed("strategy", {"name": "flora-na", "solver": "sgd"}), "r")
 

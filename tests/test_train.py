@@ -22,12 +22,16 @@ from florana.federation.sampling import derive
 from florana.recipe import Data, Partition, Recipe
 from florana.recipe_file import check
 from florana.run import Setup, prepare
+from florana.train import beginnings
 from florana.train.client import TrainingClients, train_locally
 from florana.train.data import load_tables
 from florana.train.evaluate import evaluate
-from florana.train.model import Workbench, locate
+from florana.train.loading import locate
+from florana.train.model import Workbench
 from florana.train.partition import deal
 from florana.train.tasks import IGNORED, Example, collate, encode_language
+from tests import oracle
+from tests.cases import dense
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -122,6 +126,114 @@ def test_a_frozen_residual_acts_as_if_it_were_in_the_base(recipe: Recipe, setup:
     merged = evaluate(setup.bench, setup.common, 16)
     assert merged["loss"] == pytest.approx(with_residual["loss"], abs=2e-6)
     assert abs(without["loss"] - merged["loss"]) > 1e-4
+
+
+@pytest.mark.parametrize(("heads", "size"), [(1, 4), (2, 3)])
+def test_cores_act_as_the_matrices_between_the_fixed_factors(heads: int, size: int, setup: Setup) -> None:
+    """The model with cores in it is the model with their dense update in its base weights, scales included."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = {
+        name: LoraFactors(
+            torch.randn(pair.shape[0], heads * size, generator=generator),
+            torch.randn(heads * size, pair.shape[1], generator=generator),
+            0.5,
+        )
+        for name, pair in setup.start.modules.items()
+    }
+    cores = {name: torch.randn(heads, size, size, generator=generator) for name in drawn}
+    adapter = Adapter(drawn, setup.start.extra, cores)
+    setup.bench.load(adapter, None, ["core", "scale"])
+    with torch.no_grad():
+        for core in setup.bench._cores.values():
+            core.scale.copy_(torch.arange(1.0, heads + 1))
+    scaled = {name: core * torch.arange(1.0, heads + 1)[:, None, None] for name, core in cores.items()}
+    assert all(torch.allclose(core, scaled[name]) for name, core in setup.bench.adapter().cores.items())
+    shapes = sorted(tuple(p.shape) for p in setup.bench.trainable)
+    assert shapes == sorted(
+        [
+            *([(heads, size, size)] * len(cores)),
+            *([(heads,)] * len(cores)),
+            *(tuple(t.shape) for t in setup.head.values()),
+        ]
+    )
+    with_cores = evaluate(setup.bench, setup.common, 16)
+    setup.bench.load(setup.start)
+    without = evaluate(setup.bench, setup.common, 16)
+    weights = setup.bench.weights()
+    with torch.no_grad():
+        for name, pair in drawn.items():
+            change = pair.scaling * pair.B @ torch.block_diag(*scaled[name]) @ pair.A
+            weights[name][0].add_(change.T if weights[name][1] else change)
+    merged = evaluate(setup.bench, setup.common, 16)
+    with torch.no_grad():
+        for name, pair in drawn.items():
+            change = pair.scaling * pair.B @ torch.block_diag(*scaled[name]) @ pair.A
+            weights[name][0].sub_(change.T if weights[name][1] else change)
+    assert merged["loss"] == pytest.approx(with_cores["loss"], abs=1e-5)
+    assert abs(without["loss"] - merged["loss"]) > 1e-4
+
+
+@pytest.mark.parametrize("trains", [["A"], ["B"], ["A", "B"]])
+def test_only_what_is_asked_for_is_trained(trains: list[str], recipe: Recipe, setup: Setup) -> None:
+    generator = torch.Generator().manual_seed(2)
+    moved = {  # a rank other than the recipe's, and a B that is not zero
+        name: LoraFactors(
+            0.1 * torch.randn(pair.shape[0], 3, generator=generator),
+            torch.randn(3, pair.shape[1], generator=generator),
+            2.0,
+        )
+        for name, pair in setup.start.modules.items()
+    }
+    adapter = Adapter(moved, setup.start.extra)
+    setup.bench.load(adapter, None, trains)
+    train_locally(setup.bench, setup.clients["client-0"].train, recipe.train, 3, lambda: None)
+    after = setup.bench.adapter()
+    for name, pair in after.modules.items():
+        assert torch.equal(pair.A, moved[name].A) == ("A" not in trains), name
+        assert torch.equal(pair.B, moved[name].B) == ("B" not in trains), name
+        assert pair.scaling == 2.0
+    assert not any(torch.equal(t, setup.start.extra[n]) for n, t in after.extra.items())
+
+
+def test_principal_pairs_are_the_best_low_rank_part_of_the_base_weights(setup: Setup) -> None:
+    pairs = beginnings.principal(setup.bench, setup.start)
+    for name, (weight, transposed) in setup.bench.weights().items():
+        matrix = weight.detach().double().numpy()
+        matrix = matrix.T if transposed else matrix
+        pair = pairs.modules[name]
+        best = oracle.best_rank(matrix, pair.rank)
+        assert np.linalg.norm(dense(pairs, name) - best) <= 1e-5 * np.linalg.norm(best)
+        assert pair.scaling == setup.start.modules[name].scaling
+        assert torch.allclose(pair.A.norm(), pair.B.norm(), rtol=1e-4)
+
+
+def test_gradient_pairs_span_the_sign_of_the_pooled_gradient(setup: Setup) -> None:
+    """Against autograd on the merged base weights, all clients' rows in one batch; the base stays frozen after."""
+    batches = {client: data.train[:2] for client, data in setup.clients.items()}
+    rows = [row for _, own in sorted(batches.items()) for row in own]
+    pairs = beginnings.gradient(setup.bench, setup.start, batches)
+    weights = setup.bench.weights()
+    assert not any(weight.requires_grad for weight, _ in weights.values())
+    setup.bench.load(setup.start)
+    setup.bench.model.eval()
+    name, (weight, transposed) = next(iter(weights.items()))
+    weight.requires_grad_(True)
+    setup.bench.forward(collate(rows, 0, torch.device("cpu"))).loss.backward()
+    assert weight.grad is not None
+    gradient = weight.grad.double().numpy()
+    weight.requires_grad_(False)
+    weight.grad = None
+    setup.bench.model.zero_grad(set_to_none=True)
+    best = oracle.best_rank(-np.sign(gradient.T if transposed else gradient), pairs.modules[name].rank)
+    assert np.linalg.norm(dense(pairs, name) - best) <= 0.05 * np.linalg.norm(best)  # signs of tiny values may differ
+
+
+def test_a_quantised_base_has_no_principal_pairs(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = next(iter(setup.start.modules))
+    stored = torch.nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False)
+    monkeypatch.setattr(setup.bench, "weights", lambda: {name: (stored, False)})
+    with pytest.raises(InputError, match=r"stored as torch\.int8"):
+        beginnings.principal(setup.bench, setup.start)
 
 
 @pytest.mark.parametrize("head", ["average", "personal"])

@@ -52,7 +52,10 @@ def check(table: Mapping[str, Any], source: str) -> Recipe:
         faults = [_fault(dict(fault)) for fault in error.errors()]
         raise RecipeError(f"{source}: " + "\n".join(faults)) from None
     _check_strategy(recipe.strategy, source)
-    _check_combinations(recipe, recipe.build_strategy())  # options that no type can tell are refused here too
+    try:
+        _check_combinations(recipe, recipe.build_strategy())  # options that no type can tell are refused here too
+    except RecipeError as error:
+        raise RecipeError(f"{source}: {error.what}", why=error.why, fix=error.fix) from None
     return recipe
 
 

@@ -101,7 +101,8 @@ def _round_line(record: RoundRecord) -> str:
     for name in ("accuracy", "perplexity", "loss"):
         if name in record.eval.get("global", {}):
             parts.append(f"global {name} {record.eval['global'][name]:.4f}")
-    parts.append(f"error {number(record.error['overall'])} (optimum {number(record.error['optimum'])})")
+    if record.error["overall"] is not None:
+        parts.append(f"error {number(record.error['overall'])} (optimum {number(record.error['optimum'])})")
     return "  ".join(parts)
 
 

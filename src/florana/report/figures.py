@@ -59,9 +59,14 @@ def learning_curves(runs: Sequence[RunView]) -> str:
         return _svg(figure)
 
 
+def has_error(run: RunView) -> bool:
+    """Whether the run's aggregations have an error to speak of; personal methods have no global product to err in."""
+    return any(record.error["overall"] is not None for record in run.records)
+
+
 def is_exact(run: RunView) -> bool:
     """Whether every aggregation of the run was exact to rounding: nothing to draw."""
-    return all((record.error["overall"] or 0.0) < EXACT for record in run.records)
+    return has_error(run) and all((record.error["overall"] or 0.0) < EXACT for record in run.records)
 
 
 def error_curves(runs: Sequence[RunView]) -> str:
@@ -70,7 +75,7 @@ def error_curves(runs: Sequence[RunView]) -> str:
         figure = Figure(figsize=(7.2, 4.0), layout="constrained")
         axes = figure.subplots()
         for index, run in enumerate(runs):
-            if is_exact(run):
+            if is_exact(run) or not has_error(run):
                 continue
             error = [(r.round, max(r.error["overall"] or 0.0, EXACT)) for r in run.records]
             best = [(r.round, max(r.error["optimum"] or 0.0, EXACT)) for r in run.records]

@@ -73,7 +73,8 @@ def _pictures(runs: Sequence[RunView]) -> list[Picture]:
                 figures.learning_curves(runs),
             )
         )
-    inexact = [run for run in runs if not figures.is_exact(run)]
+    inexact = [run for run in runs if figures.has_error(run) and not figures.is_exact(run)]
+    personal = ", ".join(run.name for run in runs if not figures.has_error(run))
     exact = ", ".join(run.name for run in runs if figures.is_exact(run))
     if inexact:
         pictures.append(
@@ -81,7 +82,8 @@ def _pictures(runs: Sequence[RunView]) -> list[Picture]:
                 "Aggregation error",
                 "How far the server's adapter is from the true average of the clients' updates, relative. "
                 "Dashed: the best any adapter of that rank could do."
-                + (f" Exact, so not drawn: {exact}." if exact else ""),
+                + (f" Exact, so not drawn: {exact}." if exact else "")
+                + (f" Without a global product: {personal}." if personal else ""),
                 figures.error_curves(runs),
             )
         )

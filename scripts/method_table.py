@@ -1,0 +1,102 @@
+"""Write the README's method table and docs/methods.md from what every strategy declares of itself.
+
+python scripts/method_table.py            write both
+python scripts/method_table.py --check    end with code 1 where one of them is not what the declarations say
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+
+from florana.strategy import STRATEGIES
+from florana.strategy.base import Strategy
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- methods: written by scripts/method_table.py -->", "<!-- end of methods -->"
+
+
+def short_table(built: dict[str, Strategy]) -> str:
+    """One row per method: what a reader compares first."""
+    lines = [
+        "| method | the server | trains | up | down | step | base | mixed ranks | needs sums only |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, strategy in built.items():
+        facts = strategy.facts
+        cells = [
+            f"`{name}`",
+            f"{facts.does} ({strategy.source})",
+            facts.trains,
+            facts.up.text,
+            facts.down.text,
+            facts.exact,
+            facts.base,
+            "no" if facts.mixed_ranks.startswith("refused") else "yes",
+            facts.secure_aggregation.partition(":")[0],
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def page(built: dict[str, Strategy]) -> str:
+    """docs/methods.md: everything declared, method by method."""
+    lines = [
+        "# Methods",
+        "",
+        "Written by `scripts/method_table.py` from what each strategy declares; `tests/test_methods.py` holds the",
+        "counts against the messages really sent. Counts are numbers per adapted module, client and round: r is the",
+        "rank a client trains, k the rank of the frozen part sent along (complete in every broadcast), h the blocks",
+        "of a core. Heads that are trained whole come on top, by the recipe's `model.head`.",
+        "",
+    ]
+    for name, strategy in built.items():
+        facts = strategy.facts
+        options = [f"`{p.name} = {p.default!r}`" for p in inspect.signature(STRATEGIES[name]).parameters.values()]
+        rows = {
+            "server": facts.does,
+            "clients train": facts.trains,
+            "up": facts.up.text,
+            "down": facts.down.text,
+            "step": facts.exact,
+            "base": facts.base,
+            "after absence": facts.absent,
+            "client keeps": facts.client_state,
+            "mixed ranks": facts.mixed_ranks,
+            "secure aggregation": facts.secure_aggregation,
+            "added noise": facts.noise,
+            "begins at": {
+                "lora": "A random, B zero",
+                "principal": "the singular vectors of the base weights",
+                "gradient": "the first gradient",
+            }[strategy.begin],
+            "options": ", ".join(options) or "none",
+        }
+        lines += [f"## {name}", "", f"Source: {strategy.source}.", "", "| | |", "|---|---|"]
+        lines += [f"| {key} | {value.replace('|', '/')} |" for key, value in rows.items()] + [""]
+    return "\n".join(lines)
+
+
+def readme_with(table: str) -> str:
+    """The README with the table between its marks."""
+    text = (ROOT / "README.md").read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def main() -> None:
+    built = {name: build() for name, build in STRATEGIES.items()}
+    wanted = {ROOT / "README.md": readme_with(short_table(built)), ROOT / "docs" / "methods.md": page(built)}
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    if "--check" in sys.argv[1:]:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is not what the strategies declare: run python scripts/method_table.py")
+        sys.exit(1 if stale else 0)
+    for path in stale:
+        path.write_text(wanted[path])
+
+
+if __name__ == "__main__":
+    main()
