@@ -24,6 +24,7 @@ from florana.aggregate.project import best_rank, split
 from florana.aggregate.residual import mean_and_remainder
 from florana.aggregate.rotate import align, rotated_mean
 from florana.aggregate.stack import combined, stack
+from florana.aggregate.terms import by_energy, divided
 from florana.errors import InputError
 from florana.factors import Adapter, Contribution, LoraFactors
 from tests import oracle
@@ -42,6 +43,11 @@ def exact_split(parts: Sequence[Contribution]) -> Adapter:
 def exact_mean(parts: Sequence[Contribution]) -> Adapter:
     whole = mean_and_remainder(parts)
     return combined(whole.adapter, whole.remainder)
+
+
+def whole_energy(parts: Sequence[Contribution]) -> Adapter:
+    whole = divided(parts, rank_of(parts), by_energy(1.0))
+    return combined(whole.adapter, whole.residual)
 
 
 def zero_base(parts: Sequence[Contribution]) -> Adapter:
@@ -158,6 +164,13 @@ ROWS = [
     Row("hetlora", lambda p: norm_weighted_mean(p, rank_of(p)), mixed_ranks=True),
     Row("ffa-lora", lambda p: mean_of_B(p, copy_of(p[0])), exact=True, prepare=with_one_A),
     Row("rolora even", lambda p: mean_of_A(p, copy_of(p[0])), exact=True, prepare=with_one_B),
+    Row(
+        "fedsvd",
+        lambda p: orthonormal(mean_of_B(p, copy_of(p[0])), copy_of(p[0])),
+        exact=True,
+        prepare=with_one_A,
+    ),
+    Row("florist", whole_energy, exact=True, mixed_ranks=True, keeps_rank=False, gauge_free=True),
     Row("fed-sb", lambda p: folded(mean_cores(p)), exact=True, prepare=with_cores),
     Row("flora-na factors/module", lambda p: mix(p, solver=als.solve).adapter),
     Row("flora-na factors/model", lambda p: mix(p, solver=als.solve, fit=per_model).adapter),
