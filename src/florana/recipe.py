@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from florana.strategy import STRATEGIES
+from florana.strategy import builder
 from florana.strategy.base import Strategy
 
 
@@ -134,6 +134,21 @@ class Evaluate(Section):
     """The most rows of the common test set each client is measured on."""
 
 
+class Study(Section):
+    """What `florana compare` varies; the command line's options come before these."""
+
+    methods: list[str] = []
+    """Names of strategies, with options in brackets (`best-rank[memory=8]`), or FILE.py:FUNCTION."""
+    seeds: int = Field(3, ge=1)
+    alphas: list[Annotated[float, Field(gt=0)]] = []
+    """Dirichlet parameters to compare at; empty: the recipe's partition."""
+    ranks: list[Annotated[int, Field(ge=1)]] = []
+    """LoRA ranks to compare at, alpha / rank kept; empty: the recipe's."""
+    controls: list[Literal["oracle", "centralised", "local-only"]] = ["oracle", "centralised", "local-only"]
+    swap_rounds: list[Annotated[int, Field(ge=1)]] = []
+    """Rounds whose client adapters are given to every rule in turn (the swap test); empty: the first and the last."""
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -148,6 +163,7 @@ class Recipe(Section):
     strategy: dict[str, Any]
     """`name`, and the strategy's own options."""
     evaluate: Evaluate = Evaluate()
+    study: Study | None = None
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
@@ -175,8 +191,10 @@ class Recipe(Section):
 
     def build_strategy(self) -> Strategy:
         """The strategy with its options."""
-        options = {name: value for name, value in self.strategy.items() if name != "name"}
-        return STRATEGIES[self.strategy["name"]](**options)
+        build = builder(self.strategy["name"])
+        if build is None:
+            raise ValueError(f"there is no strategy '{self.strategy['name']}'")
+        return build(**{name: value for name, value in self.strategy.items() if name != "name"})
 
     def to_toml(self) -> str:
         """The recipe with every value in place; None values are left out."""

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from florana.errors import RecipeError, nearest
 from florana.recipe import Recipe
-from florana.strategy import STRATEGIES
+from florana.strategy import STRATEGIES, builder
 from florana.strategy.base import Strategy
 from florana.strategy.ranks import with_ranks
 
@@ -148,10 +148,10 @@ def _check_strategy(table: Mapping[str, Any], source: str) -> None:
     name = table.get("name")
     if not isinstance(name, str):
         raise RecipeError(f"{source}: the key 'strategy.name' is missing", fix=nearest("", STRATEGIES))
-    if name not in STRATEGIES:
+    build = builder(name)
+    if build is None:
         raise RecipeError(f"{source}: there is no strategy '{name}'", fix=nearest(name, STRATEGIES))
-    build = STRATEGIES[name]
-    known = typing.get_type_hints(build)
+    known = typing.get_type_hints(build) if inspect.isfunction(build) else {}
     parameters = inspect.signature(build).parameters
     for key, value in table.items():
         if key == "name":

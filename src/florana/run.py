@@ -131,22 +131,33 @@ def execute(
                 _write_facts(recipe, folder, setup)
         elif resume:  # a recipe that asks for more rounds is the one that counts from here on
             replace_file(folder / "recipe.toml", recipe.to_toml().encode())
-        clients = TrainingClients(
-            setup.bench,
-            Adapter(begun.adapter.modules, setup.head, begun.adapter.cores),
-            setup.clients,
-            setup.common[: recipe.evaluate.personal_limit],
-            recipe.train,
-            recipe.evaluate,
-            recipe.model.head,
-            step,
-        )
         state = last.state if last else begun
         if last is None:
             journal.export(state)
-        engine = LocalEngine(clients.fit, last.memories if last else None)
-        run_rounds(strategy, state, engine, _federation(recipe, setup), journal, show)
+        engine = engine_of(recipe, setup, begun, last.memories if last else None, step)
+        run_rounds(strategy, state, engine, federation_of(recipe, setup), journal, show)
     return Result(folder, tuple(read_records(folder / "rounds.jsonl")))
+
+
+def engine_of(
+    recipe: r.Recipe,
+    setup: Setup,
+    begun: State,
+    memories: Mapping[str, Mapping[str, Tensor]] | None = None,
+    step: Callable[[str], None] = lambda client: None,
+) -> LocalEngine:
+    """The clients of a set-up in the local engine; `begun` is the strategy's first state, which every client knows."""
+    clients = TrainingClients(
+        setup.bench,
+        Adapter(begun.adapter.modules, setup.head, begun.adapter.cores),
+        setup.clients,
+        setup.common[: recipe.evaluate.personal_limit],
+        recipe.train,
+        recipe.evaluate,
+        recipe.model.head,
+        step,
+    )
+    return LocalEngine(clients.fit, memories)
 
 
 def strategy_of(recipe: r.Recipe, setup: Setup) -> Strategy:
@@ -175,7 +186,8 @@ def global_scores(setup: Setup, adapter: Adapter, residual: Adapter | None, batc
     return evaluate(setup.bench, setup.common, batch_size)
 
 
-def _federation(recipe: r.Recipe, setup: Setup) -> Federation:
+def federation_of(recipe: r.Recipe, setup: Setup) -> Federation:
+    """The fixed facts of a recipe's run, for the round loop."""
     rounds, every = recipe.federation.rounds, recipe.evaluate.every
 
     def scores(state: State) -> Mapping[str, float]:

@@ -56,7 +56,7 @@ def learning_curves(runs: Sequence[RunView]) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(f"{runs[0].score} on the common test set")
         _legend(axes, len(runs))
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def has_error(run: RunView) -> bool:
@@ -89,7 +89,7 @@ def error_curves(runs: Sequence[RunView]) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("relative error of the aggregation")
         _legend(axes, len(runs))
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def error_by_module(run: RunView, top: float) -> str:
@@ -104,7 +104,7 @@ def error_by_module(run: RunView, top: float) -> str:
         axes.set_yticks(range(len(modules)), [_short(name) for name in modules], fontsize=8)
         axes.set_xlabel("round")
         figure.colorbar(image, ax=axes, label="relative error")
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def largest_module_error(runs: Sequence[RunView]) -> float:
@@ -126,7 +126,7 @@ def bytes_against_score(runs: Sequence[RunView]) -> str:
         axes.set_xlabel("MiB sent, up and down, all clients")
         axes.set_ylabel(f"{runs[0].score} on the common test set")
         _legend(axes, len(runs))
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def partition(run: RunView) -> str:
@@ -158,7 +158,7 @@ def partition(run: RunView) -> str:
             axes.barh(names, [clients[name]["train"] for name in names], color=COLOURS[0])
         axes.set_xlabel("training rows" + (f" (first {shown} clients)" if len(clients) > shown else ""))
         axes.grid(axis="y", visible=False)
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def _line(axes: Any, series: Sequence[tuple[float, float]], index: int, name: str) -> None:
@@ -194,7 +194,7 @@ def _short(module: str) -> str:
     return ".".join(parts[first:])
 
 
-def _svg(figure: Figure) -> str:
+def svg_of(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

@@ -44,22 +44,28 @@ def write_report(folders: Sequence[Path], out: Path, title: str = "") -> Path:
 
 def render(runs: Sequence[RunView], title: str) -> str:
     """The page as text."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"number": number, "size": size, "seconds": seconds}
-    template = importlib.resources.files("florana.report").joinpath("page.html.j2").read_text("utf-8")
     rows = summary(runs)
     better = min if runs[0].score in LOWER_IS_BETTER else max
     measured = [row["global"] for row in rows if row["global"] is not None]
-    return environment.from_string(template).render(
+    return template("page.html.j2").render(
         title=title,
         runs=runs,
         rows=rows,
         best=better(measured) if measured else None,
         score=runs[0].score,
-        pictures=[_unique(picture, index) for index, picture in enumerate(_pictures(runs))],
+        pictures=[unique(picture, index) for index, picture in enumerate(_pictures(runs))],
         settings=_settings(runs[0].recipe),
         refused=[(run.name, *entry) for run in runs for entry in run.refused],
     )
+
+
+def template(name: str) -> jinja2.Template:
+    """A template of this folder, with the filters for figures and the pages' common style."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"number": number, "size": size, "seconds": seconds}
+    folder = importlib.resources.files("florana.report")
+    environment.globals["style"] = folder.joinpath("style.css").read_text("utf-8")
+    return environment.from_string(folder.joinpath(name).read_text("utf-8"))
 
 
 def _pictures(runs: Sequence[RunView]) -> list[Picture]:
@@ -108,7 +114,7 @@ def _pictures(runs: Sequence[RunView]) -> list[Picture]:
     return pictures
 
 
-def _unique(picture: Picture, index: int) -> Picture:
+def unique(picture: Picture, index: int) -> Picture:
     """Ids inside an SVG are shared by the whole page: give each picture its own."""
     svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>f{index}-", picture.svg)
     label = html.escape(f"{picture.title}. {picture.caption}")

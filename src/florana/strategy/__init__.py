@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from florana.strategy import (
@@ -19,12 +20,14 @@ from florana.strategy import (
     florist,
     frlora,
     hetlora,
+    local_only,
     lora_fair,
     oracle,
     ravan,
     rolora,
 )
 from florana.strategy.base import Strategy
+from florana.strategy.own import build_own, is_own
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "fedit": fedit.build,
@@ -47,3 +50,13 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "ravan": ravan.build,
 }
 """Name -> the function that builds the strategy from its own options (keyword arguments)."""
+
+CONTROLS: dict[str, Callable[..., Strategy]] = {"local-only": local_only.build}
+"""What is no method but stands beside them in comparisons."""
+
+
+def builder(name: str) -> Callable[..., Strategy] | None:
+    """What builds the method, control, or function in a file (FILE.py:FUNCTION) of that name; None if there is none."""
+    if is_own(name):
+        return functools.partial(build_own, name)
+    return (STRATEGIES | CONTROLS).get(name)

@@ -1,0 +1,98 @@
+"""The page of a study: its table, and the pictures of score against bytes and error against score, seed by seed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from florana.adapter_files import replace_file
+from florana.federation.journal import explained
+from florana.report.figures import COLOURS, MARKERS, STYLE, svg_of
+from florana.report.page import Picture, template, unique
+
+
+@dataclass(frozen=True)
+class Series:
+    """One method's points in one setting: per seed a mapping with `score`, `bytes` and `error`, None where unknown."""
+
+    setting: str
+    method: str
+    points: Sequence[Mapping[str, float | None]]
+
+
+def write_comparison(
+    out: Path,
+    *,
+    title: str,
+    summary: str,
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    series: Sequence[Series],
+    swapped: Sequence[Series],
+    metric: str,
+    failures: Mapping[str, str],
+) -> Path:
+    """Write the page. Raises FederationError where the file cannot be written."""
+    pictures = []
+    for setting in dict.fromkeys(one.setting for one in series):
+        own = [one for one in series if one.setting == setting]
+        pictures += [
+            Picture(
+                f"Score against bytes: {setting}",
+                "Final score of the global model against all bytes sent, both ways. Small: seeds. Large: their mean.",
+                scatter(own, "bytes", "bytes of the whole run", metric, log=True),
+            ),
+            Picture(
+                f"Error against score: {setting}",
+                "Mean aggregation error over the rounds against the final score; exact methods stand at the left edge.",
+                scatter(own, "error", "relative error of the aggregation, mean over rounds", metric, log=False),
+            ),
+        ]
+    for setting in dict.fromkeys(one.setting for one in swapped):
+        pictures.append(
+            Picture(
+                f"Swap test: {setting}",
+                "The same clients' adapters given to every rule: error of the merge against the merged model's score.",
+                scatter([one for one in swapped if one.setting == setting], "error",
+                        "relative error of the aggregation", metric, log=False),
+            )
+        )  # fmt: skip
+    page = template("comparison.html.j2").render(
+        title=title,
+        summary=summary,
+        heads=heads,
+        rows=rows,
+        failures=sorted(failures.items()),
+        pictures=[unique(picture, index) for index, picture in enumerate(pictures)],
+    )
+    with explained(out.parent, "the report could not be written"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(out, page.encode())
+    return out
+
+
+def scatter(series: Sequence[Series], x: str, xlabel: str, ylabel: str, *, log: bool) -> str:
+    """Points of every seed, and each method's mean with its name beside it."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+        axes = figure.subplots()
+        for index, one in enumerate(series):
+            known = [(p[x], p["score"]) for p in one.points if p.get(x) is not None and p.get("score") is not None]
+            if not known:
+                continue
+            colour, marker = COLOURS[index % 8], MARKERS[(index + index // 8) % 8]
+            xs, ys = zip(*known, strict=True)
+            axes.scatter(xs, ys, s=14, color=colour, marker=marker, alpha=0.45, linewidths=0)
+            axes.scatter([statistics.fmean(xs)], [statistics.fmean(ys)], s=64, color=colour, marker=marker,
+                         label=one.method, edgecolors="white", linewidths=0.8)  # fmt: skip
+        if log:
+            axes.set_xscale("log")
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+        return svg_of(figure)

@@ -1,0 +1,40 @@
+"""local-only: every client trains its own adapter, nothing is sent: the control that shows what a federation brings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from florana.aggregate.inputs import average_extra
+from florana.factors import Adapter, Contribution
+from florana.strategy import facts
+from florana.strategy.base import Outcome, Payload, State, Strategy, advance, start, work
+
+NOTHING = facts.Count("0", lambda size: 0)
+FACTS = facts.Facts(
+    does="nothing",
+    trains="A, B",
+    up=NOTHING,
+    down=NOTHING,
+    exact="no global product",
+    absent="nothing",
+    client_state="A_u and B_u; lost, they begin anew",
+    mixed_ranks="refused: the control has one rank",
+    secure_aggregation="yes: nothing is sent",
+    noise="none",
+    one_model=False,
+)
+WORK = work(trains=["A", "B"], up=[], down=[])
+
+
+def build() -> Strategy:
+    """The control; it has no options. Heads should be personal (`model.head`), or they are averaged all the same."""
+    return Strategy("local-only", "a control", FACTS, start, _brief, _step)
+
+
+def _brief(state: State, client: str) -> Payload:
+    del client
+    return Payload(state.adapter, work=WORK)
+
+
+def _step(state: State, parts: Sequence[Contribution]) -> Outcome:
+    return Outcome(advance(state, Adapter(state.adapter.modules, average_extra(parts))))

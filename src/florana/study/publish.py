@@ -1,0 +1,123 @@
+"""What a study leaves to read: tables (Markdown, CSV, LaTeX, JSON), the page, and the swap test's summary."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from florana.adapter_files import replace_file
+from florana.federation.journal import explained
+from florana.report.comparison import Series, write_comparison
+from florana.report.views import LOWER_IS_BETTER
+from florana.study.cells import Plan
+from florana.study.table import HEADS, Comparison, as_csv, cells_of, compare, estimate, latex, markdown, paired
+from florana.study.work import swap_file
+
+
+def publish(plan: Plan, out: Path, failures: Mapping[str, str]) -> tuple[Comparison, dict[str, Any], Path]:
+    """Write every file of the study; returns the comparison, the swap test's summary, and the page."""
+    comparison = compare(plan, out)
+    rows = swap_rows(plan, out)
+    swapped = summarise(rows, comparison.metric)
+    seeds = len({setting.seed for setting in plan.settings})
+    with explained(out, "the study's tables could not be written"):
+        replace_file(out / "table.md", markdown(comparison).encode())
+        replace_file(out / "table.csv", as_csv(comparison).encode())
+        replace_file(out / "table.tex", latex(comparison).encode())
+        content = {**comparison.to_json(), "swap": swapped, "swap_rows": rows, "failures": dict(failures)}
+        replace_file(out / "study.json", (json.dumps(content, indent=1) + "\n").encode())
+    page = write_comparison(
+        out / "report.html",
+        title=plan.base.title or "florana compare",
+        summary=f"{len(plan.methods)} methods, {seeds} seeds, {plan.base.federation.rounds} rounds. "
+        f"Score: {comparison.metric} on the common test set. " + " ".join(swapped["text"]),
+        heads=HEADS,
+        rows=[cells_of(row) for row in comparison.rows],
+        series=[Series(row.setting, row.method, row.points) for row in comparison.rows],
+        swapped=_swap_series(rows, comparison.metric),
+        metric=comparison.metric,
+        failures=failures,
+    )
+    return comparison, swapped, page
+
+
+def swap_rows(plan: Plan, out: Path) -> list[dict[str, Any]]:
+    """The rows of every swap test that is there, with their setting and seed."""
+    found = []
+    for setting in plan.settings:
+        path = swap_file(out, setting)
+        if path.exists():
+            for row in json.loads(path.read_text())["rows"]:
+                found.append({"setting": setting.name, "seed": setting.seed, **row})
+    return found
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    """Per setting, round and method: error, score, and the score's difference from FedIT's merge, over seeds; and the
+    rank correlation of error and score over methods, one per seed and round, averaged with its interval."""
+    table, correlations, text = [], [], []
+    for setting, round_ in dict.fromkeys((row["setting"], row["round"]) for row in rows):
+        own = [row for row in rows if (row["setting"], row["round"]) == (setting, round_)]
+        reference = {row["seed"]: row[metric] for row in own if row["method"] == "fedit"}
+        for method in dict.fromkeys(row["method"] for row in own):
+            mine = [row for row in own if row["method"] == method]
+            difference, p_value = paired({row["seed"]: row[metric] for row in mine}, reference)
+            score, error = estimate([row[metric] for row in mine]), estimate([row["error"] for row in mine])
+            table.append(
+                {
+                    "setting": setting,
+                    "round": round_,
+                    "method": method,
+                    "error": error.mean if error else None,
+                    "score": score.mean if score else None,
+                    "half_width": score.half if score else None,
+                    "minus_fedit": difference.mean if difference else None,
+                    "minus_fedit_half_width": difference.half if difference else None,
+                    "p": p_value,
+                }
+            )
+        values = []
+        for seed in dict.fromkeys(row["seed"] for row in own):
+            pairs = [(row["error"], row[metric]) for row in own if row["seed"] == seed]
+            values.append(_rank_correlation(pairs, metric))
+        found = estimate(values)
+        if found is not None:
+            correlations.append({"setting": setting, "round": round_, "mean": found.mean, "half_width": found.half})
+            width = f" ± {found.half:.2f}" if found.half is not None else ""
+            text.append(
+                f"Swap test, {setting}, round {round_}: rank correlation of lower error with a better {metric} over "
+                f"rules {found.mean:+.2f}{width}."
+            )
+    return {"table": table, "correlations": correlations, "text": text}
+
+
+def _rank_correlation(pairs: Sequence[tuple[float, float]], metric: str) -> float | None:
+    """Spearman's, signed so that +1 means: the lower the error, the better the score. None where nothing varies."""
+    errors, scores = np.array(pairs, dtype=float).T
+    if len(pairs) < 3 or np.ptp(errors) == 0 or np.ptp(scores) == 0:
+        return None
+    value = float(stats.spearmanr(errors, scores).statistic)
+    value = value if metric in LOWER_IS_BETTER else -value
+    return value if math.isfinite(value) else None
+
+
+def _swap_series(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Series]:
+    keys = dict.fromkeys((row["setting"], row["round"], row["method"]) for row in rows)
+    return [
+        Series(
+            f"{setting}, round {round_}",
+            method,
+            [
+                {"seed": float(row["seed"]), "score": row[metric], "error": row["error"]}
+                for row in rows
+                if (row["setting"], row["round"], row["method"]) == (setting, round_, method)
+            ],
+        )
+        for setting, round_, method in keys
+    ]

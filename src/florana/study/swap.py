@@ -1,0 +1,62 @@
+"""The swap test: the clients' trained adapters held fixed, only the aggregator swapped.
+
+One run of FedIT is followed; at the wanted rounds the very updates that its server got are given to every rule, and the
+merged model is scored. Whatever differs then is the rule's doing: what the clients learnt is the same for all.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from florana import recipe as r
+from florana.aggregate.error import measure
+from florana.factors import Contribution
+from florana.federation.journal import Journal
+from florana.federation.loop import run_rounds
+from florana.run import Setup, begin, engine_of, federation_of, global_scores, strategy_of
+from florana.strategy.base import PAIR, Outcome, State, Strategy
+from florana.study.cells import Method
+
+
+def swap(recipe: r.Recipe, setup: Setup, methods: Sequence[Method], rounds: Sequence[int]) -> list[dict[str, Any]]:
+    """One row per round and rule: method, round, error, optimum, and the merged model's scores.
+
+    Only rules that take whole pairs, trained from PEFT's start, can be given FedIT's clients; the others are left out.
+    """
+    captured: dict[int, tuple[State, Sequence[Contribution]]] = {}
+    strategy = strategy_of(recipe, setup)
+
+    def watched(state: State, parts: Sequence[Contribution]) -> Outcome:
+        if state.round + 1 in rounds:
+            captured[state.round + 1] = (state, parts)
+        return strategy.step(state, parts)
+
+    state = strategy.init(begin(recipe, setup, strategy))
+    plain = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"personal": "never"})})
+    federation = replace(federation_of(plain, setup), rounds=max(rounds), evaluate=None)
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal(Path(folder), setup.bench.card)
+        engine = engine_of(recipe, setup, state)
+        run_rounds(replace(strategy, step=watched), state, engine, federation, journal, lambda event: None)
+    rows = []
+    for method in methods:
+        one = strategy_of(recipe.model_copy(update={"strategy": dict(method.strategy)}), setup)
+        if not _takes_pairs(one, state):
+            continue
+        for round_, (before, parts) in sorted(captured.items()):
+            after = one.step(before, parts).state
+            error = measure(parts, after.adapter, after.residual)
+            scores = global_scores(setup, after.adapter, after.residual, recipe.evaluate.batch_size)
+            rows.append(
+                {"method": method.label, "round": round_, "error": error.error, "optimum": error.optimum, **scores}
+            )
+    return rows
+
+
+def _takes_pairs(strategy: Strategy, state: State) -> bool:
+    payload = strategy.brief(state, "any")
+    return payload.work == PAIR and strategy.begin == "lora" and strategy.facts.one_model

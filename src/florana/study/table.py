@@ -1,0 +1,270 @@
+"""The table of a study: one row per method and setting, every figure with its own name, interval and paired difference.
+
+    mean +- t_{0.975, n-1} s / sqrt(n)                   over seeds
+    difference from FedIT, paired by seed: its mean, its interval, and the p-value of the paired t-test
+
+With few seeds an interval is wide: that is what few seeds can say. A cell that failed is a gap, and is named.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from florana.report.views import LOWER_IS_BETTER, RunView, view
+from florana.study.cells import Plan
+from florana.study.work import folder_of
+
+FIGURES = ("global", "personal", "gap", "clients_on_common")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds, half the width of its 95 % interval (None for one seed), and how many seeds."""
+
+    mean: float
+    half: float | None
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method in one setting. A figure is None where no seed has it.
+
+    Args:
+        scores: `global`, `personal`, `gap`, `clients_on_common` -> estimate.
+        difference, p_value: of `global` from FedIT's, paired by seed.
+        first_error, error: the aggregation error of round 1, and its mean over rounds.
+        rounds_to_target, bytes_to_target: until the target score; over the seeds that reached it.
+        reached: how many seeds reached the target. failed: seeds that have no finished run.
+        points: per seed, for the pictures: global score, bytes, first error.
+    """
+
+    setting: str
+    method: str
+    seeds: int
+    failed: int
+    scores: Mapping[str, Estimate]
+    difference: Estimate | None
+    p_value: float | None
+    first_error: Estimate | None
+    error: Estimate | None
+    optimum: Estimate | None
+    bytes_up: float
+    bytes_down: float
+    server_seconds: float
+    rounds_to_target: float | None
+    bytes_to_target: float | None
+    reached: int
+    points: Sequence[Mapping[str, float | None]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A study's rows, the metric they are about, and the target score of each setting (what FedIT ends with)."""
+
+    metric: str
+    rows: Sequence[Row]
+    targets: Mapping[str, float | None]
+    start: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as JSON's own types."""
+        return asdict(self)
+
+
+def compare(plan: Plan, out: Path) -> Comparison:
+    """The comparison of what is finished in a study's folder."""
+    rounds = plan.base.federation.rounds
+    runs: dict[tuple[str, str], dict[int, RunView]] = {}
+    for cell in plan.cells:
+        folder = folder_of(out, cell)
+        place = runs.setdefault((cell.setting.name, cell.method.label), {})
+        if (folder / "rounds.jsonl").exists():
+            run = view(folder, cell.method.label)
+            if len(run.records) >= rounds:
+                place[cell.setting.seed] = run
+    every = [run for place in runs.values() for run in place.values()]
+    metric = every[0].score if every else "accuracy"
+    targets = {
+        setting: _mean([run.final("global") for run in place.values()])
+        for (setting, method), place in runs.items()
+        if method == "fedit"
+    }
+    seeds = len({setting.seed for setting in plan.settings})
+    rows = [
+        _row(setting, method, place, runs.get((setting, "fedit"), {}), targets.get(setting), metric, seeds)
+        for (setting, method), place in runs.items()
+    ]
+    start = next((run.start for run in every if run.start is not None), None)
+    return Comparison(metric, rows, targets, start)
+
+
+def estimate(values: Sequence[float | None]) -> Estimate | None:
+    """The mean and its interval, of the values that are there.
+
+    >>> estimate([1.0, 2.0, 3.0, None]).half.__round__(3)
+    2.484
+    """
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return None
+    mean = statistics.fmean(known)
+    if len(known) == 1:
+        return Estimate(mean, None, 1)
+    half = float(stats.t.ppf(0.975, len(known) - 1)) * statistics.stdev(known) / math.sqrt(len(known))
+    return Estimate(mean, half, len(known))
+
+
+def paired(
+    values: Mapping[int, float | None], reference: Mapping[int, float | None]
+) -> tuple[Estimate | None, float | None]:
+    """The differences of the seeds that both have, and the p-value of the paired t-test (None below two seeds)."""
+    differences = [
+        value - other
+        for seed, value in values.items()
+        if value is not None and (other := reference.get(seed)) is not None
+    ]
+    found = estimate(differences)
+    if found is None or found.half is None:
+        return found, None
+    spread = statistics.stdev(differences)
+    if spread == 0:
+        return found, 1.0 if found.mean == 0 else 0.0
+    t = found.mean / (spread / math.sqrt(found.seeds))
+    return found, float(2 * stats.t.sf(abs(t), found.seeds - 1))
+
+
+def _row(
+    setting: str,
+    method: str,
+    runs: Mapping[int, RunView],
+    reference: Mapping[int, RunView],
+    target: float | None,
+    metric: str,
+    seeds: int,
+) -> Row:
+    difference, p_value = (None, None)
+    if method != "fedit":
+        difference, p_value = paired(
+            {seed: run.final("global") for seed, run in runs.items()},
+            {seed: run.final("global") for seed, run in reference.items()},
+        )
+    errors = {seed: [r.error["overall"] for r in run.records] for seed, run in runs.items()}
+    hits = [hit for run in runs.values() if (hit := _first_at(run, target, metric)) is not None]
+    scores = {figure: found for figure in FIGURES if (found := estimate([r.final(figure) for r in runs.values()]))}
+    return Row(
+        setting=setting,
+        method=method,
+        seeds=len(runs),
+        failed=seeds - len(runs),
+        scores=scores,
+        difference=difference,
+        p_value=p_value,
+        first_error=estimate([values[0] for values in errors.values()]),
+        error=estimate([_mean(values) for values in errors.values()]),
+        optimum=estimate([_mean([r.error["optimum"] for r in run.records]) for run in runs.values()]),
+        bytes_up=_mean([sum(r.bytes_up for r in run.records) for run in runs.values()]) or 0.0,
+        bytes_down=_mean([sum(r.bytes_down for r in run.records) for run in runs.values()]) or 0.0,
+        server_seconds=_mean([sum(r.server_seconds for r in run.records) for run in runs.values()]) or 0.0,
+        rounds_to_target=_mean([float(round_) for round_, _ in hits]),
+        bytes_to_target=_mean([float(total) for _, total in hits]),
+        reached=len(hits),
+        points=[
+            {
+                "seed": float(seed),
+                "score": run.final("global"),
+                "bytes": float(sum(r.bytes_up + r.bytes_down for r in run.records)),
+                "error": _mean(errors[seed]),
+            }
+            for seed, run in sorted(runs.items())
+        ],
+    )
+
+
+def _first_at(run: RunView, target: float | None, metric: str) -> tuple[int, int] | None:
+    """(round, bytes so far) of the first measured round that is as good as the target."""
+    if target is None:
+        return None
+    for round_, value in run.scores("global"):
+        if (value <= target) if metric in LOWER_IS_BETTER else (value >= target):
+            return round_, run.bytes_so_far[round_]
+    return None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+HEADS = ["setting", "method", "global", "minus fedit", "p", "personal", "gap", "clients on common", "error, round 1",
+         "error, mean", "optimum", "MB up", "MB down", "server s", "rounds to target", "seeds"]  # fmt: skip
+
+
+def cells_of(row: Row, sign: str = "±") -> list[str]:
+    """The row as text, in the order of HEADS."""
+    seeds = f"{row.seeds}" + (f" ({row.failed} failed)" if row.failed else "")
+    return [
+        row.setting,
+        row.method,
+        *(_text(row.scores.get(figure), sign) for figure in ("global",)),
+        _text(row.difference, sign, plus=True),
+        "-" if row.p_value is None else f"{row.p_value:.3f}",
+        *(_text(row.scores.get(figure), sign) for figure in ("personal", "gap", "clients_on_common")),
+        *("-" if found is None else f"{found.mean:.4f}" for found in (row.first_error, row.error, row.optimum)),
+        f"{row.bytes_up / 1e6:.2f}",
+        f"{row.bytes_down / 1e6:.2f}",
+        f"{row.server_seconds:.2f}",
+        "-" if row.rounds_to_target is None else f"{row.rounds_to_target:.1f} ({row.reached}/{row.seeds})",
+        seeds,
+    ]
+
+
+def _text(found: Estimate | None, sign: str, *, plus: bool = False) -> str:
+    if found is None:
+        return "-"
+    mean = f"{found.mean:+.4f}" if plus else f"{found.mean:.4f}"
+    return mean if found.half is None else f"{mean} {sign} {found.half:.4f}"
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table as Markdown."""
+    lines = ["| " + " | ".join(HEADS) + " |", "|---|---|" + "---:|" * (len(HEADS) - 2)]
+    lines += ["| " + " | ".join(cells_of(row)) + " |" for row in comparison.rows]
+    return "\n".join(lines) + "\n"
+
+
+def latex(comparison: Comparison) -> str:
+    """The table as a LaTeX tabular (booktabs)."""
+
+    def escaped(text: str) -> str:
+        return text.replace("_", r"\_").replace("&", r"\&").replace("%", r"\%").replace("±", r"$\pm$")
+
+    lines = [r"\begin{tabular}{ll" + "r" * (len(HEADS) - 2) + "}", r"\toprule"]
+    lines.append(" & ".join(escaped(head) for head in HEADS) + r" \\")
+    lines.append(r"\midrule")
+    lines += [" & ".join(escaped(cell) for cell in cells_of(row)) + r" \\" for row in comparison.rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def as_csv(comparison: Comparison) -> str:
+    """One line per row, every number on its own: means, half widths, seeds."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    names = ["setting", "method", "seeds", "failed"]
+    figures = [*FIGURES, "difference", "first_error", "error", "optimum"]
+    plain = ["p_value", "bytes_up", "bytes_down", "server_seconds", "rounds_to_target", "bytes_to_target", "reached"]
+    writer.writerow([*names, *(f"{figure}{end}" for figure in figures for end in ("", "_half_width")), *plain])
+    for row in comparison.rows:
+        found = [row.scores.get(figure) if figure in FIGURES else getattr(row, figure) for figure in figures]
+        numbers = [x for one in found for x in ((one.mean, one.half) if one else (None, None))]
+        writer.writerow([*(getattr(row, name) for name in names), *numbers, *(getattr(row, name) for name in plain)])
+    return out.getvalue()

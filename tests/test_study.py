@@ -1,0 +1,319 @@
+"""Studies: the grid, cells that share what they must, resume, gaps, figures against hand arithmetic, the swap test."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from florana.errors import RecipeError
+from florana.federation.journal import read_records
+from florana.recipe_file import check
+from florana.report.views import view
+from florana.strategy.contract import check_rule
+from florana.study import work
+from florana.study.cells import Cell, Plan, Setting, method_of, plan_of, recipe_of, split_methods
+from florana.study.publish import publish, summarise
+from florana.study.swap import swap
+from florana.study.table import as_csv, compare, estimate, latex, markdown, paired
+from florana.study.work import execute_study, folder_of, rounds_left, swap_file
+from tests.test_cli import florana
+
+OWN = """
+from florana import best_rank, mean
+import torch
+
+def fine(parts, rank):
+    return best_rank(parts, rank)
+
+def first(parts, rank):
+    return parts[0].adapter
+
+def greedy(parts, rank):
+    for part in parts:
+        for pair in part.adapter.modules.values():
+            pair.B.mul_(2)
+    return mean(parts)
+
+def breaks(parts, rank):
+    raise ValueError("no such luck")
+
+def nothing(parts, rank):
+    return None
+
+thing = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    return path
+
+
+@pytest.fixture
+def small(recipe_table: dict[str, Any]) -> dict[str, Any]:
+    recipe_table["federation"] = {"rounds": 2}
+    recipe_table["evaluate"] = {"personal": "last", "every": 1}
+    return recipe_table
+
+
+def test_the_grid_is_methods_by_settings_and_fedit_is_always_in_it(small: dict[str, Any]) -> None:
+    plan = plan_of(check(small, "t"), methods=["best-rank[memory=4]"], seeds=2, alphas=[0.1, 1.0], ranks=[2, 4])
+    assert [m.label for m in plan.methods] == ["fedit", "best-rank[memory=4]", "oracle", "centralised", "local-only"]
+    assert len(plan.cells) == 5 * 2 * 2 * 2
+    assert len({cell.id for cell in plan.cells}) == len(plan.cells)
+    recipe = recipe_of(plan.base, Cell(Setting(7, 0.1, 4), method_of("best-rank[memory=4]")))
+    assert (recipe.seed, recipe.partition.alpha, recipe.model.rank) == (7, 0.1, 4)
+    assert recipe.model.alpha / recipe.model.rank == 3.0  # the recipe's alpha / rank
+    assert recipe.strategy == {"name": "best-rank", "memory": 4}
+    assert plan.swap_rounds == [1, 2]
+
+
+def test_the_recipes_own_study_section_counts_and_the_options_come_first(small: dict[str, Any]) -> None:
+    small["study"] = {"methods": ["flora-na"], "seeds": 2, "alphas": [0.3], "controls": []}
+    assert [m.label for m in plan_of(check(small, "t")).methods] == ["fedit", "flora-na"]
+    plan = plan_of(check(small, "t"), methods=["fedrot"], seeds=1, alphas=[2.0])
+    assert [m.label for m in plan.methods] == ["fedit", "fedrot"]
+    assert [s.alpha for s in plan.settings] == [2.0]
+    assert recipe_of(plan.base, plan.cells[0]).study is None
+
+
+def test_centralised_takes_the_steps_of_all_clients_together(small: dict[str, Any]) -> None:
+    plan = plan_of(check(small, "t"), seeds=1)
+    cell = next(c for c in plan.cells if c.method.label == "centralised")
+    pooled = recipe_of(plan.base, cell)
+    assert pooled.partition.clients == 1
+    assert pooled.train.steps == 3 * 4  # three steps, four clients
+    small["partition"] = {"kind": "column", "by": "label"}
+    with pytest.raises(RecipeError, match="how many clients a round has"):
+        plan_of(check(small, "t"), seeds=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fedt", "did you mean 'fedit'"),
+        ("best-rank[memory]", "not key=value"),
+        ("best-rank[memry=3]", "did you mean 'memory'"),
+        ("best-rank[", "is no method"),
+        ("missing.py:rule", "there is no file"),
+    ],
+)
+def test_wrong_methods_are_refused(name: str, message: str, small: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=message):
+        plan_of(check(small, "t"), methods=[name])
+
+
+def test_methods_are_split_outside_brackets() -> None:
+    assert split_methods("a,b[x=1,y=2], c.py:d") == ["a", "b[x=1,y=2]", "c.py:d"]
+    assert split_methods("") == []
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("first", "order of clients matters.*weights are ignored"),
+        ("greedy", "changes its inputs"),
+        ("breaks", "no such luck"),
+        ("nothing", "gives a NoneType"),
+        ("thing", "has no function 'thing'"),
+        ("gone", "it has: .*fine"),
+    ],
+)
+def test_a_method_of_ones_own_must_keep_the_contract(
+    function: str, message: str, own: Path, small: dict[str, Any]
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        plan_of(check(small, "t"), methods=[f"{own}:{function}"])
+    import re
+
+    assert re.search(message, str(caught.value)), str(caught.value)
+
+
+def test_the_contract_passes_what_florana_itself_offers() -> None:
+    from florana import best_rank, mean, mix
+    from florana.aggregate.fair import corrected_mean
+
+    for rule in (lambda p, r: mean(p), lambda p, r: mix(p).adapter, best_rank, lambda p, r: corrected_mean(p)):
+        check_rule(rule, "florana's")
+
+
+@pytest.fixture
+def done(small: dict[str, Any], own: Path, tmp_path: Path) -> tuple[Plan, Path, dict[str, str]]:
+    plan = plan_of(check(small, "t"), methods=["fedit", "best-rank", "ravan", f"{own}:fine"], seeds=2)
+    failures = execute_study(plan, tmp_path / "study", 1, lambda count, name: None)
+    return plan, tmp_path / "study", failures
+
+
+def test_a_study_shares_partitions_marks_gaps_and_is_not_done_twice(
+    done: tuple[Plan, Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, out, failures = done
+    assert set(failures) == {f"as-recipe/seed-{seed}/ravan" for seed in (3, 4)}  # its heads do not fit this model
+    assert "orthonormal directions do not fit" in next(iter(failures.values()))
+    shares = {
+        cell.id: json.loads((folder_of(out, cell) / "setup.json").read_text())["clients"]
+        for cell in plan.cells
+        if cell.method.label in ("fedit", "best-rank", "fine", "oracle", "local-only")
+    }
+    for seed in (3, 4):
+        assert len({json.dumps(v, sort_keys=True) for k, v in shares.items() if f"seed-{seed}/" in k}) == 1
+    assert len({json.dumps(v, sort_keys=True) for v in shares.values()}) == 2, "seeds must differ"
+    first = {s: read_records(folder_of(out, Cell(Setting(s), method_of("best-rank"))) / "rounds.jsonl") for s in (3, 4)}
+    mine = read_records(out / "runs" / "as-recipe" / "seed-3" / "fine" / "rounds.jsonl")
+    assert [r.eval["global"] for r in mine] == [r.eval["global"] for r in first[3]], "the same rule, another result"
+    assert rounds_left(plan, out) == 2 * 2  # ravan's
+    ran: list[str] = []
+    monkeypatch.setattr("florana.run.execute", lambda recipe, folder, **rest: ran.append(folder.name))
+    execute_study(plan, out, 1, lambda count, name: None)
+    assert ran == ["ravan", "ravan"]
+
+
+def test_the_tables_figures_are_those_of_the_runs(done: tuple[Plan, Path, dict[str, str]]) -> None:
+    plan, out, failures = done
+    comparison, swapped, page = publish(plan, out, failures)
+    rows = {row.method: row for row in comparison.rows}
+    runs = {
+        label: [view(folder_of(out, cell)) for cell in plan.cells if cell.method.label == label]
+        for label in ("fedit", "best-rank", "local-only", "centralised")
+    }
+    scores = {label: [run.final("global") for run in own] for label, own in runs.items()}
+    assert rows["best-rank"].scores["global"].mean == pytest.approx(np.mean(scores["best-rank"]))
+    difference = np.array(scores["best-rank"]) - np.array(scores["fedit"])
+    assert rows["best-rank"].difference is not None
+    assert rows["best-rank"].difference.mean == pytest.approx(difference.mean())
+    assert rows["best-rank"].bytes_up == np.mean([sum(r.bytes_up for r in run.records) for run in runs["best-rank"]])
+    assert rows["fedit"].difference is None
+    assert rows["ravan"].seeds == 0
+    assert rows["ravan"].failed == 2
+    assert "global" not in rows["local-only"].scores
+    assert rows["local-only"].scores["personal"].seeds == 2
+    assert rows["local-only"].bytes_up < rows["fedit"].bytes_up / 5
+    assert rows["centralised"].scores["global"].seeds == 2
+    assert rows["oracle"].error is not None
+    assert rows["oracle"].error.mean < 1e-5
+    assert "2 failed" in markdown(comparison)
+    table = list(csv.DictReader(io.StringIO(as_csv(comparison))))
+    assert float(table[1]["global"]) == pytest.approx(np.mean(scores["best-rank"]))
+    assert latex(comparison).count(r"\\") == len(rows) + 1
+    for name in ("table.md", "table.csv", "table.tex", "study.json", "report.html", "failures.json"):
+        assert (out / name).exists()
+    text = page.read_text()
+    assert "orthonormal directions" in text
+    assert "http" not in text.replace("http://www.w3.org", "")
+    assert {row["method"] for row in swapped["table"]} >= {"fedit", "best-rank", "fine", "oracle"}
+
+
+def test_groups_side_by_side_give_what_one_after_the_other_gives(small: dict[str, Any], tmp_path: Path) -> None:
+    small["study"] = {"controls": [], "methods": ["fedit"]}
+    plan = plan_of(check(small, "t"), seeds=2)
+    told: list[str] = []
+    assert execute_study(plan, tmp_path / "one", 1, lambda count, name: told.append(name)) == {}
+    assert told == ["fedit"] * 4
+    assert execute_study(plan, tmp_path / "two", 2, lambda count, name: told.append(name)) == {}
+    assert len(told) == 8
+    for cell in plan.cells:
+        one, two = (read_records(folder_of(tmp_path / n, cell) / "rounds.jsonl") for n in ("one", "two"))
+        assert [r.eval for r in one] == [r.eval for r in two]
+    for setting in plan.settings:
+        one, two = (json.loads(swap_file(tmp_path / n, setting).read_text())["rows"] for n in ("one", "two"))
+        assert one == two
+
+
+def test_the_swap_test_gives_every_rule_the_same_clients(small: dict[str, Any]) -> None:
+    from florana.run import prepare
+
+    recipe = check(small, "t")
+    methods = [method_of(n) for n in ("fedit", "best-rank", "oracle", "ffa-lora", "fed-sb", "fedsa-lora")]
+    rows = swap(recipe, prepare(recipe), methods, [1, 2])
+    assert {row["method"] for row in rows} == {"fedit", "best-rank", "oracle"}, "only rules that take whole pairs"
+    for round_ in (1, 2):
+        found = {row["method"]: row for row in rows if row["round"] == round_}
+        assert found["oracle"]["error"] <= 1e-6 <= found["best-rank"]["error"] <= found["fedit"]["error"]
+        assert found["fedit"]["optimum"] == pytest.approx(found["best-rank"]["error"], rel=0.02)
+        assert len({row["optimum"] for row in found.values()}) == 1
+        assert {"accuracy", "loss"} <= set(found["fedit"])
+
+
+def test_the_swap_tests_correlation_is_signed_so_that_plus_means_lower_error_is_better() -> None:
+    rows = [
+        {
+            "setting": "s",
+            "seed": seed,
+            "round": 1,
+            "method": m,
+            "error": e,
+            "optimum": 0.1,
+            "accuracy": a,
+            "loss": 1 - a,
+        }
+        for seed in (0, 1)
+        for m, e, a in (("fedit", 0.4, 0.5 + seed), ("flora-na", 0.3, 0.6 + seed), ("best-rank", 0.1, 0.9 + seed))
+    ]
+    for metric in ("accuracy", "loss"):
+        assert summarise(rows, metric)["correlations"][0]["mean"] == pytest.approx(1.0)
+    best = next(row for row in summarise(rows, "accuracy")["table"] if row["method"] == "best-rank")
+    assert best["minus_fedit"] == pytest.approx(0.4)
+
+
+def test_estimates_are_students_and_paired_differences_scipys() -> None:
+    rng = np.random.default_rng(0)
+    values, other = rng.normal(size=6), rng.normal(size=6)
+    found = estimate(values.tolist())
+    assert found is not None
+    low, high = stats.t.interval(0.95, 5, loc=values.mean(), scale=stats.sem(values))
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))  # type: ignore[operator]
+    difference, p_value = paired(dict(enumerate(values)), dict(enumerate(other)))
+    assert p_value == pytest.approx(stats.ttest_rel(values, other).pvalue)
+    assert difference is not None
+    assert difference.mean == pytest.approx((values - other).mean())
+    assert estimate([None, math.nan]) is None
+    assert estimate([1.0]).half is None  # type: ignore[union-attr]
+    assert paired({0: 1.0}, {0: 0.5})[1] is None
+    assert paired({0: 1.0, 1: None}, {1: 0.5}) == (None, None)
+
+
+def test_compare_on_the_command_line(small: dict[str, Any], own: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    small["study"] = {"controls": ["oracle"]}
+    recipe.write_text(check(small, "t").to_toml())
+    arguments = ["compare", str(recipe), "--methods", "fedit,own.py:fine", "--seeds", "2", "--jobs", "1", "--out", "s"]
+    done = florana(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "fine" in done.stdout
+    assert "rank correlation" in done.stdout or "Swap" not in done.stdout
+    again = florana(*arguments, "--json", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    found = json.loads(again.stdout)
+    assert [row["method"] for row in found["rows"]] == ["fedit", "fine", "oracle"]
+    wrong = florana("compare", str(recipe), "--methods", "own.py:first", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "breaks the contract" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    odd = florana("compare", str(recipe), "--alphas", "high", cwd=tmp_path)
+    assert odd.returncode == 2
+    assert "--alphas 'high' is not a list of numbers" in odd.stderr
+
+
+def test_jobs_fit_the_cores_and_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work.os, "cpu_count", lambda: 8)
+    free = {"SC_AVPHYS_PAGES": 3 * work.MEMORY_PER_JOB // 4096, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(work.os, "sysconf", lambda name: free[name])
+    assert work.default_jobs() == 3
+    free["SC_AVPHYS_PAGES"] = 0
+    assert work.default_jobs() == 1
+
+
+def test_a_study_compares_nothing_before_anything_is_finished(small: dict[str, Any], tmp_path: Path) -> None:
+    plan = plan_of(check(small, "t"), seeds=1)
+    rows = compare(plan, tmp_path / "none").rows
+    assert all(row.seeds == 0 and row.failed == 1 and not row.scores for row in rows)
