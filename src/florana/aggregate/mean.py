@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from florana.aggregate import inputs
 from florana.factors import Adapter, Contribution, LoraFactors
@@ -32,14 +33,31 @@ def mean(parts: Sequence[Contribution]) -> Adapter:
     """
     weights = inputs.shares(parts)
     modules: dict[str, LoraFactors] = {}
-    for name, pairs in inputs.columns(parts).items():
+    for name, pairs in inputs.matched(parts).items():
         inputs.same_rank(parts, name, pairs, "mean")
         scaling = inputs.output_scaling(pairs)
-        Bs, As = inputs.unscaled(pairs, scaling)
-        B, A = torch.zeros_like(Bs[0]), torch.zeros_like(As[0])
-        for weight, B_u, A_u in zip(weights, Bs, As, strict=True):
-            B += weight * B_u
-            A += weight * A_u
+        B, A = averaged(pairs, weights, scaling)
+        # A NaN or an infinity stays one in a weighted sum, whatever its weight: so every input is checked by looking
+        # at the two sums, without a pass of its own over all clients.
+        if not (inputs.is_finite(B) and inputs.is_finite(A)):
+            inputs.require_finite_factors(parts, name, pairs)
         dtype = pairs[0].A.dtype
         modules[name] = LoraFactors(B=B.to(dtype), A=A.to(dtype), scaling=scaling)
     return Adapter(modules, inputs.average_extra(parts))
+
+
+def averaged(pairs: Sequence[LoraFactors], weights: Sequence[float], scaling: float) -> tuple[Tensor, Tensor]:
+    """(sum_u w_u (s_u / s) B_u, sum_u w_u A_u) in at least float32, each factor read once; lower ranks padded with zeros.
+
+    >>> low, high = LoraFactors(torch.ones(1, 1), torch.ones(1, 1), 1.0), LoraFactors(torch.ones(1, 2), torch.ones(2, 1), 2.0)
+    >>> averaged([low, high], [0.5, 0.5], scaling=2.0)[0]
+    tensor([[0.7500, 0.5000]])
+    """
+    rank, (out, into) = max(pair.rank for pair in pairs), pairs[0].shape
+    wide = torch.promote_types(pairs[0].A.dtype, torch.float32)
+    B, A = pairs[0].B.new_zeros((out, rank), dtype=wide), pairs[0].A.new_zeros((rank, into), dtype=wide)
+    for pair, weight in zip(pairs, weights, strict=True):  # one side after the other: the sum stays in the cache
+        A[: pair.rank].add_(pair.A, alpha=weight)
+    for pair, weight in zip(pairs, weights, strict=True):
+        B[:, : pair.rank].add_(pair.B, alpha=weight * (pair.scaling / scaling))
+    return B, A
