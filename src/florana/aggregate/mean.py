@@ -36,7 +36,7 @@ def mean(parts: Sequence[Contribution]) -> Adapter:
     for name, pairs in inputs.matched(parts).items():
         inputs.same_rank(parts, name, pairs, "mean")
         scaling = inputs.output_scaling(pairs)
-        B, A = averaged(pairs, weights, scaling)
+        B, A = mean_of_b(pairs, weights, scaling), mean_of_a(pairs, weights)
         # A NaN or an infinity stays one in a weighted sum, whatever its weight: so every input is checked by looking
         # at the two sums, without a pass of its own over all clients.
         if not (inputs.is_finite(B) and inputs.is_finite(A)):
@@ -46,18 +46,24 @@ def mean(parts: Sequence[Contribution]) -> Adapter:
     return Adapter(modules, inputs.average_extra(parts))
 
 
-def averaged(pairs: Sequence[LoraFactors], weights: Sequence[float], scaling: float) -> tuple[Tensor, Tensor]:
-    """(sum_u w_u (s_u / s) B_u, sum_u w_u A_u) in at least float32, each factor read once; lower ranks padded with zeros.
+def mean_of_b(pairs: Sequence[LoraFactors], weights: Sequence[float], scaling: float) -> Tensor:
+    """sum_u w_u (s_u / s) B_u in at least float32, each factor read once; lower ranks are padded with zeros.
 
-    >>> low, high = LoraFactors(torch.ones(1, 1), torch.ones(1, 1), 1.0), LoraFactors(torch.ones(1, 2), torch.ones(2, 1), 2.0)
-    >>> averaged([low, high], [0.5, 0.5], scaling=2.0)[0]
+    >>> low, high = (LoraFactors(torch.ones(1, r), torch.ones(r, 1), scaling=float(r)) for r in (1, 2))
+    >>> mean_of_b([low, high], [0.5, 0.5], scaling=2.0)
     tensor([[0.7500, 0.5000]])
     """
-    rank, (out, into) = max(pair.rank for pair in pairs), pairs[0].shape
-    wide = torch.promote_types(pairs[0].A.dtype, torch.float32)
-    B, A = pairs[0].B.new_zeros((out, rank), dtype=wide), pairs[0].A.new_zeros((rank, into), dtype=wide)
-    for pair, weight in zip(pairs, weights, strict=True):  # one side after the other: the sum stays in the cache
-        A[: pair.rank].add_(pair.A, alpha=weight)
+    out, rank = pairs[0].shape[0], max(pair.rank for pair in pairs)
+    total = pairs[0].B.new_zeros((out, rank), dtype=torch.promote_types(pairs[0].B.dtype, torch.float32))
     for pair, weight in zip(pairs, weights, strict=True):
-        B[:, : pair.rank].add_(pair.B, alpha=weight * (pair.scaling / scaling))
-    return B, A
+        total[:, : pair.rank].add_(pair.B, alpha=weight * (pair.scaling / scaling))
+    return total
+
+
+def mean_of_a(pairs: Sequence[LoraFactors], weights: Sequence[float]) -> Tensor:
+    """sum_u w_u A_u in at least float32, each factor read once; lower ranks are padded with zeros."""
+    into, rank = pairs[0].shape[1], max(pair.rank for pair in pairs)
+    total = pairs[0].A.new_zeros((rank, into), dtype=torch.promote_types(pairs[0].A.dtype, torch.float32))
+    for pair, weight in zip(pairs, weights, strict=True):
+        total[: pair.rank].add_(pair.A, alpha=weight)
+    return total
