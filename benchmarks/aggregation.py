@@ -2,10 +2,11 @@
 
     python benchmarks/aggregation.py [--size 4096] [--rank 16] [--clients 10 100] [--threads 1] [--repeats 5]
 
-One module of size x size with synthetic clients (made from a seed; spectrum and drift like the real adapters below:
-FedIT about 0.4 from the target, the optimum about 0.3), then the seven real clients of all-MiniLM-L6-v2 where the
-shared data folder is there. All peers run in this one process; the fast ones in turn, repeat by repeat, and the median
-counts; what takes seconds runs once. Beside each time stand two bounds, from this run's own measurements:
+The seven real clients of all-MiniLM-L6-v2, where the shared data folder is there (errors only), then one module of
+size x size with synthetic clients made from a seed: a shared start, a decaying dictionary of directions and a drift.
+Their targets decay more slowly than the real adapters'. All peers run in this one process; the fast ones in turn,
+three runs a turn, and the median counts; what takes seconds runs once. Beside each time stand two bounds, from this
+run's own measurements:
 
   arithmetic   the flops that this method needs / the rate of a large float32 matrix product
   memory       the bytes it must read and write, each factor once / the rate of a large copy
@@ -124,11 +125,8 @@ def peft_cat(model: object, parts: Sequence[Contribution]) -> Adapter:
     names = [part.client for part in parts]
     model.base_model.add_weighted_adapter(names, inputs.shares(parts), "merged", combination_type="cat")  # type: ignore[attr-defined]
     layer = model.base_model.model._modules[FACTOR]  # type: ignore[attr-defined]
-    pair = LoraFactors(
-        layer.lora_B["merged"].weight.detach().clone(),
-        layer.lora_A["merged"].weight.detach().clone(),
-        layer.scaling["merged"],
-    )
+    B, A = layer.lora_B["merged"].weight.detach().clone(), layer.lora_A["merged"].weight.detach().clone()
+    pair = LoraFactors(B, A, layer.scaling["merged"])
     model.base_model.delete_adapter("merged")  # type: ignore[attr-defined]
     return Adapter({FACTOR: pair})
 
@@ -139,26 +137,22 @@ def peers(parts: Sequence[Contribution], rank: int, dense_svd: bool) -> list[Pee
     sides, whole, one = out + into, out * into, 4.0 * rank * (out + into)
     read = count * one + one  # every factor once, and the answer written
     model = peft_model(parts, rank)
+    many = count > 20
+    cross = 2.0 * total**2 * sides  # all inner products of the factors, or one Householder sweep over both stacks
+    reads = 2.0 * total * sides  # one multiply-add per entry of the factors
+
+    def fitted() -> Adapter:
+        return mix(parts, solver=gradient.solve).adapter
+
     found: list[Peer] = [
-        Peer("mean (FedIT)", lambda: mean(parts), 2.0 * total * sides, read),
+        Peer("mean (FedIT)", lambda: mean(parts), reads, read),
         Peer("best-rank, power", lambda: best_rank(parts, rank, way=by_power), power_flops(parts, rank), read),
-        Peer(
-            "best-rank, thin QR + small SVD",
-            lambda: best_rank(parts, rank, way=by_qr),
-            4.0 * total**2 * sides,
-            read,
-            count > 20,
-        ),
-        Peer("flora-na, als", lambda: mix(parts).adapter, 12.0 * total * sides, read),
-        Peer("flora-na, als from the factors", lambda: mix(parts, way=as_factors).adapter, 12.0 * total * sides, read),
-        Peer(
-            "flora-na, gradient fit of p, q",
-            lambda: mix(parts, solver=gradient.solve).adapter,
-            2.0 * total**2 * sides,
-            read,
-            True,
-        ),
-        Peer("FedEx-LoRA, dense residual", lambda: fedex(parts), 2.0 * total * whole, read + 8.0 * whole, count > 20),
+        Peer("best-rank, thin QR + small SVD", lambda: best_rank(parts, rank, way=by_qr), 2 * cross, read, many),
+        # One sweep: r per entry for F A_hat^T and T A_hat^T, and as many again on the other side.
+        Peer("flora-na, als as chosen", lambda: mix(parts).adapter, 2 * rank * reads, read),
+        Peer("flora-na, als from the factors", lambda: mix(parts, way=as_factors).adapter, 2 * rank * reads, read),
+        Peer("flora-na, gradient fit of p, q", fitted, cross, read, True),
+        Peer("FedEx-LoRA, dense residual", lambda: fedex(parts), 2.0 * total * whole, read + 8.0 * whole, many),
         Peer("PEFT add_weighted_adapter cat", lambda: peft_cat(model, parts), 0.0, 2 * count * one),
     ]
     if dense_svd:  # bidiagonalisation and both sets of vectors: about 22 n^3
@@ -182,8 +176,7 @@ def timed(found: Sequence[Peer], repeats: int) -> dict[str, tuple[float, Adapter
         answers[peer.name] = peer.run()  # warm-up
     for repeat in range(repeats):
         for peer in quick + [peer for peer in found if peer.slow and repeat == 0]:
-            inner = 5 if peer.name.startswith("mean") else 1
-            for _ in range(inner):
+            for _ in range(1 if peer.slow else 3):
                 started = time.perf_counter()
                 answers[peer.name] = peer.run()
                 seconds[peer.name].append(time.perf_counter() - started)
@@ -230,9 +223,7 @@ def table(parts: Sequence[Contribution], rank: int, repeats: int, dense_svd: boo
         print(f"best-rank by power is {factor:.0f} x faster than the dense SVD")
     else:
         print("FlexLoRA's dense SVD: not run again; its cost hardly depends on the number of clients")
-    print(
-        "PEFT add_weighted_adapter svd: not run; it calls the same dense SVD (full_matrices=True) after U dense products"
-    )
+    print("PEFT add_weighted_adapter svd: not run; a dense SVD (full_matrices=True) after U dense products, so minutes")
 
 
 def real(folder: Path) -> None:
@@ -255,9 +246,8 @@ def real(folder: Path) -> None:
     for name, rule in rules.items():
         report = measure(parts, rule())
         worst = max(module.error / module.optimum for module in report.modules.values())
-        print(
-            f"{name:34} error {report.error:.5f}, {report.error / report.optimum:.4f} of the optimum, worst module {worst:.4f}"
-        )
+        ratio = report.error / report.optimum
+        print(f"{name:34} error {report.error:.5f}, {ratio:.4f} of the optimum, worst module {worst:.4f}")
 
 
 def main() -> None:
@@ -269,13 +259,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(
-        f"one module {arguments.size} x {arguments.size}, r = {arguments.rank}, float32, {arguments.threads} thread(s), "
-        f"torch {torch.__version__}, median of {arguments.repeats} in turn"
-    )
+    size, rank, threads = arguments.size, arguments.rank, arguments.threads
+    print(f"one {size} x {size} module, r = {rank}, float32, {threads} thread(s), median of {arguments.repeats} turns")
     real(REAL)
     for index, count in enumerate(arguments.clients):
-        table(clients(count, arguments.size, arguments.rank), arguments.rank, arguments.repeats, dense_svd=index == 0)
+        table(clients(count, size, rank), rank, arguments.repeats, dense_svd=index == 0)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def best_rank(
     rank: int,
     *,
     start: Adapter | None = None,
-    tolerance: float = 3e-3,
+    tolerance: float = 5e-3,
     way: Way = cheapest,
 ) -> Adapter:
     """The adapter of rank `rank` nearest to the true weighted sum of products, module by module.
