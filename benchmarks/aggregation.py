@@ -144,9 +144,13 @@ def peers(parts: Sequence[Contribution], rank: int, dense_svd: bool) -> list[Pee
     def fitted() -> Adapter:
         return mix(parts, solver=gradient.solve).adapter
 
+    def within() -> Adapter:
+        return best_rank(parts, rank, tolerance=1e-2, way=by_power)
+
     found: list[Peer] = [
         Peer("mean (FedIT)", lambda: mean(parts), reads, read),
         Peer("best-rank, power", lambda: best_rank(parts, rank, way=by_power), power_flops(parts, rank), read),
+        Peer("best-rank, power, tolerance 1 %", within, power_flops(parts, rank), read),
         Peer("best-rank, thin QR + small SVD", lambda: best_rank(parts, rank, way=by_qr), 2 * cross, read, many),
         # One sweep: r per entry for F A_hat^T and T A_hat^T, and as many again on the other side.
         Peer("flora-na, als as chosen", lambda: mix(parts).adapter, 2 * rank * reads, read),
