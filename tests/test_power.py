@@ -128,8 +128,10 @@ def test_clients_that_cancel_in_the_mean_are_still_seen() -> None:
     b, a = torch.from_numpy(rng.normal(size=(60, 1))) * 10, torch.from_numpy(rng.normal(size=(1, 50)))
     parts = []
     for u, sign in enumerate((1.0, -1.0)):
-        B = torch.cat([sign * b, torch.from_numpy(rng.normal(size=(60, 9)))], dim=1)
-        A = torch.cat([sign * a, torch.from_numpy(rng.normal(size=(9, 50)))], dim=0)
+        others_B, others_A = torch.from_numpy(rng.normal(size=(60, 9))), torch.from_numpy(rng.normal(size=(9, 50)))
+        others_B = others_B - b @ (b.T @ others_B) / (b.T @ b)  # nothing else points along b or a
+        others_A = others_A - (others_A @ a.T) @ a / (a @ a.T)
+        B, A = torch.cat([sign * b, others_B], dim=1), torch.cat([sign * a, others_A], dim=0)
         parts.append(Contribution(f"c{u}", Adapter({"q": LoraFactors(B, A, 1.0)}), 1.0))
     ours = measure(parts, best_rank(parts, 2, tolerance=1e-3, way=by_power))
     assert ours.error <= ours.optimum * 1.001
