@@ -20,7 +20,7 @@ from florana.aggregate.half import mean_of_A, mean_of_B
 from florana.aggregate.mean import mean
 from florana.aggregate.mix import mix, per_model
 from florana.aggregate.pad import norm_weighted_mean
-from florana.aggregate.project import best_rank, split
+from florana.aggregate.project import best_rank, by_power, split
 from florana.aggregate.residual import mean_and_remainder
 from florana.aggregate.rotate import align, rotated_mean
 from florana.aggregate.stack import combined, stack
@@ -156,6 +156,12 @@ ROWS = [
     Row("mean", mean),
     Row("stack", stack, exact=True, mixed_ranks=True, keeps_rank=False, gauge_free=True),
     Row("best-rank", lambda p: best_rank(p, rank_of(p)), mixed_ranks=True, gauge_free=True),
+    Row(
+        "best-rank power",
+        lambda p: best_rank(p, rank_of(p), tolerance=1e-12, way=by_power),
+        mixed_ranks=True,
+        gauge_free=True,
+    ),
     Row("oracle", exact_split, exact=True, mixed_ranks=True, keeps_rank=False, gauge_free=True),
     Row("fedex-lora", exact_mean, exact=True, keeps_rank=False, gauge_free=True),
     Row("lora-fair", corrected_mean),

@@ -16,6 +16,7 @@ from safetensors.torch import load
 from florana.aggregate.core import folded, mean_cores
 from florana.aggregate.half import mean_of_A, mean_of_B
 from florana.aggregate.pad import all_padded, norm_weighted_mean
+from florana.aggregate.project import best_rank
 from florana.aggregate.stack import combined
 from florana.errors import InputError, RecipeError
 from florana.factors import Adapter, Contribution, LoraFactors, kind_of
@@ -431,6 +432,18 @@ def test_a_client_of_a_lower_rank_completes_what_did_not_travel_from_the_first_a
         assert torch.equal(pair.A, start.modules[name].A[:2])
         assert pair.scaling == 3.0
         assert np.allclose(dense(held, name), 1.5 * (start.modules[name].B[:, :2] @ start.modules[name].A[:2]).numpy())
+
+
+def test_what_clients_carried_frozen_belongs_to_the_best_rank_too() -> None:
+    strategy = with_ranks(built("oracle"), RANKS, scaling_of)
+    state = strategy.step(strategy.init(start_of()), trained(strategy, strategy.init(start_of()), 0)).state
+    parts = trained(strategy, state, 1)
+    assert all(part.residual is not None for part in parts)
+    answer = best_rank(parts, 3)
+    for module in answer.modules:
+        truth = truth_of(parts, module)
+        best = oracle.best_rank(truth, 3)
+        assert np.linalg.norm(dense(answer, module) - best) <= 1e-6 * np.linalg.norm(truth)
 
 
 @pytest.mark.parametrize("gauge", ["balanced", "orthonormal", "aligned"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -10,8 +11,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from florana.aggregate import als, gradient
-from florana.aggregate.mix import Fit, Solver, mix, per_model, per_model_relative, per_module
+from florana.aggregate import als, direct, gradient
+from florana.aggregate.mix import (
+    Fit,
+    Solver,
+    as_blocks,
+    as_factors,
+    blocks_cost,
+    directions_of,
+    factors_cost,
+    mix,
+    per_model,
+    per_model_relative,
+    per_module,
+)
 from florana.factors import Adapter, LoraFactors
 from tests import oracle
 from tests.cases import Case, cases, dense, make_case
@@ -26,7 +39,7 @@ def base_of(case: Case, kind: str) -> Adapter | None:
     rng = np.random.default_rng(5)
     modules = {}
     for name, pair in case.parts[0].adapter.modules.items():
-        noise = torch.from_numpy(rng.normal(size=tuple(pair.B.shape)) * 0.3)
+        noise = torch.from_numpy(rng.normal(size=tuple(pair.B.shape)) * 0.3).to(pair.B.dtype)
         modules[name] = LoraFactors(pair.B + noise, pair.A * 0.9, pair.scaling)
     return Adapter(modules, case.parts[0].adapter.extra)
 
@@ -188,3 +201,106 @@ def test_relative_and_absolute_counting_differ_where_modules_differ_in_size() ->
         for fit in (per_model, per_model_relative)
     }
     assert np.linalg.norm(small[per_model_relative]) < np.linalg.norm(small[per_model])
+
+
+@pytest.mark.parametrize("combine", ["factors", "updates"])
+@pytest.mark.parametrize("fit", [per_module, per_model], ids=["module", "model"])
+@pytest.mark.parametrize("sweeps", [1, 4, 200])
+@pytest.mark.parametrize("seed", range(3))
+def test_blocks_and_factors_lead_to_the_same_answer(combine: str, fit: Fit, sweeps: int, seed: int) -> None:
+    """Sweep by sweep to 1e-8; at the end, where the objective is flat, in the error they reach."""
+    case = make_case(seed, 5, 3, [(40, 60), (50, 30)], drift=0.7)
+    base = base_of(case, combine)
+    solver = functools.partial(als.solve, sweeps=sweeps, tolerance=1e-14)
+    one = mix(case.parts, solver=solver, fit=fit, base=base, way=as_blocks)
+    two = mix(case.parts, solver=solver, fit=fit, base=base, way=as_factors)
+    close = 1e-8 if sweeps < 10 else 1e-4
+    for name, found in one.coefficients.items():
+        assert torch.allclose(found.p, two.coefficients[name].p, atol=close)
+        assert torch.allclose(found.q, two.coefficients[name].q, atol=close)
+        first, second = dense(one.adapter, name), dense(two.adapter, name)
+        assert np.linalg.norm(first - second) <= close * np.linalg.norm(first)
+        falls = np.array(found.history) - found.history[0]
+        assert two.coefficients[name].history[-1] == pytest.approx(falls[-1], rel=1e-9)
+
+
+@pytest.mark.parametrize("combine", ["factors", "updates"])
+@given(case=cases())
+def test_the_first_half_steps_from_factors_and_from_blocks_are_the_same(combine: str, case: Case) -> None:
+    """One sweep each, conjugate gradients run to the end: p and q up to the pseudo-inverse's cut."""
+    base = base_of(case, combine)
+    solver = functools.partial(als.solve, sweeps=1, tolerance=1e-14)
+    one = mix(case.parts, solver=solver, base=base, way=as_blocks)
+    two = mix(case.parts, solver=solver, base=base, way=as_factors)
+    for name in case.modules:
+        size = np.linalg.norm(oracle.target(case.modules[name]))
+        assert np.linalg.norm(dense(one.adapter, name) - dense(two.adapter, name)) <= 1e-6 * size
+
+
+@pytest.mark.parametrize("fit", [per_module, per_model, per_model_relative], ids=["module", "model", "relative"])
+@pytest.mark.parametrize("combine", ["factors", "updates"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@given(seed=st.integers(0, 1000))
+def test_from_factors_never_worse_than_fedit_and_monotone(
+    fit: Fit, combine: str, dtype: torch.dtype, seed: int
+) -> None:
+    case = make_case(seed, 6, 2, [(20, 30), (12, 16)], drift=1.0, equal_scalings=True, dtype=dtype)
+    mixture = mix(case.parts, fit=fit, base=base_of(case, combine), way=as_factors)
+    for found in mixture.coefficients.values():
+        assert np.all(np.diff(found.history) <= 0)
+    if fit is per_model_relative:
+        return
+    ours = squares(mixture.adapter, case)
+    fedit = {n: float(np.sum((oracle.fedit(c) - oracle.target(c)) ** 2)) for n, c in case.modules.items()}
+    for group in [[n] for n in ours] if fit is per_module else [list(ours)]:
+        assert sum(ours[n] for n in group) <= sum(fedit[n] for n in group) * (1 + 1e-5)
+
+
+@given(case=cases(equal_scalings=True))
+def test_identical_clients_keep_their_weights_from_factors(case: Case) -> None:
+    same = [dataclasses.replace(part, adapter=case.parts[0].adapter) for part in case.parts]
+    weights = oracle.shares(next(iter(case.modules.values())))
+    for found in mix(same, way=as_factors).coefficients.values():
+        assert np.allclose(found.p.numpy(), weights, atol=1e-8)
+        assert np.allclose(found.q.numpy(), weights, atol=1e-8)
+
+
+def test_the_default_tolerance_from_factors_gives_up_little() -> None:
+    """What the looser rule costs: at most half a percent of the error, where all inner products give the last digit."""
+    case = make_case(8, 30, 4, [(80, 60)], drift=1.0)
+    fast = squares(mix(case.parts, way=as_factors).adapter, case)["layer.0.q"]
+    best = squares(mix(case.parts, way=as_blocks).adapter, case)["layer.0.q"]
+    fedit = float(np.sum((oracle.fedit(case.modules["layer.0.q"]) - oracle.target(case.modules["layer.0.q"])) ** 2))
+    assert fast <= best * 1.01
+    assert fast - best <= 0.1 * (fedit - best)
+
+
+def test_the_estimated_error_is_near_the_dense_one() -> None:
+    case = make_case(8, 6, 3, [(80, 60)], drift=1.0)
+    pairs = [part.adapter.modules["layer.0.q"] for part in case.parts]
+    weights = torch.from_numpy(oracle.shares(case.modules["layer.0.q"]))
+    for base in (None, pairs[0]):
+        module = directions_of(pairs, base, weights)
+        truth = oracle.target(case.modules["layer.0.q"]) / max(p.scaling for p in pairs)
+        square = float(np.sum((truth - (module.B @ module.A).numpy()) ** 2))
+        assert direct.square_estimate(module, module.B, module.A) == pytest.approx(square, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("clients", "size", "rank", "kind"),
+    [(100, 4096, 16, "factors"), (10, 4096, 16, "factors"), (2, 4096, 16, "blocks"), (7, 384, 8, "blocks")],
+)
+def test_the_cost_model_prefers_the_way_that_was_measured_faster(clients: int, size: int, rank: int, kind: str) -> None:
+    zero = torch.zeros(1)
+    module = direct.Directions(  # shapes without memory; blocks() would need it, so only its choice is looked at
+        zero.expand(clients, size, rank), zero.expand(clients, rank, size), zero, zero, zero, zero, zero
+    )
+    assert (factors_cost({"q": module}) < blocks_cost({"q": module})) is (kind == "factors")
+
+
+def test_modules_of_two_kinds_are_refused() -> None:
+    case = make_case(0, 3, 2, [(7, 12)])
+    pairs = [part.adapter.modules["layer.0.q"] for part in case.parts]
+    module = directions_of(pairs, None, torch.full((3,), 1 / 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="one kind"):
+        als.solve([module, module.blocks()])

@@ -73,10 +73,17 @@ def decompose(product: Stack) -> Decomposition:
     q_left, r_left = torch.linalg.qr(product.left)
     q_right, r_right = torch.linalg.qr(product.right.T)
     left, values, right = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    left, right = q_left @ left, right @ q_right.T
-    largest = left.gather(0, left.abs().argmax(dim=0, keepdim=True))  # (1, k)
-    sign = torch.where(largest < 0, -1.0, 1.0).to(left.dtype)
-    return Decomposition(left * sign, values, right * sign.T)
+    return fixed_signs(Decomposition(q_left @ left, values, right @ q_right.T))
+
+
+def fixed_signs(part: Decomposition) -> Decomposition:
+    """The same decomposition with the largest entry of each left vector positive: equal input, equal output."""
+    low, high = part.left.amin(dim=0), part.left.amax(dim=0)  # (k,)
+    sign = torch.where(-low > high, -1.0, 1.0).to(part.left.dtype)
+    if bool((-low == high).any()):  # of two entries of one size the first decides; rare, and dearer to find
+        first = part.left.gather(0, part.left.abs().argmax(dim=0, keepdim=True))[0]
+        sign = torch.where(first < 0, -1.0, 1.0).to(part.left.dtype)
+    return Decomposition(part.left * sign, part.values, part.right * sign[:, None])
 
 
 def balanced(part: Decomposition, scaling: float, dtype: torch.dtype) -> LoraFactors:

@@ -29,10 +29,22 @@ class Blocks:
     weights: Tensor
     unit: float = 1.0
 
+    @property
+    def has_base(self) -> bool:
+        """Whether updates are mixed: a pair of zeros is no base."""
+        return bool(self.G[0, 0].any()) or bool(self.H[0, 0].any())
+
+    def blocks(self) -> Blocks:
+        """Itself."""
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class Coefficients:
-    """A solver's answer: p and q (U,), and the summed squared error at the start and after every step kept."""
+    """A solver's answer: p and q (U,), and the summed squared error at the start and after every step kept.
+
+    Where the solver cannot know the error, only its falls, the history is the error less that of the start.
+    """
 
     p: Tensor
     q: Tensor

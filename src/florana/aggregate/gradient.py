@@ -12,20 +12,26 @@ from collections.abc import Sequence
 
 import torch
 
-from florana.aggregate.blocks import Blocks, Coefficients, quadratic, target_square
+from florana.aggregate.blocks import Coefficients, quadratic, target_square
+from florana.aggregate.direct import Products
 
 FINAL_RATE = 1e-4
 
 
 def solve(
-    blocks: Sequence[Blocks], *, steps: int = 200, learning_rate: float = 1e-2, weight_decay: float = 0.01
+    modules: Sequence[Products],
+    *,
+    steps: int = 200,
+    learning_rate: float = 1e-2,
+    weight_decay: float = 0.01,
 ) -> Coefficients:
     """Coefficients for the modules that share them; the best iterate is kept, so never worse than FedIT.
 
     Args:
-        blocks: one entry per module; the same clients and weights in each.
+        modules: one entry per module; the same clients and weights in each. Two hundred steps pay for the blocks.
         steps: AdamW steps. learning_rate: at the start. weight_decay: AdamW's, on the multipliers.
     """
+    blocks = [module.blocks() for module in modules]
     weights = blocks[0].weights
     one = torch.ones(1, dtype=weights.dtype)
     target = sum((block.unit * target_square(block) for block in blocks), torch.zeros((), dtype=weights.dtype))

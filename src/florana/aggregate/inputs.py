@@ -37,6 +37,18 @@ def columns(parts: Sequence[Contribution]) -> dict[str, list[LoraFactors]]:
         InputError: a client lacks a module, brings a foreign one, has another (out, in) shape, another dtype, or
             a value that is not finite; the message names the client, the module and both shapes.
     """
+    result = matched(parts)
+    for name, pairs in result.items():
+        require_finite_factors(parts, name, pairs)
+    return result
+
+
+def matched(parts: Sequence[Contribution]) -> dict[str, list[LoraFactors]]:
+    """As `columns`, without looking at the values: for rules that read every value once and check what comes out.
+
+    Raises:
+        InputError: as `columns`, but not for values that are not finite.
+    """
     first = parts[0]
     for part in parts:
         if part.adapter.cores:
@@ -60,10 +72,20 @@ def columns(parts: Sequence[Contribution]) -> dict[str, list[LoraFactors]]:
                     f"module '{name}' is {pair.A.dtype} in client '{part.client}' but {expected.A.dtype} in "
                     f"client '{first.client}'"
                 )
-            for letter, tensor in (("B", pair.B), ("A", pair.A)):
-                require_finite(tensor, f"client '{part.client}', module '{name}', factor {letter}")
         result[name] = pairs
     return result
+
+
+def require_finite_factors(parts: Sequence[Contribution], name: str, pairs: Sequence[LoraFactors]) -> None:
+    """Raise InputError naming the client and the factor where one module's factors hold a NaN or an infinity."""
+    for part, pair in zip(parts, pairs, strict=True):
+        for letter, tensor in (("B", pair.B), ("A", pair.A)):
+            require_finite(tensor, f"client '{part.client}', module '{name}', factor {letter}")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every entry is finite. The sum is tried first: one pass, nearly always enough."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def same_rank(parts: Sequence[Contribution], name: str, pairs: Sequence[LoraFactors], rule: str) -> int:
@@ -114,8 +136,8 @@ def average_extra(parts: Sequence[Contribution]) -> dict[str, Tensor]:
 
 
 def require_finite(tensor: Tensor, where: str) -> None:
-    """Raise InputError unless every entry is finite. The sum is tried first: one pass, nearly always enough."""
-    if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+    """Raise InputError unless every entry is finite."""
+    if not is_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         raise InputError(f"{where}: {bad} of {tensor.numel()} values are not finite (NaN or infinite)")
 

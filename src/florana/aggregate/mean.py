@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from florana.aggregate import inputs
 from florana.factors import Adapter, Contribution, LoraFactors
@@ -32,14 +33,37 @@ def mean(parts: Sequence[Contribution]) -> Adapter:
     """
     weights = inputs.shares(parts)
     modules: dict[str, LoraFactors] = {}
-    for name, pairs in inputs.columns(parts).items():
+    for name, pairs in inputs.matched(parts).items():
         inputs.same_rank(parts, name, pairs, "mean")
         scaling = inputs.output_scaling(pairs)
-        Bs, As = inputs.unscaled(pairs, scaling)
-        B, A = torch.zeros_like(Bs[0]), torch.zeros_like(As[0])
-        for weight, B_u, A_u in zip(weights, Bs, As, strict=True):
-            B += weight * B_u
-            A += weight * A_u
+        B, A = mean_of_b(pairs, weights, scaling), mean_of_a(pairs, weights)
+        # A NaN or an infinity stays one in a weighted sum, whatever its weight: so every input is checked by looking
+        # at the two sums, without a pass of its own over all clients.
+        if not (inputs.is_finite(B) and inputs.is_finite(A)):
+            inputs.require_finite_factors(parts, name, pairs)
         dtype = pairs[0].A.dtype
         modules[name] = LoraFactors(B=B.to(dtype), A=A.to(dtype), scaling=scaling)
     return Adapter(modules, inputs.average_extra(parts))
+
+
+def mean_of_b(pairs: Sequence[LoraFactors], weights: Sequence[float], scaling: float) -> Tensor:
+    """sum_u w_u (s_u / s) B_u in at least float32, each factor read once; lower ranks are padded with zeros.
+
+    >>> low, high = (LoraFactors(torch.ones(1, r), torch.ones(r, 1), scaling=float(r)) for r in (1, 2))
+    >>> mean_of_b([low, high], [0.5, 0.5], scaling=2.0)
+    tensor([[0.7500, 0.5000]])
+    """
+    out, rank = pairs[0].shape[0], max(pair.rank for pair in pairs)
+    total = pairs[0].B.new_zeros((out, rank), dtype=torch.promote_types(pairs[0].B.dtype, torch.float32))
+    for pair, weight in zip(pairs, weights, strict=True):
+        total[:, : pair.rank].add_(pair.B, alpha=weight * (pair.scaling / scaling))
+    return total
+
+
+def mean_of_a(pairs: Sequence[LoraFactors], weights: Sequence[float]) -> Tensor:
+    """sum_u w_u A_u in at least float32, each factor read once; lower ranks are padded with zeros."""
+    into, rank = pairs[0].shape[1], max(pair.rank for pair in pairs)
+    total = pairs[0].A.new_zeros((rank, into), dtype=torch.promote_types(pairs[0].A.dtype, torch.float32))
+    for pair, weight in zip(pairs, weights, strict=True):
+        total[: pair.rank].add_(pair.A, alpha=weight)
+    return total
