@@ -7,7 +7,6 @@ say (DoRA and its kin) is refused by name. No pickle: `.bin` files are not read.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from florana.errors import InputError
 from florana.factors import LoraFactors
+from florana.tensor_files import Place, digest, read_header, read_tensor
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 INDEX = "adapter_model.safetensors.index.json"
@@ -85,19 +84,19 @@ class Module:
 
 @dataclass(frozen=True)
 class AdapterReader:
-    """An opened adapter folder: what it holds is known, no value has been read.
+    """An opened adapter folder: what it holds is known, no value has been read, no file is open.
 
     Args:
         folder: where. card: what the configuration says.
         modules: module name -> its entry, sorted. extra: name -> key of the tensors trained whole, sorted.
-        files: key -> the file that holds it.
+        places: key -> where its values lie.
     """
 
     folder: Path
     card: AdapterCard
     modules: Mapping[str, Module]
     extra: Mapping[str, str]
-    files: Mapping[str, Path]
+    places: Mapping[str, Place]
 
     def pair(self, module: str) -> LoraFactors:
         """One module's factors. Raises InputError where a value is not finite or the file changed underneath."""
@@ -112,22 +111,19 @@ class AdapterReader:
 
     def tensor(self, key: str) -> Tensor:
         """One tensor by its key in the file."""
-        path = self.files[key]
-        try:
-            with safe_open(path, framework="pt") as stream:
-                tensor: Tensor = stream.get_tensor(key)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: the tensor '{key}' cannot be read", why=str(error)) from None
-        if not tensor.is_floating_point():
-            raise InputError(f"{path}: the tensor '{key}' is {tensor.dtype}, not floating-point")
-        if not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{path}: the tensor '{key}' has values that are not finite (NaN or infinite)")
-        return tensor
+        return read_tensor(self.places[key], key)
+
+    def dtype(self, module: str) -> torch.dtype:
+        """The type in which a module's factors are stored, without reading them."""
+        return self.places[self.modules[module].keys["A"]].dtype
+
+    def files(self) -> list[Path]:
+        """The weight files, sorted."""
+        return sorted({place.path for place in self.places.values()})
 
     def sha256(self) -> dict[str, str]:
         """File name -> digest, of the configuration and all weight files."""
-        paths = [self.folder / CONFIG, *sorted(set(self.files.values()))]
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+        return {path.name: digest(path) for path in (self.folder / CONFIG, *self.files())}
 
 
 def open_adapter(folder: Path) -> AdapterReader:
@@ -137,14 +133,14 @@ def open_adapter(folder: Path) -> AdapterReader:
         InputError: the folder is not a LoRA adapter that can be represented exactly; the message says why.
     """
     config = _read_config(folder)
-    shapes, files = _read_headers(folder)
+    places = _read_headers(folder)
     found: dict[str, dict[str, str]] = {}
     kinds: dict[str, Kind] = {}
     extra: dict[str, str] = {}
-    for key in sorted(shapes):
+    for key in sorted(places):
         if not key.startswith(PREFIX):
             raise InputError(
-                f"{files[key]}: the tensor '{key}' does not start with '{PREFIX}'",
+                f"{places[key].path}: the tensor '{key}' does not start with '{PREFIX}'",
                 why="this is not the layout PEFT writes",
             )
         name = key.removeprefix(PREFIX)
@@ -158,7 +154,7 @@ def open_adapter(folder: Path) -> AdapterReader:
             found.setdefault(match["module"], {})["bias"] = key
         elif ".lora_" in name:
             raise InputError(
-                f"{files[key]}: no rule for the tensor '{key}'",
+                f"{places[key].path}: no rule for the tensor '{key}'",
                 why="only plain LoRA factors (lora_A, lora_B) are products B @ A",
             )
         else:
@@ -166,9 +162,9 @@ def open_adapter(folder: Path) -> AdapterReader:
     if not found:
         raise InputError(f"{folder / WEIGHTS} holds no LoRA factors")
     modules = {
-        name: _module(folder, name, kinds.get(name, "linear"), keys, shapes, config) for name, keys in found.items()
+        name: _module(folder, name, kinds.get(name, "linear"), keys, places, config) for name, keys in found.items()
     }
-    return AdapterReader(folder, _card(config, kinds), dict(sorted(modules.items())), extra, files)
+    return AdapterReader(folder, _card(config, kinds), dict(sorted(modules.items())), extra, places)
 
 
 def _card(config: Mapping[str, Any], kinds: Mapping[str, Kind]) -> AdapterCard:
@@ -190,7 +186,7 @@ def _module(
     name: str,
     kind: Kind,
     keys: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, ...]],
+    places: Mapping[str, Place],
     config: Mapping[str, Any],
 ) -> Module:
     for letter in ("A", "B"):
@@ -198,7 +194,7 @@ def _module(
             raise InputError(f"{folder / WEIGHTS}: module '{name}' lacks its factor {letter}")
     rank = int(_by_pattern(config.get("rank_pattern") or {}, name, config["r"]))
     alpha = float(_by_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"]))
-    A, B = shapes[keys["A"]], shapes[keys["B"]]
+    A, B = places[keys["A"]].shape, places[keys["B"]].shape
     if len(A) != 2 or len(B) != 2:
         raise InputError(
             f"{folder}: module '{name}' has factors of shapes A {A} and B {B}",
@@ -206,8 +202,8 @@ def _module(
         )
     if A[0] != rank or B[1] != rank:
         raise InputError(f"{folder}: module '{name}' has A {A} and B {B}, but {CONFIG} gives it rank {rank}")
-    if "bias" in keys and shapes[keys["bias"]] != (B[0],):
-        raise InputError(f"{folder}: module '{name}' has a bias of shape {shapes[keys['bias']]} beside B {B}")
+    if "bias" in keys and places[keys["bias"]].shape != (B[0],):
+        raise InputError(f"{folder}: module '{name}' has a bias of shape {places[keys['bias']].shape} beside B {B}")
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return Module(kind, rank, scaling, (B[0], A[1]), dict(keys))
 
@@ -247,8 +243,8 @@ def _positive(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value) and value > 0
 
 
-def _read_headers(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:
-    """Key -> shape and key -> file, of one weight file or of all that an index names."""
+def _read_headers(folder: Path) -> dict[str, Place]:
+    """Key -> place, of one weight file or of all that an index names."""
     index = folder / INDEX
     if index.exists():
         try:
@@ -260,21 +256,15 @@ def _read_headers(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, P
         paths = [folder / name for name in sorted(names)]
     else:
         paths = [folder / WEIGHTS]
-    shapes: dict[str, tuple[int, ...]] = {}
-    files: dict[str, Path] = {}
+    places: dict[str, Place] = {}
     for path in paths:
         if not path.exists():
             raise InputError(f"{path} does not exist", fix="save the adapter as safetensors; .bin files are not read")
-        try:
-            with safe_open(path, framework="pt") as stream:
-                for key in stream.keys():  # noqa: SIM118  (not a dict)
-                    if key in shapes:
-                        raise InputError(f"{path}: the tensor '{key}' stands in {files[key].name} too")
-                    shapes[key] = tuple(stream.get_slice(key).get_shape())
-                    files[key] = path
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} cannot be read", why=str(error)) from None
-    return shapes, files
+        for key, place in read_header(path).items():
+            if key in places:
+                raise InputError(f"{path}: the tensor '{key}' stands in {places[key].path.name} too")
+            places[key] = place
+    return places
 
 
 def _by_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:

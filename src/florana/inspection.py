@@ -187,6 +187,6 @@ def _sheet(reader: AdapterReader, norm: float, dtypes: set[str]) -> Sheet:
         modules=len(reader.modules),
         extra=tuple(reader.extra),
         parameters=sum(module.rank * sum(module.shape) for module in modules),
-        bytes=sum(path.stat().st_size for path in set(reader.files.values())),
+        bytes=sum(path.stat().st_size for path in reader.files()),
         norm=norm,
     )

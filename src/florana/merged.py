@@ -1,0 +1,72 @@
+"""What a merge says of itself: the record of its inputs and errors, and the model card of the folder it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from florana.adapter_reader import AdapterCard
+from florana.aggregate.error import ModuleError
+
+
+@dataclass(frozen=True)
+class Source:
+    """One merged adapter: the name of its folder, its share of the sum, its ranks, the digests of its files."""
+
+    name: str
+    weight: float
+    ranks: tuple[int, ...]
+    sha256: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge did. `error` and `optimum` are relative, over all modules; `modules` holds each one's."""
+
+    method: str
+    rank: int
+    error: float
+    optimum: float
+    modules: Mapping[str, ModuleError]
+    sources: Sequence[Source]
+
+    def to_json(self) -> dict[str, Any]:
+        """The merge as JSON's own types."""
+        return asdict(self)
+
+
+def model_card(merged: Merged, card: AdapterCard) -> str:
+    """The README.md of the merged folder: what went in, by what rule, how exact; the same inputs give the same text."""
+    rows = [
+        f"| {source.name} | {source.weight:.4f} | {', '.join(map(str, source.ranks))} |" for source in merged.sources
+    ]
+    worst = sorted(merged.modules.items(), key=lambda item: (-item[1].error, item[0]))[:5]
+    digests = [f"- {s.name}/{name}: {digest}" for s in merged.sources for name, digest in s.sha256.items()]
+    return "\n".join(
+        [
+            "---",
+            f"base_model: {card.base_model}",
+            "library_name: peft",
+            "tags: [lora, merge, florana]",
+            "---",
+            "",
+            f"# {len(merged.sources)} LoRA adapters merged by {merged.method}",
+            "",
+            f"Rank {merged.rank}. Relative error against the exact weighted sum of the adapters' updates: "
+            f"{merged.error:.6f}; the least any adapter of that rank has: {merged.optimum:.6f}.",
+            "",
+            "| adapter | weight | ranks |",
+            "|---|---:|---:|",
+            *rows,
+            "",
+            "The modules with the largest errors:",
+            "",
+            *(f"- {name}: {error.error:.6f} (optimum {error.optimum:.6f})" for name, error in worst),
+            "",
+            "Digests of the inputs:",
+            "",
+            *digests,
+            "",
+        ]
+    )
