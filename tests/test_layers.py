@@ -42,7 +42,7 @@ ROOMS = {
     "pandas": {"train"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
-    "safetensors": {"tensor_files", "adapter_files", "federation"},
+    "safetensors": {"tensor_files", "federation"},
     "typer": {"cli"},
     "rich": {"screen", "cli"},
     "pydantic": {"recipe", "recipe_file"},

@@ -38,12 +38,13 @@ FOLD = 256
 class Target:
     """A weighted sum as a product of width at most min(out, in), and the largest of its scalings.
 
-    `product` is the sum itself where it stands in for a factor (the other one is then an identity).
+    `product` is the sum itself where it stands in for one factor, `unit` the other one, which is then an identity.
     """
 
     stack: linalg.Stack
     scaling: float
     product: Tensor | None = None
+    unit: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +97,7 @@ def nearest(pieces: Iterable[tuple[float, LoraFactors]], rank: int, dtype: torch
 def judged(pieces: Iterable[tuple[float, LoraFactors]], pair: LoraFactors) -> Answer:
     """How far `pair`, whatever rule it came from, is from the sum of the pieces: `measure` for one module."""
     target = gathered(pieces)
-    grams = _Grams.of(target.stack)
+    grams = _Grams.of(target)
     squares = linalg.singular_values(target.stack).square() if grams is None else grams.squares()[0]
     whole, least = float(squares.sum()), float(squares[pair.rank :].clamp_min(0.0).sum())
     if grams is not None and pair.rank < len(squares) and grams.coarse > _shows(least, whole):
@@ -120,7 +121,7 @@ def gathered(pieces: Iterable[tuple[float, LoraFactors]]) -> Target:
         product = _folded(product, waiting)
     unit = torch.eye(min(product.shape), dtype=torch.float64)
     tall = product.shape[0] >= product.shape[1]
-    return Target(linalg.Stack(product, unit) if tall else linalg.Stack(unit, product), scaling, product)
+    return Target(linalg.Stack(product, unit) if tall else linalg.Stack(unit, product), scaling, product, unit)
 
 
 def _folded(product: Tensor | None, pieces: Sequence[tuple[float, LoraFactors]]) -> Tensor:
@@ -158,43 +159,49 @@ class _Grams:
     H: Tensor
     whole: float
     coarse: float
+    unit: Tensor | None
 
     @classmethod
-    def of(cls, stack: linalg.Stack) -> _Grams | None:
+    def of(cls, target: Target) -> _Grams | None:
         """None where a square leaves the range of float64, or all is zero."""
-        G, H = stack.left.T @ stack.left, stack.right @ stack.right.T
+        X, Y = target.stack.left, target.stack.right
+        G = X if X is target.unit else X.T @ X
+        H = Y if Y is target.unit else Y @ Y.T
         whole = float((G * H).sum())
         # No eigenvalue is above the largest row sum.
         size = float(G.abs().sum(dim=1).max() * H.abs().sum(dim=1).max())
         coarse = len(G) * torch.finfo(torch.float64).eps * size
-        return cls(G, H, whole, coarse) if math.isfinite(coarse) and whole > 0 else None
+        return cls(G, H, whole, coarse, target.unit) if math.isfinite(coarse) and whole > 0 else None
 
     def squares(self) -> tuple[Tensor, Tensor, Tensor]:
         """sigma^2, descending, the vectors U beside them, and the root K."""
-        K = _root(self.G)
-        values, U = torch.linalg.eigh(K @ self.H @ K.T)
+        if self.H is self.unit:  # the eigenvectors of G give both: K = sigma V^T, U = 1
+            values, V = torch.linalg.eigh(self.G)
+            return values.flip(0), self.unit, (V * values.clamp_min(0.0).sqrt()).flip(1).T
+        K = self.G if self.G is self.unit else _root(self.G)
+        values, U = torch.linalg.eigh(self.H if K is self.unit else K @ self.H @ K.T)
         return values.flip(0), U.flip(1), K
 
 
 def _by_gram(target: Target, rank: int, dtype: torch.dtype) -> Answer | None:
     """The answer from the Gram matrices; None where they are too coarse for it."""
     X, Y, scaling = target.stack.left, target.stack.right, target.scaling
-    grams = _Grams.of(target.stack) if rank < X.shape[1] else None
+    grams = _Grams.of(target) if rank < X.shape[1] else None
     if grams is None:
         return None
     values, U, K = grams.squares()
     squares, U = values[:rank], U[:, :rank]
+    U = U * torch.where(U.gather(0, U.abs().argmax(dim=0, keepdim=True)) < 0, -1.0, 1.0).to(U.dtype)
     least = grams.whole - float(squares.sum())
     if grams.coarse > _shows(least, grams.whole) or float(squares[-1]) <= 0:
         return None
     root = squares.sqrt().sqrt() * math.sqrt(scaling)  # sigma^(1/2) s^(1/2)
     B = X @ (grams.H @ (K.T @ (U * (root / (squares * scaling)))))
     A = ((U / root).T @ K) @ Y
-    for norms in (B.square().sum(dim=0), A.square().sum(dim=1)):  # each is sigma_k / s, unless digits were lost
-        if not torch.allclose(norms * scaling, squares.sqrt(), rtol=1e-7, atol=0.0):
-            return None
-    sign = torch.where(B.gather(0, B.abs().argmax(dim=0, keepdim=True)) < 0, -1.0, 1.0).to(B.dtype)
-    pair = LoraFactors(B=(B * sign).to(dtype), A=(A * sign.T).to(dtype), scaling=scaling)
+    for norms in (torch.linalg.vector_norm(B, dim=0), torch.linalg.vector_norm(A, dim=1)):
+        if not torch.allclose(norms.square() * scaling, squares.sqrt(), rtol=1e-7, atol=0.0):
+            return None  # both are sigma^(1/2) / s^(1/2), unless digits were lost
+    pair = LoraFactors(B=B.to(dtype), A=A.to(dtype), scaling=scaling)
     # Storing in `dtype` moves the product by at most 2 u sum(sigma_k), across the part left out: the squares add.
     rounding = (2 * torch.finfo(dtype).eps * float(squares.sqrt().sum())) ** 2
     provable = rounding <= _shows(least, grams.whole)
