@@ -38,6 +38,7 @@ types: setup
 bench: setup  ## speed and memory as ratios
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/solvers.py
+	$(BIN)/python benchmarks/merge.py
 
 clean:  ## remove the virtual environment and what the demo wrote
 	rm -rf $(VENV) demo-runs

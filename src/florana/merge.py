@@ -1,6 +1,6 @@
 """Merging adapters on disk: PEFT folders in, one PEFT folder out, with the error that the merge made.
 
-Module by module: at no time is more than one module of all adapters in memory, beside the result. The target is the
+Module by module: beside the result, no more than one module per thread (four at most) is in memory. The target is the
 true weighted sum of the adapters' updates, sum_u w_u s_u B_u A_u; `stack` reaches it exactly, `best-rank` as nearly as
 the rank allows.
 """
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,30 +76,49 @@ def merge(
     card = common_card(readers, base)
     shares = normalised(list(zip(map(str, folders), weights or [1.0] * len(folders), strict=True)))
     wanted = rank if rank is not None else max(m.rank for reader in readers for m in reader.modules.values())
-    modules: dict[str, LoraFactors] = {}
     answers: dict[str, Answer] = {}
     extra: dict[str, Tensor] = {}
     names = list(readers[0].modules)
-    with ThreadPoolExecutor(max_workers=1) as pool:  # hashing needs no interpreter, and its own core if there is one
-        digests = [pool.submit(reader.sha256) for reader in readers]
+
+    def one(name: str) -> Answer:
+        return _answer(readers, shares, name, method, wanted, DTYPES[dtype] if dtype else widest_dtype(readers, name))
+
+    with _workers() as workers, ThreadPoolExecutor(max_workers=1) as hashing:
+        digests = hashing.map(AdapterReader.sha256, readers)  # in step with the work: it needs no interpreter
         try:
-            for count, name in enumerate(names, start=1):
-                own_dtype = DTYPES[dtype] if dtype else widest_dtype(readers, name)
-                answer = _answer(readers, shares, name, method, wanted, own_dtype)
-                modules[name], answers[name] = answer.pair, answer
+            for count, (name, answer) in enumerate(zip(names, workers.map(one, names), strict=True), start=1):
+                answers[name] = answer
                 bias = _bias(readers, shares, name, answer.pair.scaling)
                 if bias is not None:
-                    extra[f"{name}.lora_B.bias"] = bias.to(own_dtype)
+                    extra[f"{name}.lora_B.bias"] = bias.to(answer.pair.B.dtype)
                 done(count, len(names))
             for name in readers[0].extra:
                 extra[name] = _mean_tensor(readers, shares, name)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            sources = [_source(*item) for item in zip(readers, shares, digests, strict=True)]
+        except BaseException:  # what waits is not begun any more
+            hashing.shutdown(wait=False, cancel_futures=True)
+            workers.shutdown(wait=False, cancel_futures=True)
             raise
-        sources = [_source(r, w, d.result()) for r, w, d in zip(readers, shares, digests, strict=True)]
     merged = _merged(method, answers, sources)
+    modules = {name: answer.pair for name, answer in answers.items()}
     write_adapter(out, Adapter(modules, extra), card, model_card(merged, card))
     return merged
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that take one module each, as many as torch would use within one, four at most for the memory's sake.
+
+    Modules are many and small: side by side they keep the cores busier than each does alone, and what comes out does
+    not depend on how many threads there were.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(max_workers=min(threads, 4)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _answer(
