@@ -212,8 +212,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist", why="an adapter folder holds " + CONFIG) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise _no_adapter(folder) from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read", why=str(error)) from None
     if not isinstance(config, dict) or str(config.get("peft_type")).upper() != "LORA":
@@ -237,6 +237,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
         ):
             raise InputError(f"{path}: '{setting}' is not a list of names")
     return config
+
+
+def _no_adapter(folder: Path) -> InputError:
+    """Why there is no configuration in `folder`, in the words of someone who mistyped a name."""
+    if not folder.is_dir():
+        why = "it is a file; name the folder that holds the adapter" if folder.exists() else ""
+        return InputError(f"{folder} is no adapter folder" if why else f"{folder} does not exist", why=why)
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    fix = f"it holds adapters ({', '.join(inside[:3])}{', ...' * (len(inside) > 3)}): name those"
+    return InputError(
+        f"{folder / CONFIG} does not exist", why="an adapter folder holds " + CONFIG, fix=fix * bool(inside)
+    )
 
 
 def _positive(value: object) -> bool:

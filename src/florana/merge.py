@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from florana.aggregate.project import best_rank
 from florana.aggregate.stack import stack
 from florana.errors import InputError, RecipeError, nearest
 from florana.factors import Adapter, Contribution, LoraFactors
-from florana.merged import Merged, Source, model_card
+from florana.merged import Merged, Source, check_weights, model_card, names_of
 
 Rule = Callable[[Sequence[Contribution], int], Adapter]
 
@@ -94,14 +95,17 @@ def merge(
                 done(count, len(names))
             for name in readers[0].extra:
                 extra[name] = _mean_tensor(readers, shares, name)
-            sources = [_source(*item) for item in zip(readers, shares, digests, strict=True)]
+            sources = [_source(*item) for item in zip(names_of(folders), readers, shares, digests, strict=True)]
         except BaseException:  # what waits is not begun any more
             hashing.shutdown(wait=False, cancel_futures=True)
             workers.shutdown(wait=False, cancel_futures=True)
             raise
     merged = _merged(method, answers, sources)
     modules = {name: answer.pair for name, answer in answers.items()}
-    write_adapter(out, Adapter(modules, extra), card, model_card(merged, card))
+    try:
+        write_adapter(out, Adapter(modules, extra), card, model_card(merged, card))
+    except OSError as error:
+        raise RecipeError(f"--out {out} cannot be written", why=error.strerror or str(error)) from None
     return merged
 
 
@@ -166,12 +170,16 @@ def _check(
         raise RecipeError(f"--rank {rank} is not at least 1")
     if rank is not None and method != "best-rank":
         raise RecipeError(f"--rank has no meaning for '{method}'", fix="leave it out, or use --method best-rank")
-    if weights is not None and len(weights) != len(folders):
-        raise RecipeError(f"{len(weights)} weights for {len(folders)} adapters", fix="give one weight per adapter")
+    if not folders:
+        raise RecipeError("no adapter was given")
+    check_weights(weights, len(folders))
     if dtype is not None and dtype not in DTYPES:
         raise RecipeError(f"there is no dtype '{dtype}'", fix=nearest(dtype, DTYPES))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"--out {out} exists already", fix="name a new folder")
+    above = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):  # said now, not after the work
+        raise RecipeError(f"--out {out} cannot be made", why=f"{above} is no folder that can be written to")
 
 
 def common_card(readers: Sequence[AdapterReader], base: str | None) -> AdapterCard:
@@ -257,6 +265,6 @@ def _mean_tensor(readers: Sequence[AdapterReader], weights: Sequence[float], nam
     return torch.as_tensor(total).to(tensors[0].dtype)
 
 
-def _source(reader: AdapterReader, weight: float, sha256: Mapping[str, str]) -> Source:
+def _source(name: str, reader: AdapterReader, weight: float, sha256: Mapping[str, str]) -> Source:
     ranks = tuple(sorted({module.rank for module in reader.modules.values()}))
-    return Source(reader.folder.resolve().name, weight, ranks, sha256)
+    return Source(name, weight, ranks, sha256)

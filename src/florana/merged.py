@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from florana.adapter_reader import AdapterCard
 from florana.aggregate.error import ModuleError
+from florana.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -70,3 +73,31 @@ def model_card(merged: Merged, card: AdapterCard) -> str:
             "",
         ]
     )
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """A short name for each folder: its own, with as many parents as tell the folders apart.
+
+    >>> names_of([Path("/runs/north/adapter"), Path("/runs/south/adapter")])
+    ['north/adapter', 'south/adapter']
+    """
+    paths = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, paths)) + 1):
+        if len({path[-depth:] for path in paths}) == len(set(paths)):
+            break
+    return ["/".join(path[-depth:]) for path in paths]
+
+
+def check_weights(weights: Sequence[float] | None, adapters: int) -> None:
+    """Raises RecipeError unless the weights are one per adapter, none of them negative, not all of them zero."""
+    if weights is None:
+        return
+    if len(weights) != adapters:
+        raise RecipeError(
+            f"--weights has {len(weights)} for {adapters} adapter{'s' * (adapters != 1)}", fix="give one per adapter"
+        )
+    for weight in weights:
+        if not (math.isfinite(weight) and weight >= 0):
+            raise RecipeError(f"the weight {weight:g} in --weights is not a non-negative number")
+    if not any(weights):
+        raise RecipeError("all --weights are zero", fix="give at least one adapter a positive weight")
