@@ -16,6 +16,7 @@ FLOORS = [
     {"errors"},
     {"factors"},
     {"linalg", "tensor_files"},
+    {"adapter_config"},
     {"adapter_reader"},
     {"adapter_files"},
     {"aggregate"},

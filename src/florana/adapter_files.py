@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from florana.adapter_reader import CONFIG, PREFIX, WEIGHTS, AdapterCard, open_adapter
+from florana.adapter_config import CONFIG
+from florana.adapter_reader import PREFIX, WEIGHTS, AdapterCard, open_adapter
 from florana.factors import Adapter, LoraFactors
 from florana.tensor_files import write_tensors
 

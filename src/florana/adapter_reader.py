@@ -7,7 +7,6 @@ say (DoRA and its kin) is refused by name. No pickle: `.bin` files are not read.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -18,32 +17,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from florana.adapter_config import CONFIG, names, rank_and_alpha, read_config, read_json
 from florana.errors import InputError
 from florana.factors import LoraFactors
 from florana.tensor_files import Place, digest, read_header, read_tensor
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 INDEX = "adapter_model.safetensors.index.json"
 PREFIX = "base_model.model."
 
 Kind = Literal["linear", "embedding"]
 
-_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<letter>[AB])(?P<suffix>\.weight|\.bias)?$")
-_NOT_A_PRODUCT = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "velora_config",
-    "monteclora_config",
-    "kasa_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-    "megatron_config",
-)
-"""Settings of a PEFT LoRA configuration under which the update of a module is more than `scaling * B @ A`."""
+_SHARD = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
+_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<letter>[AB])(?P<suffix>\.weight|\.bias)?$", re.S)
 
 
 @dataclass(frozen=True)
@@ -132,7 +118,7 @@ def open_adapter(folder: Path) -> AdapterReader:
     Raises:
         InputError: the folder is not a LoRA adapter that can be represented exactly; the message says why.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     places = _read_headers(folder)
     found: dict[str, dict[str, str]] = {}
     kinds: dict[str, Kind] = {}
@@ -144,7 +130,7 @@ def open_adapter(folder: Path) -> AdapterReader:
                 why="this is not the layout PEFT writes",
             )
         name = key.removeprefix(PREFIX)
-        match = _FACTOR.match(name)
+        match = _FACTOR.fullmatch(name)
         kind: Kind = "embedding" if match and match["kind"] else "linear"
         wanted = {"linear": ".weight", "embedding": None}[kind]
         if match and match["suffix"] == wanted:
@@ -157,6 +143,8 @@ def open_adapter(folder: Path) -> AdapterReader:
                 f"{places[key].path}: no rule for the tensor '{key}'",
                 why="only plain LoRA factors (lora_A, lora_B) are products B @ A",
             )
+        elif not name:
+            raise InputError(f"{places[key].path}: a tensor has no name after '{PREFIX}'")
         else:
             extra[name] = key
     if not found:
@@ -168,16 +156,15 @@ def open_adapter(folder: Path) -> AdapterReader:
 
 
 def _card(config: Mapping[str, Any], kinds: Mapping[str, Kind]) -> AdapterCard:
-    targets = config.get("target_modules") or ()
     return AdapterCard(
-        base_model=str(config.get("base_model_name_or_path") or ""),
+        base_model=config.get("base_model_name_or_path") or "",
         task_type=config.get("task_type"),
-        target_modules=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
-        modules_to_save=tuple(sorted(config.get("modules_to_save") or ())),
-        fan_in_fan_out=bool(config.get("fan_in_fan_out", False)),
-        rslora=bool(config.get("use_rslora", False)),
+        target_modules=names(config.get("target_modules")),
+        modules_to_save=names(config.get("modules_to_save")),
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        rslora=bool(config.get("use_rslora")),
         embeddings=tuple(sorted(name for name, kind in kinds.items() if kind == "embedding")),
-        lora_bias=bool(config.get("lora_bias", False)),
+        lora_bias=bool(config.get("lora_bias")),
     )
 
 
@@ -192,8 +179,7 @@ def _module(
     for letter in ("A", "B"):
         if letter not in keys:
             raise InputError(f"{folder / WEIGHTS}: module '{name}' lacks its factor {letter}")
-    rank = int(_by_pattern(config.get("rank_pattern") or {}, name, config["r"]))
-    alpha = float(_by_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"]))
+    rank, alpha = rank_and_alpha(config, name, folder / CONFIG)
     A, B = places[keys["A"]].shape, places[keys["B"]].shape
     if len(A) != 2 or len(B) != 2:
         raise InputError(
@@ -202,89 +188,42 @@ def _module(
         )
     if A[0] != rank or B[1] != rank:
         raise InputError(f"{folder}: module '{name}' has A {A} and B {B}, but {CONFIG} gives it rank {rank}")
+    if 0 in A or 0 in B:
+        raise InputError(f"{folder}: module '{name}' has A {A} and B {B}: a side of length 0")
+    if len({places[key].dtype for key in keys.values()}) > 1:
+        raise InputError(f"{folder}: module '{name}' has factors of different dtypes")
     if "bias" in keys and places[keys["bias"]].shape != (B[0],):
         raise InputError(f"{folder}: module '{name}' has a bias of shape {places[keys['bias']].shape} beside B {B}")
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return Module(kind, rank, scaling, (B[0], A[1]), dict(keys))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise _no_adapter(folder) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read", why=str(error)) from None
-    if not isinstance(config, dict) or str(config.get("peft_type")).upper() != "LORA":
-        raise InputError(f"{path} does not describe a LoRA adapter", why="peft_type is not LORA")
-    for setting in _NOT_A_PRODUCT:
-        if config.get(setting):
-            raise InputError(f"{path}: '{setting}' is on", why="its update is not a plain product B @ A")
-    if config.get("bias", "none") != "none":
-        raise InputError(f"{path}: bias is '{config['bias']}'", why="biases of the base are no part of a product B @ A")
-    for setting in ("r", "lora_alpha"):
-        if not _positive(config.get(setting)):
-            raise InputError(f"{path}: '{setting}' is {config.get(setting)!r}, not a positive number")
-    for setting in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(setting) or {}
-        if not isinstance(pattern, dict) or not all(map(_positive, pattern.values())):
-            raise InputError(f"{path}: '{setting}' is not a table of positive numbers")
-    for setting in ("target_modules", "modules_to_save"):
-        value = config.get(setting) or ()
-        if not isinstance(value, str) and not (
-            isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
-        ):
-            raise InputError(f"{path}: '{setting}' is not a list of names")
-    return config
-
-
-def _no_adapter(folder: Path) -> InputError:
-    """Why there is no configuration in `folder`, in the words of someone who mistyped a name."""
-    if not folder.is_dir():
-        why = "it is a file; name the folder that holds the adapter" if folder.exists() else ""
-        return InputError(f"{folder} is no adapter folder" if why else f"{folder} does not exist", why=why)
-    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-    fix = f"it holds adapters ({', '.join(inside[:3])}{', ...' * (len(inside) > 3)}): name those"
-    return InputError(
-        f"{folder / CONFIG} does not exist", why="an adapter folder holds " + CONFIG, fix=fix * bool(inside)
-    )
-
-
-def _positive(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value) and value > 0
-
-
 def _read_headers(folder: Path) -> dict[str, Place]:
-    """Key -> place, of one weight file or of all that an index names."""
+    """Key -> place, of one weight file or of all that an index names; the index must name each tensor's own file."""
     index = folder / INDEX
-    if index.exists():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index} cannot be read", why=str(error)) from None
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise InputError(f"{index} names files outside its own folder")
-        paths = [folder / name for name in sorted(names)]
-    else:
-        paths = [folder / WEIGHTS]
+    if not index.exists():
+        return _read_header(folder / WEIGHTS)
+    table = read_json(index)
+    owner = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(owner, dict) or not owner or not all(isinstance(name, str) for name in owner.values()):
+        raise InputError(f"{index} has no 'weight_map' from tensors to files")
+    shards = sorted(set(owner.values()))
+    if not all(_SHARD.fullmatch(name) for name in shards):
+        raise InputError(f"{index} names files outside its own folder, or no .safetensors files")
     places: dict[str, Place] = {}
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"{path} does not exist", fix="save the adapter as safetensors; .bin files are not read")
-        for key, place in read_header(path).items():
+    for shard in shards:
+        for key, place in _read_header(folder / shard).items():
             if key in places:
-                raise InputError(f"{path}: the tensor '{key}' stands in {places[key].path.name} too")
+                raise InputError(f"{place.path}: the tensor '{key}' stands in {places[key].path.name} too")
+            if owner.get(key) != shard:
+                raise InputError(f"{place.path}: the tensor '{key}' stands here, but {INDEX} says otherwise")
             places[key] = place
+    for key in owner.keys() - places.keys():
+        raise InputError(f"{folder / owner[key]} lacks the tensor '{key}', which {INDEX} places there")
     return places
 
 
-def _by_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
-    """PEFT's rule: the first key that, as a regular expression, ends the module's name at a dot."""
-    for key, value in pattern.items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        except re.error as error:
-            raise InputError(f"the pattern {key!r} is not a regular expression", why=str(error)) from None
-    return default
+def _read_header(path: Path) -> dict[str, Place]:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist", fix="save the adapter as safetensors; .bin files are not read")
+    return read_header(path)

@@ -45,7 +45,7 @@ def read_header(path: Path) -> dict[str, Place]:
             shapes = {key: tuple(stream.get_slice(key).get_shape()) for key in stream.keys()}  # noqa: SIM118
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_twins)
+            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=no_twins)
     except (OSError, SafetensorError, ValueError, RecursionError, OverflowError) as error:
         raise InputError(f"{path} cannot be read", why=" ".join(str(error).split())) from None
     header.pop("__metadata__", None)
@@ -97,6 +97,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         os.fsync(stream.fileno())
 
 
+def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`: a table in which no key stands twice. Raises ValueError where one does."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{ascii(next(key for key in keys if keys.count(key) > 1))[:60]} stands there twice")
+    return table
+
+
 def digest(path: Path) -> str:
     """The sha256 of a file, read in pieces. Raises InputError where it cannot be read."""
     try:
@@ -115,11 +124,3 @@ def _place(path: Path, key: str, entry: Mapping[str, Any], base: int, shape: tup
     if tuple(entry["shape"]) != shape:
         raise InputError(f"{path} cannot be read", why=f"its header gives '{key}' two shapes")
     return Place(path, base + int(entry["data_offsets"][0]), _DTYPES[entry["dtype"]], shape)
-
-
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' stands there twice")
-    return table
