@@ -1,8 +1,8 @@
-"""Damaged adapter folders, made from one good one, and an independent reading of what their bytes say.
+"""Damaged adapter folders, made from one good one.
 
 `mutate` writes one damaged folder per call: bytes of the weight file, of its header and of the configuration, their
 structure (types, nulls, huge numbers, nesting, twins, patterns), shards and their index, names that lead elsewhere,
-links, values that are not finite. `reading` parses the same files with json and numpy alone.
+links, values that are not finite.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
-import re
 import struct
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,88 +68,23 @@ def packed(header: str | bytes, body: bytes, length: int | None = None) -> bytes
 
 NUMBERS: list[Any] = [0, -1, 1, 2, 3, 2.0, 2.5, 1e-300, 1e300, 10**30, 10**400, -(10**400), 2**63, True]
 VALUES: list[Any] = [
-    *NUMBERS,
-    None,
-    False,
-    "",
-    "x",
-    "2",
-    "LORA",
-    "false",
-    [],
-    [1],
-    ["q"],
-    [None],
-    {},
-    {"q": 1},
-    {"q": "x"},
-    {"q": None},
-    {"(": 2},
-    {"[[q]": 2},
-    {"q{99999999999}": 2},
-    {".*": 3},
-    {"layer": 2},
-    {"q": 10**400},
-    "\ud800",
-    "a\nb",
-    ["\ud800"],
-    "é",
-    [[[]]],
-    {"q": {"q": {}}},
-    "..",
-    "/etc/passwd",
-]
+    *NUMBERS, None, False, "", "x", "2", "LORA", "false", [], [1], ["q"], [None], {}, {"q": 1}, {"q": "x"},
+    {"q": None}, {"(": 2}, {"[[q]": 2}, {"q{99999999999}": 2}, {".*": 3}, {"layer": 2}, {"q": 10**400},
+    "\ud800", "a\nb", ["\ud800"], "é", [[[]]], {"q": {"q": {}}}, "..", "/etc/passwd",
+]  # fmt: skip
 LITERALS = [
-    b"NaN",
-    b"Infinity",
-    b"-Infinity",
-    b"1e999",
-    b"9" * 5000,
-    b"[" * 3000,
-    b'{"a":' * 3000,
-    b"\xff\xfe",
+    b"NaN", b"Infinity", b"-Infinity", b"1e999", b"9" * 5000, b"[" * 3000, b'{"a":' * 3000, b"\xff\xfe",
     b"\x00",
-]
+]  # fmt: skip
 SHARDS: list[Any] = [
-    "../outside.safetensors",
-    "/etc/passwd",
-    "..",
-    ".",
-    "",
-    "a/b.safetensors",
-    "a\\b.safetensors",
-    "\x00.safetensors",
-    "n" * 5000 + ".safetensors",
-    "none.safetensors",
-    "two.bin",
-    CONFIG,
-    INDEX,
-    None,
-    3,
-    ["one.safetensors"],
-    "\ud800.safetensors",
-    "one.safetensors",
-    "two.safetensors",
-]
+    "../outside.safetensors", "/etc/passwd", "..", ".", "", "a/b.safetensors", "a\\b.safetensors",
+    "\x00.safetensors", "n" * 5000 + ".safetensors", "none.safetensors", "two.bin", CONFIG, INDEX, None, 3,
+    ["one.safetensors"], "\ud800.safetensors", "one.safetensors", "two.safetensors",
+]  # fmt: skip
 DTYPES = [
-    "F64",
-    "F32",
-    "F16",
-    "BF16",
-    "I64",
-    "I32",
-    "U8",
-    "BOOL",
-    "F8_E4M3",
-    "F8_E5M2",
-    "F4",
-    "C64",
-    "f32",
-    "",
-    "X",
-    None,
-    3,
-]
+    "F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F4", "C64", "f32", "", "X",
+    None, 3,
+]  # fmt: skip
 
 
 def any_bytes(rng: random.Random, content: bytes, low: int = 0, high: int | None = None) -> bytes:
@@ -183,23 +116,10 @@ class Folder:
         self.config = json.dumps(GOOD_CONFIG).encode()
         (place / "outside.safetensors").write_bytes(self.weights)
         self.kinds: list[Callable[[random.Random], None]] = [
-            self.weight_bytes,
-            self.header_bytes,
-            self.header_length,
-            self.dtype,
-            self.shape,
-            self.offsets,
-            self.renamed,
-            self.twin_tensor,
-            self.values,
-            self.config_bytes,
-            self.config_value,
-            self.config_literal,
-            self.config_twin,
-            self.shards,
-            self.index_bytes,
-            self.link,
-        ]
+            self.weight_bytes, self.header_bytes, self.header_length, self.dtype, self.shape, self.offsets,
+            self.renamed, self.twin_tensor, self.values, self.config_bytes, self.config_value,
+            self.config_literal, self.config_twin, self.shards, self.index_bytes, self.link,
+        ]  # fmt: skip
 
     def mutate(self, rng: random.Random) -> str:
         for path in self.folder.iterdir():
@@ -286,24 +206,13 @@ class Folder:
         key = rng.choice(list(self.header))
         new = rng.choice(
             [
-                key + "\n",
-                key + ".",
-                "." + key,
-                key.removeprefix(PREFIX),
-                PREFIX,
-                "",
-                key.replace("A", "B"),
-                key.replace("weight", "bias"),
-                key.replace(".weight", ""),
-                key.replace("lora_", "lora_embedding_"),
-                key.replace("layer.0", "layer.2"),
-                key.upper(),
-                "../" + key,
-                "\x00" + key,
-                PREFIX + "extra",
+                key + "\n", key + ".", "." + key, key.removeprefix(PREFIX), PREFIX, "", key.replace("A", "B"),
+                key.replace("weight", "bias"), key.replace(".weight", ""),
+                key.replace("lora_", "lora_embedding_"), key.replace("layer.0", "layer.2"), key.upper(),
+                "../" + key, "\x00" + key, PREFIX + "extra",
                 key.replace("lora_B.weight", "lora_magnitude_vector"),
             ]
-        )
+        )  # fmt: skip
         header = {new if name == key else name: entry for name, entry in self.header.items()}
         self.write(WEIGHTS, packed(json.dumps(header), self.body))
 
@@ -383,73 +292,3 @@ class Folder:
         (self.folder / name).unlink()
         target = rng.choice([name, "none", "..", "/dev/null", "/dev/zero", str(self.place / "outside.safetensors")])
         (self.folder / name).symlink_to(target)
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    assert len(dict(pairs)) == len(pairs), "a key stands twice, and was taken"
-    return dict(pairs)
-
-
-def tensors_of(path: Path) -> Tensors:
-    """A safetensors file by the format's definition, in float64; twins and gaps are not forgiven."""
-    content = path.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length].decode("utf-8"), object_pairs_hook=unique)
-    header.pop("__metadata__", None)
-    body = content[8 + length :]
-    tensors: Tensors = {}
-    used = 0
-    for key, entry in header.items():
-        start, end = entry["data_offsets"]
-        raw = body[start:end]
-        if entry["dtype"] == "BF16":
-            values = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
-        else:
-            values = np.frombuffer(raw, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[entry["dtype"]])
-        tensors[key] = values.reshape(entry["shape"]).astype(np.float64)
-        used += end - start
-    assert used == len(body), "bytes that no tensor owns, or two do"
-    return tensors
-
-
-def reading(folder: Path) -> tuple[Tensors, dict[str, float], dict[str, Any]]:
-    """(tensors by florana's names, scalings, configuration) of a folder that was taken."""
-    config = json.loads((folder / CONFIG).read_bytes().decode("utf-8"), object_pairs_hook=unique)
-    if (folder / INDEX).exists():
-        owner = json.loads((folder / INDEX).read_bytes().decode("utf-8"), object_pairs_hook=unique)["weight_map"]
-        raw = {}
-        for shard in set(owner.values()):
-            found = tensors_of(folder / shard)
-            assert {key for key in owner if owner[key] == shard} == set(found), "the index and the shard disagree"
-            raw |= found
-    else:
-        raw = tensors_of(folder / WEIGHTS)
-    named: Tensors = {}
-    scalings: dict[str, float] = {}
-    for key, array in raw.items():
-        assert key.startswith(PREFIX)
-        name = key[len(PREFIX) :]
-        factor = next(
-            (
-                s
-                for s in ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
-                if name.endswith("." + s)
-            ),
-            None,
-        )
-        if factor is None:
-            assert ".lora_" not in name or name.endswith(".lora_B.bias"), name
-            named["extra/" + name] = array
-            continue
-        module = name[: -len(factor) - 1]
-        named[("A/" if "_A" in factor else "B/") + module] = array
-        rank, alpha = config["r"], config["lora_alpha"]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for pattern, value in reversed((config.get("rank_pattern") or {}).items()):
-                rank = value if re.match(rf"(.*\.)?({pattern})$", module) else rank
-            for pattern, value in reversed((config.get("alpha_pattern") or {}).items()):
-                alpha = value if re.match(rf"(.*\.)?({pattern})$", module) else alpha
-        assert rank == array.shape[0 if "_A" in factor else 1]
-        scalings[module] = alpha / math.sqrt(rank) if config.get("use_rslora") is True else alpha / rank
-    return named, scalings, config

@@ -26,6 +26,7 @@ from florana.aggregate.stack import stack
 from florana.errors import InputError
 from florana.factors import Adapter, Contribution, LoraFactors
 from tests import fuzz
+from tests.fuzz_reading import reading
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -173,7 +174,7 @@ def test_ten_thousand_damaged_folders_are_named_or_read_as_their_bytes_say(tmp_p
             unnamed += [f"{kind}: {error}"] if str(place.folder) not in str(error) else []
             continue
         taken[kind] += 1
-        tensors, scalings, config = fuzz.reading(place.folder)
+        tensors, scalings, config = reading(place.folder)
         read = adapter.tensors()
         assert read.keys() == tensors.keys(), kind
         for name, tensor in read.items():
