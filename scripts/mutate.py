@@ -76,7 +76,7 @@ MUTATIONS = [
     ("merge.py", "reader.modules[name].scaling / scaling", "1.0", "test_merge"),
     ("merge.py", "(answer.missed for", "(answer.least for", "test_merge_scale"),
     ("merge.py", "(answer.least for", "(answer.missed for", "test_merge_scale"),
-    ("merge.py", "answer.whole / whole if whole", "1.0 if whole", "test_merge_scale"),
+    ("merge.py", "a.whole / whole", "a.whole", "test_merge_scale"),
     ("merge.py", "torch.set_num_threads(1)", "pass", "test_merge_scale"),
     ("merge.py", "(w * tensor.double()", "(tensor.double()", "test_merge"),
     ("federation/gate.py", "if reply.round != expected.round:", "if False:", "test_loop"),

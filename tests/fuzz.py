@@ -217,7 +217,7 @@ class Folder:
         self.write(WEIGHTS, packed(json.dumps(header), self.body))
 
     def twin_tensor(self, rng: random.Random) -> None:
-        one, other = rng.sample(list(self.header), 2)
+        one, other = rng.choices(list(self.header), k=2)  # at times the same twice
         text = json.dumps(self.header)
         entry = json.dumps({one: self.header[other]})
         self.write(WEIGHTS, packed(text[:-1] + ", " + entry[1:], self.body))
@@ -264,7 +264,7 @@ class Folder:
     def shards(self, rng: random.Random) -> None:
         owner = self.sharded(rng)
         key = rng.choice(list(owner))
-        match rng.randrange(6):
+        match rng.randrange(7):
             case 0:
                 owner[key] = rng.choice(SHARDS)
             case 1:
@@ -273,7 +273,9 @@ class Folder:
                 owner[key + "x"] = owner.pop(key)
             case 3:
                 owner = dict.fromkeys(owner, rng.choice(SHARDS))
-            case 4:
+            case 4:  # a tensor that no file holds
+                owner[key + "x"] = owner[key]
+            case 5:
                 (self.folder / rng.choice(["one.safetensors", "two.safetensors"])).write_bytes(self.weights)
             case _:
                 owner = {name: file for name, file in owner.items() if file != owner[key]}

@@ -108,6 +108,17 @@ def test_judged_is_measure_for_every_rule(shapes: str, dtype: torch.dtype, drift
             assert found.optimum <= 1e-15
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_the_rounding_of_both_factors_of_a_stack_is_measured(stored: torch.dtype) -> None:
+    """A stack written in a narrower type than it was read in: what it misses is the rounding of B and that of A."""
+    case = ordinary("narrow")
+    for name, pair in stack(case.parts).modules.items():
+        narrow = LoraFactors(pair.B.to(stored), pair.A.to(stored), pair.scaling)
+        found = judged(pieces(case.parts, name), narrow)
+        same(found, case.parts, name)
+        assert found.error > 1e-4
+
+
 @pytest.mark.parametrize("fold", [1, 4, 10_000])
 def test_a_sum_folded_piece_by_piece_is_the_sum(fold: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(2, clients=9, rank=3, shapes=[(8, 21), (21, 8), (40, 35)], mixed_ranks=True)

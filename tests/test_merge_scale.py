@@ -115,16 +115,17 @@ def test_no_file_stays_open_so_their_number_does_not_matter(tmp_path: Path) -> N
 def test_the_bytes_do_not_depend_on_the_number_of_threads(method: str, tmp_path: Path) -> None:
     folders, _ = save_pile(tmp_path, 5, [(300, 400), (400, 300), (20, 12), (12, 12)])
     threads = torch.get_num_threads()
-    written = []
+    written, seen = [], set[int]()
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            merge(folders, tmp_path / str(count), method=method)
+            merge(folders, tmp_path / str(count), method=method, done=lambda *_: seen.add(torch.get_num_threads()))
             assert torch.get_num_threads() == count, "the caller's setting is put back"
             written.append({path.name: path.read_bytes() for path in (tmp_path / str(count)).iterdir()})
     finally:
         torch.set_num_threads(threads)
     assert written[0] == written[1] == written[2]
+    assert seen == {1}, "each module is the work of one thread"
 
 
 def test_the_modules_are_told_in_order_and_a_bad_one_ends_the_merge(tmp_path: Path) -> None:
