@@ -39,6 +39,7 @@ bench: setup  ## speed and memory as ratios
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/solvers.py
 	$(BIN)/python benchmarks/aggregation.py
+	$(BIN)/python benchmarks/merge.py
 
 clean:  ## remove the virtual environment and what the demo wrote
 	rm -rf $(VENV) demo-runs

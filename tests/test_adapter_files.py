@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -23,6 +25,8 @@ from florana.adapter_files import CONFIG, WEIGHTS, AdapterCard, read_adapter, wr
 from florana.aggregate.stack import stack
 from florana.errors import InputError
 from florana.factors import Adapter, Contribution, LoraFactors
+from tests import fuzz
+from tests.fuzz_reading import reading
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -152,36 +156,43 @@ def test_what_is_no_plain_product_or_does_not_fit_is_refused_by_name(key: str, v
     assert caught.value.exit_code == 3
 
 
-def test_a_thousand_damaged_files_are_named_or_harmless(tmp_path: Path) -> None:
-    """Every mutation is refused with an InputError, or leaves a well-formed, finite adapter of the right shapes."""
-    adapter = Adapter({n: LoraFactors(torch.randn(4, 2), torch.randn(2, 3), 1.0) for n in ("q", "v")})
-    write_adapter(tmp_path, adapter, AdapterCard("b", None, ("q", "v")))
-    whole = {name: (tmp_path / name).read_bytes() for name in (WEIGHTS, CONFIG)}
+@pytest.mark.slow
+def test_ten_thousand_damaged_folders_are_named_or_read_as_their_bytes_say(tmp_path: Path) -> None:
+    """Each is refused with an InputError that names a file of the folder, or gives exactly what an independent parse
+    of the same bytes gives: every tensor, every scaling, every word of the card. Nothing else is raised."""
+    place = fuzz.Folder(tmp_path)
     rng = random.Random(0)
-    refused = 0
-    for _ in range(1000):
-        name = rng.choice([WEIGHTS, CONFIG])
-        content = bytearray(whole[name])
-        match rng.randrange(4):
-            case 0:
-                content = content[: rng.randrange(len(content))]
-            case 1:
-                content[rng.randrange(len(content))] = rng.randrange(256)
-            case 2:
-                place = rng.randrange(len(content))
-                content[place:place] = rng.randbytes(rng.randint(1, 9))
-            case _:
-                place = rng.randrange(len(content))
-                del content[place : place + rng.randint(1, 9)]
-        (tmp_path / name).write_bytes(bytes(content))
+    refused: Counter[str] = Counter()
+    taken: Counter[str] = Counter()
+    unnamed: list[str] = []
+    for _ in range(10_000):
+        kind = place.mutate(rng)
         try:
-            read, _ = read_adapter(tmp_path)
-        except InputError:
-            refused += 1
-        else:
-            assert all(torch.isfinite(tensor).all() for tensor in read.tensors().values())
-        (tmp_path / name).write_bytes(whole[name])
-    assert refused > 500
+            adapter, card = read_adapter(place.folder)
+        except InputError as error:
+            refused[kind] += 1
+            unnamed += [f"{kind}: {error}"] if str(place.folder) not in str(error) else []
+            continue
+        taken[kind] += 1
+        tensors, scalings, config = reading(place.folder)
+        read = adapter.tensors()
+        assert read.keys() == tensors.keys(), kind
+        for name, tensor in read.items():
+            assert np.isfinite(tensors[name]).all(), kind
+            assert np.array_equal(tensor.double().numpy(), tensors[name]), (kind, name)
+        assert adapter.scalings == pytest.approx(scalings, rel=1e-12), kind
+        for field, setting in (("base_model", "base_model_name_or_path"), ("task_type", "task_type")):
+            assert (getattr(card, field) or "") == (config.get(setting) or ""), kind
+        for field in ("target_modules", "modules_to_save"):
+            value = config.get(field) or []
+            assert sorted(getattr(card, field)) == sorted([value] if isinstance(value, str) else value), kind
+        assert (card.fan_in_fan_out, card.rslora) == (
+            bool(config.get("fan_in_fan_out")),
+            bool(config.get("use_rslora")),
+        )
+    assert unnamed == []
+    assert set(refused) == {kind.__name__ for kind in place.kinds}, "every kind of damage is refused at times"
+    assert {"values", "config_value", "weight_bytes", "shards", "renamed", "link"} <= set(taken), "and some is harmless"
 
 
 @pytest.mark.parametrize("missing", [WEIGHTS, CONFIG])

@@ -74,6 +74,14 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     ),
     "no run": (["report", "{folder}"], 3, "is no run folder"),
     "no right to write": (["run", "{recipe}", "--out", "/proc/run"], 4, "could not be made"),
+    "merge: no folder": (["merge", "none", "--out", "x"], 3, "none does not exist"),
+    "merge: a file": (["merge", "{recipe}", "--out", "x"], 3, "it is a file"),
+    "merge: rank 0": (["merge", "none", "--out", "x", "--rank", "0"], 2, "not at least 1"),
+    "merge: weights": (["merge", "none", "--out", "x", "--weights", "1,2"], 2, "2 for 1 adapter"),
+    "merge: not numbers": (["merge", "none", "--out", "x", "--weights", "1;2"], 2, "--weights 3,1,1"),
+    "merge: no out": (["merge", "none", "--out", "{recipe}/x"], 2, "cannot be made"),
+    "inspect: no folder": (["inspect", "none"], 3, "none does not exist"),
+    "inspect: weights": (["inspect", "none", "--weights", "-1"], 2, "not a non-negative number"),
 }  # fmt: skip
 
 
@@ -144,9 +152,9 @@ def test_merge_and_inspect(tmp_path: Path) -> None:
     [
         (["merge", "{a}", "--out", "{a}"], 2, "exists already"),
         (["merge", "{a}", "--out", "new", "--weights", "3;1"], 2, "is not a list of numbers"),
-        (["merge", "{a}", "none", "--out", "new"], 3, "none/adapter_config.json does not exist"),
-        (["merge", "{a}", "{b}", "--out", "new", "--weights", "1,-1"], 3, "is not a non-negative number"),
-        (["inspect", "none"], 3, "none/adapter_config.json does not exist"),
+        (["merge", "{a}", "none", "--out", "new"], 3, "none does not exist"),
+        (["merge", "{a}", "{b}", "--out", "new", "--weights", "1,-1"], 2, "is not a non-negative number"),
+        (["inspect", "none"], 3, "none does not exist"),
     ],
 )
 def test_merging_what_cannot_be_merged(arguments: list[str], code: int, words: str, tmp_path: Path) -> None:

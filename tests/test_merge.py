@@ -286,7 +286,7 @@ def test_adapters_that_do_not_fit_are_refused_with_both_names(tmp_path: Path) ->
         ({"method": "best-rnak"}, "did you mean 'best-rank'"),
         ({"rank": 0}, "not at least 1"),
         ({"rank": 4, "method": "stack"}, "has no meaning for 'stack'"),
-        ({"weights": [1.0, 2.0]}, "2 weights for 1 adapters"),
+        ({"weights": [1.0, 2.0]}, "--weights has 2 for 1 adapter"),
         ({"dtype": "int8"}, "there is no dtype 'int8'"),
     ],
 )

@@ -10,14 +10,16 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
-from florana.adapter_reader import CONFIG, PREFIX, WEIGHTS, AdapterCard, open_adapter
+from florana.adapter_config import CONFIG
+from florana.adapter_reader import PREFIX, WEIGHTS, AdapterCard, open_adapter
 from florana.factors import Adapter, LoraFactors
+from florana.tensor_files import write_tensors
 
 __all__ = ["CONFIG", "WEIGHTS", "AdapterCard", "read_adapter", "replace_file", "sync_folder", "write_adapter"]
 
@@ -53,7 +55,7 @@ def write_adapter(folder: Path, adapter: Adapter, card: AdapterCard, readme: str
         tensors[f"{PREFIX}{name}.{letters[1]}"] = pair.B.contiguous()
     for name, tensor in adapter.extra.items():
         tensors[f"{PREFIX}{name}"] = tensor.contiguous()
-    replace_file(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    _replace(folder / WEIGHTS, lambda path: write_tensors(path, tensors))
     config = json.dumps(_config(adapter, card), indent=2, sort_keys=True) + "\n"
     if not (folder / CONFIG).exists() or (folder / CONFIG).read_text() != config:
         replace_file(folder / CONFIG, config.encode())
@@ -63,12 +65,20 @@ def write_adapter(folder: Path, adapter: Adapter, card: AdapterCard, readme: str
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write `content` under a temporary name, flush it to the disk, and move it over `path` in one step."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+
+    def write(temporary: Path) -> None:
         with temporary.open("wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
+
+    _replace(path, write)
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)

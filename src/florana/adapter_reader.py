@@ -7,8 +7,6 @@ say (DoRA and its kin) is refused by name. No pickle: `.bin` files are not read.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -17,34 +15,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from florana.adapter_config import CONFIG, names, rank_and_alpha, read_config, read_json
 from florana.errors import InputError
 from florana.factors import LoraFactors
+from florana.tensor_files import Place, digest, read_header, read_tensor
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 INDEX = "adapter_model.safetensors.index.json"
 PREFIX = "base_model.model."
 
 Kind = Literal["linear", "embedding"]
 
-_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<letter>[AB])(?P<suffix>\.weight|\.bias)?$")
-_NOT_A_PRODUCT = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "velora_config",
-    "monteclora_config",
-    "kasa_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-    "megatron_config",
-)
-"""Settings of a PEFT LoRA configuration under which the update of a module is more than `scaling * B @ A`."""
+_SHARD = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
+_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<letter>[AB])(?P<suffix>\.weight|\.bias)?$", re.S)
 
 
 @dataclass(frozen=True)
@@ -85,19 +70,19 @@ class Module:
 
 @dataclass(frozen=True)
 class AdapterReader:
-    """An opened adapter folder: what it holds is known, no value has been read.
+    """An opened adapter folder: what it holds is known, no value has been read, no file is open.
 
     Args:
         folder: where. card: what the configuration says.
         modules: module name -> its entry, sorted. extra: name -> key of the tensors trained whole, sorted.
-        files: key -> the file that holds it.
+        places: key -> where its values lie.
     """
 
     folder: Path
     card: AdapterCard
     modules: Mapping[str, Module]
     extra: Mapping[str, str]
-    files: Mapping[str, Path]
+    places: Mapping[str, Place]
 
     def pair(self, module: str) -> LoraFactors:
         """One module's factors. Raises InputError where a value is not finite or the file changed underneath."""
@@ -112,22 +97,19 @@ class AdapterReader:
 
     def tensor(self, key: str) -> Tensor:
         """One tensor by its key in the file."""
-        path = self.files[key]
-        try:
-            with safe_open(path, framework="pt") as stream:
-                tensor: Tensor = stream.get_tensor(key)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: the tensor '{key}' cannot be read", why=str(error)) from None
-        if not tensor.is_floating_point():
-            raise InputError(f"{path}: the tensor '{key}' is {tensor.dtype}, not floating-point")
-        if not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{path}: the tensor '{key}' has values that are not finite (NaN or infinite)")
-        return tensor
+        return read_tensor(self.places[key], key)
+
+    def dtype(self, module: str) -> torch.dtype:
+        """The type in which a module's factors are stored, without reading them."""
+        return self.places[self.modules[module].keys["A"]].dtype
+
+    def files(self) -> list[Path]:
+        """The weight files, sorted."""
+        return sorted({place.path for place in self.places.values()})
 
     def sha256(self) -> dict[str, str]:
         """File name -> digest, of the configuration and all weight files."""
-        paths = [self.folder / CONFIG, *sorted(set(self.files.values()))]
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+        return {path.name: digest(path) for path in (self.folder / CONFIG, *self.files())}
 
 
 def open_adapter(folder: Path) -> AdapterReader:
@@ -136,19 +118,19 @@ def open_adapter(folder: Path) -> AdapterReader:
     Raises:
         InputError: the folder is not a LoRA adapter that can be represented exactly; the message says why.
     """
-    config = _read_config(folder)
-    shapes, files = _read_headers(folder)
+    config = read_config(folder)
+    places = _read_headers(folder)
     found: dict[str, dict[str, str]] = {}
     kinds: dict[str, Kind] = {}
     extra: dict[str, str] = {}
-    for key in sorted(shapes):
+    for key in sorted(places):
         if not key.startswith(PREFIX):
             raise InputError(
-                f"{files[key]}: the tensor '{key}' does not start with '{PREFIX}'",
+                f"{places[key].path}: the tensor '{key}' does not start with '{PREFIX}'",
                 why="this is not the layout PEFT writes",
             )
         name = key.removeprefix(PREFIX)
-        match = _FACTOR.match(name)
+        match = _FACTOR.fullmatch(name)
         kind: Kind = "embedding" if match and match["kind"] else "linear"
         wanted = {"linear": ".weight", "embedding": None}[kind]
         if match and match["suffix"] == wanted:
@@ -158,30 +140,31 @@ def open_adapter(folder: Path) -> AdapterReader:
             found.setdefault(match["module"], {})["bias"] = key
         elif ".lora_" in name:
             raise InputError(
-                f"{files[key]}: no rule for the tensor '{key}'",
+                f"{places[key].path}: no rule for the tensor '{key}'",
                 why="only plain LoRA factors (lora_A, lora_B) are products B @ A",
             )
+        elif not name:
+            raise InputError(f"{places[key].path}: a tensor has no name after '{PREFIX}'")
         else:
             extra[name] = key
     if not found:
         raise InputError(f"{folder / WEIGHTS} holds no LoRA factors")
     modules = {
-        name: _module(folder, name, kinds.get(name, "linear"), keys, shapes, config) for name, keys in found.items()
+        name: _module(folder, name, kinds.get(name, "linear"), keys, places, config) for name, keys in found.items()
     }
-    return AdapterReader(folder, _card(config, kinds), dict(sorted(modules.items())), extra, files)
+    return AdapterReader(folder, _card(config, kinds), dict(sorted(modules.items())), extra, places)
 
 
 def _card(config: Mapping[str, Any], kinds: Mapping[str, Kind]) -> AdapterCard:
-    targets = config.get("target_modules") or ()
     return AdapterCard(
-        base_model=str(config.get("base_model_name_or_path") or ""),
+        base_model=config.get("base_model_name_or_path") or "",
         task_type=config.get("task_type"),
-        target_modules=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
-        modules_to_save=tuple(sorted(config.get("modules_to_save") or ())),
-        fan_in_fan_out=bool(config.get("fan_in_fan_out", False)),
-        rslora=bool(config.get("use_rslora", False)),
+        target_modules=names(config.get("target_modules")),
+        modules_to_save=names(config.get("modules_to_save")),
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        rslora=bool(config.get("use_rslora")),
         embeddings=tuple(sorted(name for name, kind in kinds.items() if kind == "embedding")),
-        lora_bias=bool(config.get("lora_bias", False)),
+        lora_bias=bool(config.get("lora_bias")),
     )
 
 
@@ -190,15 +173,14 @@ def _module(
     name: str,
     kind: Kind,
     keys: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, ...]],
+    places: Mapping[str, Place],
     config: Mapping[str, Any],
 ) -> Module:
     for letter in ("A", "B"):
         if letter not in keys:
             raise InputError(f"{folder / WEIGHTS}: module '{name}' lacks its factor {letter}")
-    rank = int(_by_pattern(config.get("rank_pattern") or {}, name, config["r"]))
-    alpha = float(_by_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"]))
-    A, B = shapes[keys["A"]], shapes[keys["B"]]
+    rank, alpha = rank_and_alpha(config, name, folder / CONFIG)
+    A, B = places[keys["A"]].shape, places[keys["B"]].shape
     if len(A) != 2 or len(B) != 2:
         raise InputError(
             f"{folder}: module '{name}' has factors of shapes A {A} and B {B}",
@@ -206,83 +188,42 @@ def _module(
         )
     if A[0] != rank or B[1] != rank:
         raise InputError(f"{folder}: module '{name}' has A {A} and B {B}, but {CONFIG} gives it rank {rank}")
-    if "bias" in keys and shapes[keys["bias"]] != (B[0],):
-        raise InputError(f"{folder}: module '{name}' has a bias of shape {shapes[keys['bias']]} beside B {B}")
+    if 0 in A or 0 in B:
+        raise InputError(f"{folder}: module '{name}' has A {A} and B {B}: a side of length 0")
+    if len({places[key].dtype for key in keys.values()}) > 1:
+        raise InputError(f"{folder}: module '{name}' has factors of different dtypes")
+    if "bias" in keys and places[keys["bias"]].shape != (B[0],):
+        raise InputError(f"{folder}: module '{name}' has a bias of shape {places[keys['bias']].shape} beside B {B}")
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return Module(kind, rank, scaling, (B[0], A[1]), dict(keys))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist", why="an adapter folder holds " + CONFIG) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read", why=str(error)) from None
-    if not isinstance(config, dict) or str(config.get("peft_type")).upper() != "LORA":
-        raise InputError(f"{path} does not describe a LoRA adapter", why="peft_type is not LORA")
-    for setting in _NOT_A_PRODUCT:
-        if config.get(setting):
-            raise InputError(f"{path}: '{setting}' is on", why="its update is not a plain product B @ A")
-    if config.get("bias", "none") != "none":
-        raise InputError(f"{path}: bias is '{config['bias']}'", why="biases of the base are no part of a product B @ A")
-    for setting in ("r", "lora_alpha"):
-        if not _positive(config.get(setting)):
-            raise InputError(f"{path}: '{setting}' is {config.get(setting)!r}, not a positive number")
-    for setting in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(setting) or {}
-        if not isinstance(pattern, dict) or not all(map(_positive, pattern.values())):
-            raise InputError(f"{path}: '{setting}' is not a table of positive numbers")
-    for setting in ("target_modules", "modules_to_save"):
-        value = config.get(setting) or ()
-        if not isinstance(value, str) and not (
-            isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
-        ):
-            raise InputError(f"{path}: '{setting}' is not a list of names")
-    return config
-
-
-def _positive(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value) and value > 0
-
-
-def _read_headers(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:
-    """Key -> shape and key -> file, of one weight file or of all that an index names."""
+def _read_headers(folder: Path) -> dict[str, Place]:
+    """Key -> place, of one weight file or of all that an index names; the index must name each tensor's own file."""
     index = folder / INDEX
-    if index.exists():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index} cannot be read", why=str(error)) from None
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise InputError(f"{index} names files outside its own folder")
-        paths = [folder / name for name in sorted(names)]
-    else:
-        paths = [folder / WEIGHTS]
-    shapes: dict[str, tuple[int, ...]] = {}
-    files: dict[str, Path] = {}
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"{path} does not exist", fix="save the adapter as safetensors; .bin files are not read")
-        try:
-            with safe_open(path, framework="pt") as stream:
-                for key in stream.keys():  # noqa: SIM118  (not a dict)
-                    if key in shapes:
-                        raise InputError(f"{path}: the tensor '{key}' stands in {files[key].name} too")
-                    shapes[key] = tuple(stream.get_slice(key).get_shape())
-                    files[key] = path
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} cannot be read", why=str(error)) from None
-    return shapes, files
+    if not index.exists():
+        return _read_header(folder / WEIGHTS)
+    table = read_json(index)
+    owner = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(owner, dict) or not owner or not all(isinstance(name, str) for name in owner.values()):
+        raise InputError(f"{index} has no 'weight_map' from tensors to files")
+    shards = sorted(set(owner.values()))
+    if not all(_SHARD.fullmatch(name) for name in shards):
+        raise InputError(f"{index} names files outside its own folder, or no .safetensors files")
+    places: dict[str, Place] = {}
+    for shard in shards:
+        for key, place in _read_header(folder / shard).items():
+            if key in places:
+                raise InputError(f"{place.path}: the tensor '{key}' stands in {places[key].path.name} too")
+            if owner.get(key) != shard:
+                raise InputError(f"{place.path}: the tensor '{key}' stands here, but {INDEX} says otherwise")
+            places[key] = place
+    for key in owner.keys() - places.keys():
+        raise InputError(f"{folder / owner[key]} lacks the tensor '{key}', which {INDEX} places there")
+    return places
 
 
-def _by_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
-    """PEFT's rule: the first key that, as a regular expression, ends the module's name at a dot."""
-    for key, value in pattern.items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        except re.error as error:
-            raise InputError(f"the pattern {key!r} is not a regular expression", why=str(error)) from None
-    return default
+def _read_header(path: Path) -> dict[str, Place]:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist", fix="save the adapter as safetensors; .bin files are not read")
+    return read_header(path)

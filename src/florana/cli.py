@@ -188,6 +188,11 @@ def merge(
     elif console:
         console.print(merge_table(result))
         console.print(merge_line(result), highlight=False, soft_wrap=True)
+        terms = sum(max(source.ranks) for source in result.sources)
+        if result.rank > terms:
+            console.print(f"note: the sum has rank {terms} at most, the rest is zeros: --rank {terms} is as exact")
+        if len({adapter.resolve() for adapter in adapters}) < len(adapters):
+            console.print("note: an adapter is given more than once and counts as often")
         console.print(
             f"adapter: {out} (PEFT loads it as it is; README.md says how it was made)", highlight=False, soft_wrap=True
         )
@@ -213,6 +218,9 @@ def inspect(
     elif console:
         for table in inspection_tables(result):
             console.print(table)
+        bases = sorted({sheet.base_model for sheet in result.sheets})
+        if len(bases) > 1:
+            console.print(f"note: they name different base models ({', '.join(bases)}); merge will ask for --base")
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ from florana import linalg
 from florana.adapter_reader import AdapterReader, open_adapter
 from florana.aggregate.error import measure
 from florana.aggregate.inputs import normalised
-from florana.errors import RecipeError
 from florana.factors import LoraFactors
 from florana.merge import RULES, common_card, contributions_of
+from florana.merged import check_weights, names_of
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ def inspect(folders: Sequence[Path], weights: Sequence[float] | None = None) -> 
     Raises:
         RecipeError: as many weights as folders are needed. InputError: a folder cannot be read or does not fit.
     """
-    if weights is not None and len(weights) != len(folders):
-        raise RecipeError(f"{len(weights)} weights for {len(folders)} adapters", fix="give one weight per adapter")
+    check_weights(weights, len(folders))
     readers = [open_adapter(folder) for folder in folders]
     if len(readers) > 1:
         common_card(readers, base=readers[0].card.base_model)
@@ -120,7 +119,7 @@ def inspect(folders: Sequence[Path], weights: Sequence[float] | None = None) -> 
             for rank in ranks
         ]
     return Inspection(
-        sheets=[_sheet(reader, math.sqrt(n), d) for reader, n, d in zip(readers, norms, dtypes, strict=True)],
+        sheets=[_sheet(*s) for s in zip(names_of(folders), readers, map(math.sqrt, norms), dtypes, strict=True)],
         overlap=[[float(value) for value in row] for row in overlap],
         energy={rank: 1.0 - tail / whole if whole else 1.0 for rank, tail in tails.items()},
         choices=sorted(choices, key=lambda choice: (choice.bytes, -choice.error)),
@@ -172,13 +171,13 @@ def _overlap(pairs: Sequence[LoraFactors]) -> Tensor:
     return result
 
 
-def _sheet(reader: AdapterReader, norm: float, dtypes: set[str]) -> Sheet:
+def _sheet(name: str, reader: AdapterReader, norm: float, dtypes: set[str]) -> Sheet:
     modules = reader.modules.values()
     variant = "rsLoRA" if reader.card.rslora else "LoRA"
     if reader.card.lora_bias:
         variant += " with bias"
     return Sheet(
-        name=reader.folder.resolve().name,
+        name=name,
         base_model=reader.card.base_model,
         variant=variant,
         ranks=tuple(sorted({module.rank for module in modules})),
@@ -187,6 +186,6 @@ def _sheet(reader: AdapterReader, norm: float, dtypes: set[str]) -> Sheet:
         modules=len(reader.modules),
         extra=tuple(reader.extra),
         parameters=sum(module.rank * sum(module.shape) for module in modules),
-        bytes=sum(path.stat().st_size for path in set(reader.files.values())),
+        bytes=sum(path.stat().st_size for path in reader.files()),
         norm=norm,
     )

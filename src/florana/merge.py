@@ -1,31 +1,37 @@
 """Merging adapters on disk: PEFT folders in, one PEFT folder out, with the error that the merge made.
 
-Module by module: at no time is more than one module of all adapters in memory, beside the result. The target is the
+Module by module: beside the result, no more than one module per thread (four at most) is in memory. The target is the
 true weighted sum of the adapters' updates, sum_u w_u s_u B_u A_u; `stack` reaches it exactly, `best-rank` as nearly as
 the rank allows.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from florana.adapter_files import write_adapter
 from florana.adapter_reader import AdapterCard, AdapterReader, open_adapter
-from florana.aggregate.error import ModuleError, measure
+from florana.aggregate.error import ModuleError
 from florana.aggregate.inputs import normalised
 from florana.aggregate.mean import mean
+from florana.aggregate.measured import Answer, judged, relative
+from florana.aggregate.measured import nearest as nearest_pair
 from florana.aggregate.mix import mix
 from florana.aggregate.project import best_rank
 from florana.aggregate.stack import stack
 from florana.errors import InputError, RecipeError, nearest
 from florana.factors import Adapter, Contribution, LoraFactors
+from florana.merged import Merged, Source, check_weights, model_card, names_of
 
 Rule = Callable[[Sequence[Contribution], int], Adapter]
 
@@ -38,32 +44,6 @@ RULES: dict[str, Rule] = {
 """Name -> the rule, of the contributions and the wanted rank (which only `best-rank` is free to choose)."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Source:
-    """One merged adapter: the name of its folder, its share of the sum, its ranks, the digests of its files."""
-
-    name: str
-    weight: float
-    ranks: tuple[int, ...]
-    sha256: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What a merge did. `error` and `optimum` are relative, over all modules; `modules` holds each one's."""
-
-    method: str
-    rank: int
-    error: float
-    optimum: float
-    modules: Mapping[str, ModuleError]
-    sources: Sequence[Source]
-
-    def to_json(self) -> dict[str, Any]:
-        """The merge as JSON's own types."""
-        return asdict(self)
 
 
 def merge(
@@ -95,75 +75,84 @@ def merge(
     _check(folders, out, method, rank, weights, dtype)
     readers = [open_adapter(folder) for folder in folders]
     card = common_card(readers, base)
-    parts_weights = normalised(list(zip(map(str, folders), weights or [1.0] * len(folders), strict=True)))
+    shares = normalised(list(zip(map(str, folders), weights or [1.0] * len(folders), strict=True)))
     wanted = rank if rank is not None else max(m.rank for reader in readers for m in reader.modules.values())
-    modules: dict[str, LoraFactors] = {}
-    errors: dict[str, ModuleError] = {}
+    answers: dict[str, Answer] = {}
     extra: dict[str, Tensor] = {}
-    squares: list[tuple[float, float, float]] = []
     names = list(readers[0].modules)
-    for count, name in enumerate(names, start=1):
-        parts, widest = contributions_of(readers, parts_weights, name)
-        answer = RULES[method](parts, wanted)
-        own_dtype = DTYPES[dtype] if dtype else widest
-        pair = answer.modules[name]
-        stored = LoraFactors(B=pair.B.to(own_dtype), A=pair.A.to(own_dtype), scaling=pair.scaling)
-        error = measure(parts, Adapter({name: stored}))
-        errors[name] = error.modules[name]
-        squares.append((error.error, error.optimum, error.norm))
-        modules[name] = stored
-        bias = _bias(readers, parts_weights, name, pair.scaling)
-        if bias is not None:
-            extra[f"{name}.lora_B.bias"] = bias.to(own_dtype)
-        done(count, len(names))
-    for name in readers[0].extra:
-        extra[name] = _mean_tensor(readers, parts_weights, name)
-    total = math.fsum(size**2 for _, _, size in squares)
-    merged = Merged(
-        method=method,
-        rank=max(pair.rank for pair in modules.values()),
-        error=math.sqrt(math.fsum((e * size) ** 2 for e, _, size in squares) / total) if total else 0.0,
-        optimum=math.sqrt(math.fsum((o * size) ** 2 for _, o, size in squares) / total) if total else 0.0,
-        modules=errors,
-        sources=[_source(reader, weight) for reader, weight in zip(readers, parts_weights, strict=True)],
-    )
-    write_adapter(out, Adapter(modules, extra), card, model_card(merged, card))
+
+    def one(name: str) -> Answer:
+        return _answer(readers, shares, name, method, wanted, DTYPES[dtype] if dtype else widest_dtype(readers, name))
+
+    with _workers() as workers, ThreadPoolExecutor(max_workers=1) as hashing:
+        digests = hashing.map(AdapterReader.sha256, readers)  # in step with the work: it needs no interpreter
+        try:
+            for count, (name, answer) in enumerate(zip(names, workers.map(one, names), strict=True), start=1):
+                answers[name] = answer
+                bias = _bias(readers, shares, name, answer.pair.scaling)
+                if bias is not None:
+                    extra[f"{name}.lora_B.bias"] = bias.to(answer.pair.B.dtype)
+                done(count, len(names))
+            for name in readers[0].extra:
+                extra[name] = _mean_tensor(readers, shares, name)
+            sources = [_source(*item) for item in zip(names_of(folders), readers, shares, digests, strict=True)]
+        except BaseException:  # what waits is not begun any more
+            hashing.shutdown(wait=False, cancel_futures=True)
+            workers.shutdown(wait=False, cancel_futures=True)
+            raise
+    merged = _merged(method, answers, sources)
+    modules = {name: answer.pair for name, answer in answers.items()}
+    try:
+        write_adapter(out, Adapter(modules, extra), card, model_card(merged, card))
+    except OSError as error:
+        raise RecipeError(f"--out {out} cannot be written", why=error.strerror or str(error)) from None
     return merged
 
 
-def model_card(merged: Merged, card: AdapterCard) -> str:
-    """The README.md of the merged folder: what went in, by what rule, how exact; the same inputs give the same text."""
-    rows = [
-        f"| {source.name} | {source.weight:.4f} | {', '.join(map(str, source.ranks))} |" for source in merged.sources
-    ]
-    worst = sorted(merged.modules.items(), key=lambda item: (-item[1].error, item[0]))[:5]
-    digests = [f"- {s.name}/{name}: {digest}" for s in merged.sources for name, digest in s.sha256.items()]
-    return "\n".join(
-        [
-            "---",
-            f"base_model: {card.base_model}",
-            "library_name: peft",
-            "tags: [lora, merge, florana]",
-            "---",
-            "",
-            f"# {len(merged.sources)} LoRA adapters merged by {merged.method}",
-            "",
-            f"Rank {merged.rank}. Relative error against the exact weighted sum of the adapters' updates: "
-            f"{merged.error:.6f}; the least any adapter of that rank has: {merged.optimum:.6f}.",
-            "",
-            "| adapter | weight | ranks |",
-            "|---|---:|---:|",
-            *rows,
-            "",
-            "The modules with the largest errors:",
-            "",
-            *(f"- {name}: {error.error:.6f} (optimum {error.optimum:.6f})" for name, error in worst),
-            "",
-            "Digests of the inputs:",
-            "",
-            *digests,
-            "",
-        ]
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that take one module each, as many as torch would use within one, four at most for the memory's sake.
+
+    Modules are many and small: side by side they keep the cores busier than each does alone, and what comes out does
+    not depend on how many threads there were.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(max_workers=min(threads, 4)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _answer(
+    readers: Sequence[AdapterReader],
+    shares: Sequence[float],
+    name: str,
+    method: str,
+    rank: int,
+    dtype: torch.dtype,
+) -> Answer:
+    """One module merged and judged. For best-rank the adapters' factors are read and let go one by one."""
+    if method == "best-rank":
+        return nearest_pair(((w, reader.pair(name)) for w, reader in zip(shares, readers, strict=True)), rank, dtype)
+    parts, _ = contributions_of(readers, shares, name)
+    pair = RULES[method](parts, rank).modules[name]
+    stored = LoraFactors(B=pair.B.to(dtype), A=pair.A.to(dtype), scaling=pair.scaling)
+    return judged(((part.weight, part.adapter.modules[name]) for part in parts), stored)
+
+
+def _merged(method: str, answers: Mapping[str, Answer], sources: Sequence[Source]) -> Merged:
+    whole = math.fsum(answer.whole for answer in answers.values())
+    return Merged(
+        method=method,
+        rank=max(answer.pair.rank for answer in answers.values()),
+        error=relative(math.fsum(answer.missed for answer in answers.values()), whole) if whole else 0.0,
+        optimum=relative(math.fsum(answer.least for answer in answers.values()), whole) if whole else 0.0,
+        modules={
+            name: ModuleError(a.error, a.optimum, a.whole / whole if whole else 0.0) for name, a in answers.items()
+        },
+        sources=sources,
     )
 
 
@@ -181,12 +170,16 @@ def _check(
         raise RecipeError(f"--rank {rank} is not at least 1")
     if rank is not None and method != "best-rank":
         raise RecipeError(f"--rank has no meaning for '{method}'", fix="leave it out, or use --method best-rank")
-    if weights is not None and len(weights) != len(folders):
-        raise RecipeError(f"{len(weights)} weights for {len(folders)} adapters", fix="give one weight per adapter")
+    if not folders:
+        raise RecipeError("no adapter was given")
+    check_weights(weights, len(folders))
     if dtype is not None and dtype not in DTYPES:
         raise RecipeError(f"there is no dtype '{dtype}'", fix=nearest(dtype, DTYPES))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"--out {out} exists already", fix="name a new folder")
+    above = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):  # said now, not after the work
+        raise RecipeError(f"--out {out} cannot be made", why=f"{above} is no folder that can be written to")
 
 
 def common_card(readers: Sequence[AdapterReader], base: str | None) -> AdapterCard:
@@ -231,9 +224,7 @@ def contributions_of(
 ) -> tuple[list[Contribution], torch.dtype]:
     """One module of every adapter as contributions in float32 or wider, and the widest dtype among them."""
     pairs = [reader.pair(name) for reader in readers]
-    widest = pairs[0].A.dtype
-    for pair in pairs:
-        widest = torch.promote_types(widest, pair.A.dtype)
+    widest = widest_dtype(readers, name)
     wide = torch.promote_types(widest, torch.float32)
     parts = [
         Contribution(
@@ -244,6 +235,11 @@ def contributions_of(
         for reader, pair, weight in zip(readers, pairs, weights, strict=True)
     ]
     return parts, widest
+
+
+def widest_dtype(readers: Sequence[AdapterReader], name: str) -> torch.dtype:
+    """The type that holds every adapter's factors of one module without loss."""
+    return functools.reduce(torch.promote_types, (reader.dtype(name) for reader in readers))
 
 
 def _bias(readers: Sequence[AdapterReader], weights: Sequence[float], name: str, scaling: float) -> Tensor | None:
@@ -269,6 +265,6 @@ def _mean_tensor(readers: Sequence[AdapterReader], weights: Sequence[float], nam
     return torch.as_tensor(total).to(tensors[0].dtype)
 
 
-def _source(reader: AdapterReader, weight: float) -> Source:
+def _source(name: str, reader: AdapterReader, weight: float, sha256: Mapping[str, str]) -> Source:
     ranks = tuple(sorted({module.rank for module in reader.modules.values()}))
-    return Source(reader.folder.resolve().name, weight, ranks, reader.sha256())
+    return Source(name, weight, ranks, sha256)

@@ -24,7 +24,7 @@ from florana.report.page import number, seconds, size
 
 if TYPE_CHECKING:
     from florana.inspection import Inspection
-    from florana.merge import Merged
+    from florana.merged import Merged
     from florana.plan import Plan
     from florana.study.table import Comparison
 
