@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,6 @@ def test_a_method_of_ones_own_must_keep_the_contract(
 ) -> None:
     with pytest.raises(RecipeError) as caught:
         plan_of(check(small, "t"), methods=[f"{own}:{function}"])
-    import re
-
     assert re.search(message, str(caught.value)), str(caught.value)
 
 
@@ -209,7 +208,8 @@ def test_the_tables_figures_are_those_of_the_runs(done: tuple[Plan, Path, dict[s
         assert (out / name).exists()
     text = page.read_text()
     assert "orthonormal directions" in text
-    assert "http" not in text.replace("http://www.w3.org", "")
+    assert "<script" not in text
+    assert not re.search(r"(src|href)=.http", text)
     assert {row["method"] for row in swapped["table"]} >= {"fedit", "best-rank", "fine", "oracle"}
 
 
