@@ -120,10 +120,12 @@ def peft_model(parts: Sequence[Contribution], rank: int) -> object:
     return model
 
 
-def peft_cat(model: object, parts: Sequence[Contribution]) -> Adapter:
-    """`add_weighted_adapter(combination_type="cat")`: the stack, rank U r, exact."""
-    names = [part.client for part in parts]
-    model.base_model.add_weighted_adapter(names, inputs.shares(parts), "merged", combination_type="cat")  # type: ignore[attr-defined]
+def peft_merged(model: object, parts: Sequence[Contribution], kind: str, rank: int) -> Adapter:
+    """`add_weighted_adapter(combination_type=kind)`: `cat` is the stack, rank U r, exact; `svd` a dense one."""
+    names, options = [part.client for part in parts], {"svd_rank": rank} if kind == "svd" else {}
+    model.base_model.add_weighted_adapter(  # type: ignore[attr-defined]
+        names, inputs.shares(parts), "merged", combination_type=kind, **options
+    )
     layer = model.base_model.model._modules[FACTOR]  # type: ignore[attr-defined]
     B, A = layer.lora_B["merged"].weight.detach().clone(), layer.lora_A["merged"].weight.detach().clone()
     pair = LoraFactors(B, A, layer.scaling["merged"])
@@ -157,11 +159,14 @@ def peers(parts: Sequence[Contribution], rank: int, dense_svd: bool) -> list[Pee
         Peer("flora-na, als from the factors", lambda: mix(parts, way=as_factors).adapter, 2 * rank * reads, read),
         Peer("flora-na, gradient fit of p, q", fitted, cross, read, True),
         Peer("FedEx-LoRA, dense residual", lambda: fedex(parts), 2.0 * total * whole, read + 8.0 * whole, many),
-        Peer("PEFT add_weighted_adapter cat", lambda: peft_cat(model, parts), 0.0, 2 * count * one),
+        Peer("PEFT add_weighted_adapter cat", lambda: peft_merged(model, parts, "cat", rank), 0.0, 2 * count * one),
     ]
     if dense_svd:  # bidiagonalisation and both sets of vectors: about 22 n^3
         flops = 2.0 * total * whole + 22.0 * min(out, into) * whole
         found.append(Peer("FlexLoRA, dense SVD", lambda: flexlora(parts, rank), flops, read + 16.0 * whole, True))
+        merged = Peer("PEFT add_weighted_adapter svd", lambda: peft_merged(model, parts, "svd", rank), flops,
+                      read + 16.0 * whole, True)  # fmt: skip
+        found.append(merged)
     return found
 
 
@@ -226,8 +231,7 @@ def table(parts: Sequence[Contribution], rank: int, repeats: int, dense_svd: boo
         factor = times["FlexLoRA, dense SVD"][0] / times["best-rank, power"][0]
         print(f"best-rank by power is {factor:.0f} x faster than the dense SVD")
     else:
-        print("FlexLoRA's dense SVD: not run again; its cost hardly depends on the number of clients")
-    print("PEFT add_weighted_adapter svd: not run; a dense SVD (full_matrices=True) after U dense products, so minutes")
+        print("The dense SVDs (FlexLoRA's, PEFT's): not run again; their cost hardly depends on the number of clients")
 
 
 def real(folder: Path) -> None:
