@@ -24,9 +24,9 @@ FLOORS = [
     {"recipe", "recipe_file", "federation", "merge"},
     {"engine", "train", "run_folder", "inspection"},
     {"run"},
-    {"plan", "report", "study"},
-    {"screen", "demo"},
-    {"cli_compare"},
+    {"plan", "plan_model", "report", "study"},
+    {"screen", "screen_study", "demo"},
+    {"cli_adapters", "cli_compare", "cli_plan"},
     {"cli", "__init__", "__main__"},
 ]
 INSIDE = {  # within one floor or room: who may import whom
@@ -47,8 +47,8 @@ ROOMS = {
     "matplotlib": {"report"},
     "jinja2": {"report"},
     "safetensors": {"tensor_files", "federation"},
-    "typer": {"cli", "cli_compare"},
-    "rich": {"screen", "cli", "cli_compare"},
+    "typer": {"cli", "cli_adapters", "cli_compare", "cli_plan"},
+    "rich": {"screen", "screen_study", "cli"},
     "pydantic": {"recipe", "recipe_file"},
     "flwr": set(),
 }

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from florana.cli_adapters import inspect, merge
 from florana.cli_compare import compare
+from florana.cli_plan import plan
 from florana.errors import FloranaError, RecipeError
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ app = typer.Typer(
     add_completion=False,
 )
 
-app.command()(compare)
+for _verb in (merge, inspect, compare, plan):
+    app.command()(_verb)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 
@@ -57,9 +60,9 @@ def demo(
     _prepare_demo_folder(out, replace)
     from florana.demo.demo import CLIENTS, STEPS, STRATEGIES, run_demo
     from florana.report.views import summary, views
-    from florana.screen import Screen, summary_table
+    from florana.screen import Screen, console_of, summary_table
 
-    console = _console(as_json)
+    console = console_of(as_json)
     if console:
         console.print(
             f"florana demo: the docstrings of Python's standard library, ten topics, {CLIENTS} clients; "
@@ -100,7 +103,9 @@ def run(
 
     resolved = read_recipe(recipe, assign or [])
     folder = out or Path("runs") / recipe.stem
-    console = _console(as_json)
+    from florana.screen import console_of
+
+    console = console_of(as_json)
     if dry_run:
         _print_plan(resolved, console)
         return
@@ -141,86 +146,16 @@ def report(
     """
     from florana.report.page import write_report
     from florana.report.views import summary, views
-    from florana.screen import summary_table
+    from florana.screen import console_of, summary_table
 
     path = write_report(runs, out, title)
     rows = summary(views(runs))
-    console = _console(as_json)
+    console = console_of(as_json)
     if as_json:
         typer.echo(json.dumps({"runs": rows, "report": str(path)}, indent=1))
     elif console:
         console.print(summary_table(rows, title or "runs", console.width))
         console.print(f"report: {path}", highlight=False, soft_wrap=True)
-
-
-@app.command()
-def merge(
-    adapters: Annotated[list[Path], typer.Argument(help="PEFT LoRA folders on one base model.")],
-    out: Annotated[Path, typer.Option(help="A new folder for the merged adapter.")],
-    method: Annotated[str, typer.Option(help="best-rank, stack (exact), flora-na or fedit.")] = "best-rank",
-    rank: Annotated[int | None, typer.Option(help="Of the result, for best-rank. Default: the largest.")] = None,
-    weights: Annotated[str | None, typer.Option(help="One per adapter, like 3,1,1. Default: equal.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the widest.")] = None,
-    base: Annotated[str | None, typer.Option(help="The base model's name in the result.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Merge LoRA adapters exactly, or as exactly as a rank allows, and say how exactly that is.
-
-    Example: florana merge north south west --weights 1200,800,400 --rank 16 --out merged
-    """
-    from florana.merge import merge as merge_folders
-    from florana.screen import counting, merge_line, merge_table
-
-    console = _console(as_json)
-    with counting(console, "merging", "modules") as done:
-        result = merge_folders(
-            adapters,
-            out,
-            method=method,
-            rank=rank,
-            weights=_numbers(weights),
-            dtype=dtype,
-            base=base,
-            done=done,
-        )
-    if as_json:
-        typer.echo(json.dumps({**result.to_json(), "out": str(out)}, indent=1))
-    elif console:
-        console.print(merge_table(result))
-        console.print(merge_line(result), highlight=False, soft_wrap=True)
-        terms = sum(max(source.ranks) for source in result.sources)
-        if result.rank > terms:
-            console.print(f"note: the sum has rank {terms} at most, the rest is zeros: --rank {terms} is as exact")
-        if len({adapter.resolve() for adapter in adapters}) < len(adapters):
-            console.print("note: an adapter is given more than once and counts as often")
-        console.print(
-            f"adapter: {out} (PEFT loads it as it is; README.md says how it was made)", highlight=False, soft_wrap=True
-        )
-
-
-@app.command()
-def inspect(
-    adapters: Annotated[list[Path], typer.Argument(help="PEFT LoRA folders.")],
-    weights: Annotated[str | None, typer.Option(help="One per adapter, like 3,1,1. Default: equal.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Show what adapters are, how far apart they are, and what each way of merging them would lose.
-
-    Example: florana inspect north south west
-    """
-    from florana.inspection import inspect as inspect_folders
-    from florana.screen import inspection_tables
-
-    result = inspect_folders(adapters, _numbers(weights))
-    console = _console(as_json)
-    if as_json:
-        typer.echo(json.dumps(result.to_json(), indent=1))
-    elif console:
-        for table in inspection_tables(result):
-            console.print(table)
-        bases = sorted({sheet.base_model for sheet in result.sheets})
-        if len(bases) > 1:
-            console.print(f"note: they name different base models ({', '.join(bases)}); merge will ask for --base")
 
 
 def main() -> None:
@@ -246,24 +181,9 @@ def main() -> None:
         sys.exit(1)
 
 
-def _console(as_json: bool) -> Console | None:
-    from rich.console import Console
-
-    return None if as_json else Console(width=None if sys.stdout.isatty() else 140)
-
-
 def _complain(text: str) -> None:
     for index, line in enumerate(text.splitlines()):
         typer.secho(("error: " if index == 0 else "  ") + line, fg="red" if index == 0 else None, err=True)
-
-
-def _numbers(text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(word) for word in text.split(",")]
-    except ValueError:
-        raise RecipeError(f"--weights {text!r} is not a list of numbers", fix="for example --weights 3,1,1") from None
 
 
 def _prepare_demo_folder(out: Path, replace: bool) -> None:
@@ -280,11 +200,11 @@ def _prepare_demo_folder(out: Path, replace: bool) -> None:
 
 
 def _print_plan(recipe: Recipe, console: Console | None) -> None:
-    from florana.plan import plan
+    from florana.plan import plan as plan_run
     from florana.run import prepare
     from florana.screen import plan_table
 
-    result = plan(recipe, prepare(recipe))
+    result = plan_run(recipe, prepare(recipe))
     if console:
         console.print(plan_table(result))
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -30,8 +29,6 @@ def compare(
 
     Example: florana compare recipes/study-small.toml --seeds 3
     """
-    from rich.console import Console
-
     from florana.recipe_file import read_recipe
     from florana.study.cells import plan_of, split_methods
 
@@ -43,11 +40,12 @@ def compare(
         ranks=[int(number) for number in _numbers(ranks, "--ranks")],
     )
     folder = out or Path("studies") / recipe.stem
-    from florana.screen import study_progress, study_table
+    from florana.screen import console_of
+    from florana.screen_study import study_progress, study_table
     from florana.study.publish import publish
     from florana.study.work import execute_study, rounds_left
 
-    console = None if as_json else Console(width=None if sys.stdout.isatty() else 200)
+    console = console_of(as_json, width=200)
     left = rounds_left(plan, folder)
     if console:
         console.print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
     from florana.inspection import Inspection
     from florana.merged import Merged
     from florana.plan import Plan
-    from florana.study.table import Comparison
+
+
+def console_of(as_json: bool, width: int = 140) -> Console | None:
+    """Where to print: the terminal, a page of `width` columns where there is none, or nowhere (`--json`)."""
+    return None if as_json else Console(width=None if sys.stdout.isatty() else width)
 
 
 class Screen:
@@ -250,42 +255,3 @@ def duration(value: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-@contextmanager
-def study_progress(console: Console | None, rounds: int) -> Iterator[Callable[[int, str], None]]:
-    """A bar over all rounds of a study with the time left; without a terminal, a line each tenth of the way."""
-    if console is None:
-        yield lambda count, name: None
-        return
-    if not console.is_terminal:
-        done = 0
-
-        def say(count: int, name: str) -> None:
-            nonlocal done
-            before, done = done, done + count
-            if rounds and done * 10 // rounds > before * 10 // rounds:
-                console.print(f"{done} of {rounds} rounds", highlight=False)
-
-        yield say
-        return
-    columns = (TextColumn("[bold]comparing"), BarColumn(), MofNCompleteColumn(), TextColumn("rounds"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[name]}"),
-                  console=console, transient=True) as progress:  # fmt: skip
-        task = progress.add_task("", total=rounds, name="")
-        yield lambda count, name: progress.update(task, advance=count, name=name)
-
-
-def study_table(comparison: Comparison, width: int) -> Table:
-    """The study's rows; on a narrow screen the figures a reader looks at first."""
-    from florana.study.table import HEADS, cells_of
-
-    chosen = list(range(len(HEADS))) if width >= 190 else [0, 1, 2, 3, 4, 5, 8, 10, len(HEADS) - 1]
-    chosen = chosen if width >= 100 else [1, 2, 3, 8]
-    table = Table(title=f"{comparison.metric}, mean ± half the 95 % interval over seeds", title_justify="left")
-    for index in chosen:
-        table.add_column(HEADS[index], justify="left" if index < 2 else "right")
-    for row in comparison.rows:
-        cells = cells_of(row)
-        table.add_row(*(cells[index] for index in chosen))
-    return table

@@ -63,6 +63,9 @@ class Facts:
         mixed_ranks: what a client of a lower rank gets, or why all must have one rank.
         secure_aggregation: whether the server can work on sums alone; if not, why.
         noise: how noise added to what is sent (differential privacy) enters the result.
+        trained: how many numbers a client trains per module.
+        residual: (clients, rank, rounds) -> the most terms the frozen part can have by then, before the module's own
+            sides bound it.
         one_model: False for methods without a global product; they have no global score and no aggregation error.
     """
 
@@ -77,4 +80,6 @@ class Facts:
     mixed_ranks: str = "refused: factors are combined entry by entry"
     secure_aggregation: str = "no: needs every client's factors"
     noise: str = "in both factors: a product of noises remains"
+    trained: Callable[[Size], int] = PAIR.of
+    residual: Callable[[int, int, int], int] = lambda clients, rank, rounds: 0
     one_model: bool = True

@@ -28,6 +28,7 @@ FACTS = facts.Facts(
     exact="exact",
     client_state="none: the fixed factors come from the recipe's seed and the base weights",
     mixed_ranks="refused: all clients share the fixed factors",
+    trained=facts.CORE.of,
     secure_aggregation="yes: sums of R",
     noise="in R alone: linear, in the fewest dimensions; a first gradient must be accounted for",
 )

@@ -25,6 +25,7 @@ FACTS = facts.Facts(
     exact="exact, or the residual's tail where its rank is bounded",
     base="moves, as a factored residual of rank k",
     noise="in both factors: a product of noises, in the base for good",
+    residual=lambda clients, rank, rounds: (clients - 1) * rank * rounds,
 )
 
 

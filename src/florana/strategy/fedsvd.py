@@ -24,6 +24,7 @@ FACTS = facts.Facts(
     exact="exact",
     mixed_ranks="refused: all clients train B against one A",
     secure_aggregation="yes: sums of B",
+    trained=facts.ONLY_B.of,
     noise="in B alone: linear; the decomposition is post-processing",
 )
 WORK = work(trains=["B"], up=["B"], down=["A", "B"])

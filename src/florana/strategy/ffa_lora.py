@@ -24,6 +24,7 @@ FACTS = facts.Facts(
     client_state="none: A comes from the recipe's seed",
     mixed_ranks="the first columns of B, with the first rows of A",
     secure_aggregation="yes: sums of B",
+    trained=facts.ONLY_B.of,
     noise="in B alone: linear",
 )
 WORK = work(trains=["B"], up=["B"], down=["B"])

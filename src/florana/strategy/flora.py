@@ -32,6 +32,7 @@ FACTS = facts.Facts(
     base="moves, as a factored residual of rank k",
     mixed_ranks="the first rows of the fresh A",
     noise="in both factors, and in the base for good",
+    residual=lambda clients, rank, rounds: clients * rank * rounds,
 )
 WORK = work(trains=["A", "B"], up=["A", "B"], down=["A"])
 

@@ -28,6 +28,7 @@ FACTS = facts.Facts(
     base="moves, as a factored residual of rank k",
     secure_aggregation="yes: sums of A and of B",
     noise="in both factors: a product of noises, in the base for good",
+    residual=lambda clients, rank, rounds: rank * (rounds + 1),
 )
 WORK = work(trains=["A", "B"], up=["A", "B"], down=[])
 

@@ -29,6 +29,7 @@ FACTS = facts.Facts(
     exact="exact",
     base="a frozen part beside the pair, new in every round",
     mixed_ranks="the best adapter of its own rank; all the rest frozen beside it",
+    residual=lambda clients, rank, rounds: (clients * rounds - 1) * rank,
 )
 
 

@@ -28,6 +28,7 @@ FACTS = facts.Facts(
     exact="exact",
     client_state="none: the fixed factors come from the recipe's seed",
     mixed_ranks="refused: all clients share the fixed factors",
+    trained=facts.CORE.of,
     secure_aggregation="yes: sums of s H",
     noise="in s H alone: linear",
 )

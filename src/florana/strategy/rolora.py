@@ -24,6 +24,7 @@ FACTS = facts.Facts(
     mixed_ranks="refused: rows of A are averaged one by one",
     secure_aggregation="yes: sums of one factor",
     noise="linear in each round",
+    trained=facts.IN_TURN.of,
 )
 TRAIN_B = work(trains=["B"], up=["B"], down=["A", "B"])
 TRAIN_A = work(trains=["A"], up=["A"], down=["A", "B"])
