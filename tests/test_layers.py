@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "florana"
 FLOORS = [
     {"errors"},
     {"factors"},
-    {"linalg", "adapter_reader"},
+    {"linalg", "adapter_reader", "score"},
     {"adapter_files"},
     {"aggregate"},
     {"strategy"},
