@@ -145,7 +145,7 @@ def _watch(settings: Mapping[str, Any], reader: int, seconds: float, token: str)
         process = subprocess.Popen(
             [sys.executable, "-s", "-P", "-B", sandbox.__file__, repr(dict(settings))],
             cwd=settings["folder"],
-            # Not -I, which would ignore the hash seed: with it, sets of strings have one order and verdicts do not vary.
+            # Not -I, which ignores the hash seed: with it, sets of strings have one order and verdicts do not vary.
             # One thread: numpy begins its threads on import, and a program may have none.
             env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,

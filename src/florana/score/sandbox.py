@@ -188,8 +188,7 @@ def _run(settings: dict[str, Any]) -> None:
         for name in ("program", "tests"):
             source = os.pread(settings["control"], settings[name], place).decode()
             place += settings[name]
-            tree = compile(source, f"<{name}>", "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
-            exec(compile(tree, f"<{name}>", "exec", dont_inherit=True), module.__dict__)
+            exec(compile(source, f"<{name}>", "exec", dont_inherit=True), module.__dict__)
         os.write(settings["result"], b"\n" + os.pread(settings["control"], 64, place) + b"\n")
     except BaseException as error:
         _say(settings, {"reason": _reason(error), "detail": _detail(error)})
