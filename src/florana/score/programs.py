@@ -55,6 +55,9 @@ class Limits:
     open_files: int = 64
 
 
+STANDARD = Limits()
+
+
 @dataclass(frozen=True)
 class Verdict:
     """How a program did.
@@ -70,7 +73,7 @@ class Verdict:
     barriers: tuple[str, ...] = ()
 
 
-def run_program(program: str, tests: str, limits: Limits = Limits(), *, namespaces: bool = True) -> Verdict:
+def run_program(program: str, tests: str, limits: Limits = STANDARD, *, namespaces: bool = True) -> Verdict:
     """Run a program, then its tests in the same module; it has passed when the tests have run to their end.
 
     A token that the tests' end alone writes decides: neither `os._exit(0)` nor a printed text can stand for it. Set
@@ -122,7 +125,7 @@ def run_program(program: str, tests: str, limits: Limits = Limits(), *, namespac
 
 def run_programs(
     pairs: Iterable[tuple[str, str]],
-    limits: Limits = Limits(),
+    limits: Limits = STANDARD,
     *,
     workers: int | None = None,
     done: Callable[[], None] = lambda: None,

@@ -1,21 +1,21 @@
 """The tasks that are scored on what a model writes: their files, prompts, ends of an answer, and figures.
 
-Prompts and stop sequences are those of lm-eval 0.4.13 (`gsm8k`, `hendrycks_math`, `humaneval`, `mbpp`), so that figures can
-be laid beside published ones.
+Prompts and stop sequences are those of lm-eval 0.4.13 (`gsm8k`, `hendrycks_math`, `humaneval`, `mbpp`), so that figures
+can be laid beside published ones.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from florana.errors import InputError, nearest
 from florana.score import answers, code_tasks
-from florana.score.programs import Limits, Verdict, run_programs
+from florana.score.programs import STANDARD, Limits, Verdict, run_programs
 from florana.score.sandbox import BARRIERS
 
 TaskName = Literal["gsm8k", "math", "humaneval", "mbpp"]
@@ -119,7 +119,7 @@ def figures(
     completions: Sequence[Sequence[str]],
     *,
     ks: Sequence[int] = (1,),
-    limits: Limits = Limits(),
+    limits: Limits = STANDARD,
     workers: int | None = None,
 ) -> dict[str, float]:
     """The scores of what a model wrote: one or more completions per row; means over rows.
@@ -177,8 +177,8 @@ def _code_figures(verdicts: Sequence[Verdict], counts: Sequence[int], ks: Sequen
     return scores | {"stopped": stopped, "shut_in": _mean(set(v.barriers) == set(BARRIERS) for v in verdicts)}
 
 
-def _mean(values: Any) -> float:
-    listed = list(values)
+def _mean(values: Iterable[float]) -> float:
+    listed = [float(value) for value in values]
     return sum(listed) / len(listed)
 
 
@@ -202,9 +202,10 @@ def _read(name: str, path: Path) -> list[Row]:
     return [_checked(name, row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
 
 
-def _checked(name: str, row: Any, place: str) -> Row:
-    if not isinstance(row, dict):
+def _checked(name: str, given: Any, place: str) -> Row:
+    if not isinstance(given, dict):
         raise InputError(f"{place} is no JSON object")
+    row: dict[str, Any] = given
     if name == "mbpp" and "prompt" in row:  # the sanitized edition's name for it
         row = {"text": row["prompt"], **row}
     for column in TASKS[name].columns:
