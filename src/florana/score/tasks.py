@@ -78,7 +78,7 @@ def read_problems(name: str, path: Path) -> list[Row]:
     Raises:
         InputError: the file is not there or not JSON, a row lacks a column, or has no answer to compare with.
     """
-    rows = _read(name, path)
+    rows = read_all(name, path)
     if name == "mbpp" and any(row.get("task_id") in MBPP_SHOTS for row in rows):
         return [row for row in rows if row.get("task_id") in MBPP_TEST]
     return rows
@@ -86,7 +86,7 @@ def read_problems(name: str, path: Path) -> list[Row]:
 
 def read_examples(name: str, path: Path) -> list[Row]:
     """The rows that may be shown in a prompt: all of a training file; of MBPP with its ids, those set apart for it."""
-    rows = _read(name, path)
+    rows = read_all(name, path)
     return [row for row in rows if name != "mbpp" or row.get("task_id") in MBPP_SHOTS]
 
 
@@ -182,7 +182,8 @@ def _mean(values: Iterable[float]) -> float:
     return sum(listed) / len(listed)
 
 
-def _read(name: str, path: Path) -> list[Row]:
+def read_all(name: str, path: Path) -> list[Row]:
+    """Every row of a task's file, checked. Raises InputError."""
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
