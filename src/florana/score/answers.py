@@ -98,7 +98,7 @@ def written_answer(text: str) -> str | None:
     if "\\boxed" in text or "\\fbox" in text:
         return boxed(text)
     between = _DOLLARS.search(text)
-    return (between[1] if between else text).strip() or None
+    return (between[1] if between else text).lstrip() or None
 
 
 def same_expression(answer: str | None, gold: str | None) -> bool:
