@@ -36,6 +36,15 @@ MBPP = SHARED / "mbpp" / "mbpp.jsonl"
 QUICK = Limits(seconds=2.5, cpu_seconds=1, memory_mib=256)
 
 
+@pytest.fixture(scope="module")
+def runnable() -> None:
+    """Root is refused where the kernel holds not every barrier; everyone else runs the tests that need programs."""
+    try:
+        run_program("", "")
+    except InputError as error:
+        pytest.skip(str(error))
+
+
 @pytest.mark.shared
 @pytest.mark.parametrize(("split", "count"), [("train", 7473), ("test", 1319)])
 def test_every_gold_answer_of_gsm8k_is_extracted_and_no_corrupted_one(split: str, count: int) -> None:
@@ -142,6 +151,7 @@ def test_math_is_scored_on_the_box_else_on_the_formula_else_on_all() -> None:
     assert written_answer("") is None
 
 
+@pytest.mark.usefixtures("runnable")
 @pytest.mark.shared
 def test_the_reference_solutions_of_humaneval_pass() -> None:
     rows = tasks.read_problems("humaneval", HUMANEVAL)
@@ -150,6 +160,7 @@ def test_the_reference_solutions_of_humaneval_pass() -> None:
     assert scores == {"pass@1": 1.0, "stopped": 0.0, "shut_in": 1.0}
 
 
+@pytest.mark.usefixtures("runnable")
 @pytest.mark.shared
 def test_the_reference_solutions_of_mbpp_pass_and_broken_ones_do_not() -> None:
     """Every sixth of 974 here; `scripts/score_references.py` runs all."""
@@ -173,6 +184,7 @@ def without_bodies(code: str) -> str:
     return ast.unparse(ast.fix_missing_locations(tree))
 
 
+@pytest.mark.usefixtures("runnable")
 @pytest.mark.shared
 @pytest.mark.parametrize("broken", ["    return None\n", "    return (\n", "    raise SystemExit(0)\n", ""])
 def test_broken_solutions_of_humaneval_do_not_pass(broken: str) -> None:
@@ -180,12 +192,14 @@ def test_broken_solutions_of_humaneval_do_not_pass(broken: str) -> None:
     assert tasks.figures("humaneval", rows, [[broken]] * len(rows), workers=2)["pass@1"] == 0.0
 
 
+@pytest.mark.usefixtures("runnable")
 def test_off_by_one_is_a_failure_that_names_the_line() -> None:
     verdict = run_program("def f(x):\n    return x + 1", "assert f(0) == 1\nassert f(1) == 3")
     assert (verdict.passed, verdict.reason) == (False, "failed")
     assert "line 2 of the tests" in verdict.detail
 
 
+@pytest.mark.usefixtures("runnable")
 def test_one_more_process_or_signal_is_refused_by_the_kernel() -> None:
     """Asked once, harmlessly, before any test below does worse."""
     for namespaces in (True, False):
@@ -223,9 +237,12 @@ HOSTILE: dict[str, tuple[str, set[str]]] = {
 }
 
 
+@pytest.mark.usefixtures("runnable")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_program_ends_soon_with_the_right_verdict(name: str) -> None:
     program, reasons = HOSTILE[name]
+    if name == "fills the disk" and run_program("open('/proc/self/status')", "").passed:
+        pytest.skip("this kernel lets nobody make namespaces: the number of files is not limited")
     started = time.monotonic()
     verdict = run_program(program, "", QUICK)
     assert verdict.reason in reasons, verdict
@@ -234,11 +251,28 @@ def test_a_hostile_program_ends_soon_with_the_right_verdict(name: str) -> None:
     assert set(verdict.barriers) == set(BARRIERS)
 
 
+@pytest.mark.usefixtures("runnable")
+def test_a_program_cannot_speak_for_the_harness() -> None:
+    line = b"\n" + repr({"refused": True, "barriers": [], "reason": "timeout"}).encode() + b"\n"
+    program = f"import os\nfor fd in range(3, 64):\n try: os.write(fd, {line!r})\n except OSError: pass"
+    verdict = run_program(program, "assert False", QUICK)
+    assert not verdict.passed
+    assert set(verdict.barriers) == set(BARRIERS)
+
+
+@pytest.mark.usefixtures("runnable")
+def test_a_files_size_is_limited_on_disk_too() -> None:
+    program, reasons = HOSTILE["fills a file"]
+    assert run_program(program, "", QUICK, namespaces=False).reason in reasons
+
+
+@pytest.mark.usefixtures("runnable")
 def test_exits_inside_the_tests_are_no_pass_either() -> None:
     for way in ("import os; os._exit(0)", "raise SystemExit(0)", "import sys; sys.exit()"):
         assert run_program(f"def f():\n    {way}", "assert f() or True").reason == "unfinished"
 
 
+@pytest.mark.usefixtures("runnable")
 @pytest.mark.parametrize("namespaces", [True, False])
 def test_nothing_outside_is_written_and_no_environment_read(
     namespaces: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -275,6 +309,7 @@ def test_root_without_every_barrier_runs_nothing() -> None:
     assert "processes, files" in str(caught.value)
 
 
+@pytest.mark.usefixtures("runnable")
 def test_what_is_common_in_real_answers_works() -> None:
     fine = [
         (
@@ -290,6 +325,7 @@ def test_what_is_common_in_real_answers_works() -> None:
     assert [v.detail for v in verdicts if not v.passed] == []
 
 
+@pytest.mark.usefixtures("runnable")
 def test_a_set_of_strings_has_one_order_so_that_verdicts_do_not_vary() -> None:
     program = "def f(): raise ValueError(' '.join({'a', 'b', 'c', 'd', 'e', 'f'}))"
     assert len({run_program(program, "f()").detail for _ in range(3)}) == 1
@@ -302,6 +338,7 @@ def test_pass_at_k_is_the_mean_over_all_draws(samples: int, passed: int, k: int)
     assert pass_at_k(samples, passed, k) == pytest.approx(brute)
 
 
+@pytest.mark.usefixtures("runnable")
 def test_pass_at_k_of_several_problems_counts_each_problem_once() -> None:
     row = {"prompt": "def f():\n", "test": "def check(g):\n    assert g() == 1", "entry_point": "f"}
     texts = [["    return 1", "    return 2"], ["    return 2", "    return 2"]]
@@ -311,6 +348,7 @@ def test_pass_at_k_of_several_problems_counts_each_problem_once() -> None:
         pass_at_k(2, 1, 3)
 
 
+@pytest.mark.usefixtures("runnable")
 def test_completions_are_cut_at_the_first_stop() -> None:
     row = {"prompt": "def f():\n", "test": "def check(g):\n    assert g() == 1", "entry_point": "f"}
     text = "    return 1\n\nprint(f())\n\ndef other(:"
@@ -472,6 +510,7 @@ def read_back(table: dict[str, Any], folder: Path) -> Any:
     return recipe
 
 
+@pytest.mark.usefixtures("runnable")
 @pytest.mark.shared
 def test_a_run_with_programs(table: dict[str, Any], tmp_path: Path) -> None:
     table["federation"]["rounds"] = 1
@@ -537,6 +576,22 @@ def test_an_exam_that_cannot_be_set_is_explained(
     table["generation"] |= change
     with pytest.raises(InputError, match=words):
         execute(check(table, "r"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.shared
+def test_programs_that_cannot_run_here_are_refused_before_training(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> Verdict:
+        raise InputError("not here")
+
+    monkeypatch.setattr("florana.train.exam.run_program", refuse)
+    table["generation"] = {"task": "humaneval", "file": str(HUMANEVAL), "limit": 1, "max_new_tokens": 4}
+    table["generation"]["run_programs"] = True
+    with pytest.raises(InputError, match="not here"):
+        execute(check(table, "r"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_verdicts_are_frozen() -> None:

@@ -79,7 +79,6 @@ def prepare(recipe: r.Recipe) -> Setup:
     Raises:
         InputError: anything about the model or the data that cannot be read or does not fit.
     """
-    asked = exam(recipe)
     tables = load_tables(recipe.data, recipe.task, recipe.seed)
     rows = texts(tables.train, recipe.data.text)
     lengths = [sum(len(part) for part in row) for row in rows]
@@ -96,7 +95,7 @@ def prepare(recipe: r.Recipe) -> Setup:
         clients={client: _client_data(share, train) for client, share in shares.items()},
         common=tuple(common),
         partition=table_of(shares, classes, tables.labels),
-        exam=asked,
+        exam=exam(recipe, bench),
     )
 
 

@@ -150,7 +150,7 @@ def _watch(settings: Mapping[str, Any], reader: int, seconds: float, token: str)
             cwd=settings["folder"],
             # Not -I, which ignores the hash seed: with it, sets of strings have one order and verdicts do not vary.
             # One thread: numpy begins its threads on import, and a program may have none.
-            env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -13,8 +13,8 @@ from florana import recipe as r
 from florana.errors import InputError
 from florana.federation.sampling import derive
 from florana.score import tasks
-from florana.score.programs import Limits
-from florana.train.generate import generate
+from florana.score.programs import Limits, run_program
+from florana.train.generate import generate, room_for_prompts
 from florana.train.model import Workbench
 
 
@@ -50,11 +50,12 @@ class Exam:
         return scores | {"cut_prompts": written.cut_prompts / len(self.prompts)}
 
 
-def exam(recipe: r.Recipe) -> Exam | None:
-    """The exam a recipe asks for; None without [generation].
+def exam(recipe: r.Recipe, bench: Workbench) -> Exam | None:
+    """The exam a recipe asks for; None without [generation]. What could refuse it after hours of training refuses here.
 
     Raises:
-        InputError: a file cannot be read, a row lacks what the task needs, or there are too few worked examples.
+        InputError: a file cannot be read, a row lacks what the task needs, there are too few worked examples, the
+            model's context has no room for the completions, or programs cannot be run here.
     """
     own = recipe.generation
     if own is None:
@@ -62,6 +63,9 @@ def exam(recipe: r.Recipe) -> Exam | None:
     rows = tasks.read_problems(own.task, Path(own.file))[: own.limit]
     if not rows:
         raise InputError(f"{own.file} has no problem to score", why="of MBPP, the ids 11 to 510 are scored")
+    room_for_prompts(bench, own.max_new_tokens)
+    if tasks.TASKS[own.task].program is not None:
+        run_program("", "")
     examples = _examples(recipe, own, rows)
     asked = tuple(tasks.prompt(own.task, row, examples, own.prompt) for row in rows)
     return Exam(own, tuple(rows), asked, derive(recipe.seed, "exam"))

@@ -44,7 +44,7 @@ def generate(
     Raises:
         InputError: `max_new_tokens` leaves no room for a prompt.
     """
-    room = _room(bench, max_new_tokens)
+    room = room_for_prompts(bench, max_new_tokens)
     encoded = [_encode(bench.tokenizer, text) for text in prompts]
     begin = len(_encode(bench.tokenizer, ""))
     fitting = [ids if len(ids) <= room else ids[:begin] + ids[begin + len(ids) - room :] for ids in encoded]
@@ -64,7 +64,8 @@ def generate(
     )
 
 
-def _room(bench: Workbench, new: int) -> int:
+def room_for_prompts(bench: Workbench, new: int) -> int:
+    """The tokens a prompt may have when `new` ones are to follow. Raises InputError where none is left."""
     context = getattr(bench.model.config, "max_position_embeddings", None) or 2**31
     if new >= context - 1:
         raise InputError(
