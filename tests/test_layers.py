@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "florana"
 FLOORS = [
     {"errors"},
     {"factors"},
-    {"linalg", "tensor_files"},
+    {"linalg", "tensor_files", "score"},
     {"adapter_config"},
     {"adapter_reader"},
     {"adapter_files"},

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from florana.score.tasks import TaskName
 from florana.strategy import builder
 from florana.strategy.base import Strategy
 
@@ -149,6 +150,59 @@ class Study(Section):
     """Rounds whose client adapters are given to every rule in turn (the swap test); empty: the first and the last."""
 
 
+class Generation(Section):
+    """Scoring by what the global model writes: after the last round, and every so many rounds."""
+
+    task: TaskName
+    """Its prompts and figures are those of lm-eval's task of that name (`math`: hendrycks_math)."""
+    file: str
+    """The problems: jsonl or json, also gzipped. Of MBPP, the ids 11 to 510 are scored, as published."""
+    limit: int | None = Field(None, ge=1)
+    """Only the first so many problems."""
+    every: int | None = Field(None, ge=1)
+    """None: after the last round alone."""
+    prompt: str | None = None
+    """A prompt of one's own, with columns in braces: for a model trained on another form."""
+    shots: int = Field(0, ge=0)
+    """Worked examples before each question, the same for all, chosen by the seed (of MBPP: the ids 2, 3, ...)."""
+    examples: str | None = None
+    """The file the worked examples come from; None takes data.train (of MBPP: `file`)."""
+    max_new_tokens: int = Field(256, ge=1)
+    batch_size: int = Field(16, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy."""
+    samples: int = Field(1, ge=1)
+    """Completions per problem; exact_match is their mean."""
+    k: list[Annotated[int, Field(ge=1)]] = Field([1], min_length=1)
+    """pass@k for each of these, of `samples` programs."""
+    run_programs: bool = False
+    """Required for humaneval and mbpp: programs that a model wrote run on this machine."""
+    program_seconds: int = Field(5, ge=1)
+    """Processor time of one program with its tests; by the clock, three times as much."""
+    program_memory: int = Field(1024, ge=64)
+    """MiB of address space."""
+
+    @model_validator(mode="after")
+    def _code(self) -> Generation:
+        if self.task in ("humaneval", "mbpp"):
+            if not self.run_programs:
+                raise ValueError(
+                    f"generation.task = '{self.task}' runs programs that a model wrote on this machine: set "
+                    "generation.run_programs = true if you want that (they are shut in, see florana.score.programs)"
+                )
+            if max(self.k) > self.samples:
+                raise ValueError(f"generation.k asks for pass@{max(self.k)}, but generation.samples = {self.samples}")
+        elif self.k != [1] or self.run_programs:
+            raise ValueError(f"generation.k and generation.run_programs are of humaneval and mbpp, not {self.task}")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("generation.samples above 1 needs generation.temperature above 0: greedy ones are alike")
+        if self.shots and self.task == "humaneval":
+            raise ValueError("generation.shots has no meaning for humaneval: its prompts stand alone")
+        if self.examples is not None and not self.shots:
+            raise ValueError("generation.examples is given, but generation.shots = 0")
+        return self
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -164,6 +218,7 @@ class Recipe(Section):
     """`name`, and the strategy's own options."""
     evaluate: Evaluate = Evaluate()
     study: Study | None = None
+    generation: Generation | None = None
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
@@ -171,6 +226,8 @@ class Recipe(Section):
             raise ValueError("data.label is missing: sequence-classification needs the column with the class")
         if self.task == "causal-lm" and self.model.head == "personal":
             raise ValueError("model.head = 'personal' has no meaning for causal-lm: no tensor is trained whole")
+        if self.task != "causal-lm" and self.generation is not None:
+            raise ValueError("[generation] needs task = 'causal-lm': a classifier writes no text")
         if self.partition.kind in ("dirichlet", "pathological", "column") and not (
             self.partition.by or self.data.label
         ):

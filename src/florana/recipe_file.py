@@ -63,6 +63,12 @@ def _check_combinations(recipe: Recipe, strategy: Strategy) -> None:
     """What the strategy's own declarations exclude. Raises RecipeError."""
     if recipe.model.client_ranks is not None:
         with_ranks(strategy, {}, recipe.model.scaling_of)
+    if recipe.generation is not None and not strategy.facts.one_model:
+        raise RecipeError(
+            f"the strategy '{strategy.name}' does not go with [generation]",
+            why="its server has no model of its own that could write",
+            fix="leave the section out, or choose another strategy",
+        )
     if strategy.begin != "lora" and recipe.model.quantization != "none":
         raise RecipeError(
             f"the strategy '{strategy.name}' does not go with model.quantization = '{recipe.model.quantization}'",
@@ -90,7 +96,13 @@ def resolve(recipe: Recipe, folder: Path) -> Recipe:
 
     data = recipe.data.model_copy(update={"train": absolute(recipe.data.train), "test": absolute(recipe.data.test)})
     model = recipe.model.model_copy(update={"base": absolute(recipe.model.base)})
-    return recipe.model_copy(update={"data": data, "model": model})
+    written = recipe.generation
+    if written is not None:  # always files: there is no hub here
+        paths = {"file": written.file, "examples": written.examples}
+        written = written.model_copy(
+            update={k: str((folder / Path(v).expanduser()).resolve()) for k, v in paths.items() if v is not None}
+        )
+    return recipe.model_copy(update={"data": data, "model": model, "generation": written})
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -139,8 +151,9 @@ def _keys_beside(path: Sequence[str]) -> list[str]:
     section: type[BaseModel] = Recipe
     for step in path[:-1]:
         annotation = section.model_fields[step].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            section = annotation
+        for kind in (annotation, *typing.get_args(annotation)):  # a section, or one that may be absent
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                section = kind
     return list(section.model_fields)
 
 

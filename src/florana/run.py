@@ -34,6 +34,7 @@ from florana.train import beginnings
 from florana.train.client import ClientData, TrainingClients
 from florana.train.data import Tables, load_tables, texts
 from florana.train.evaluate import evaluate
+from florana.train.exam import Exam, exam
 from florana.train.model import Workbench
 from florana.train.partition import Share, deal, table_of
 from florana.train.tasks import Example, encode_classes, encode_language
@@ -52,6 +53,7 @@ class Setup:
         head: the tensors trained whole as they are at the start.
         clients: client -> its rows. common: the common test set.
         partition: who holds what, as written to setup.json.
+        exam: the problems that the global model is scored on by what it writes, where the recipe asks for it.
     """
 
     bench: Workbench
@@ -60,6 +62,7 @@ class Setup:
     clients: Mapping[str, ClientData]
     common: tuple[Example, ...]
     partition: Mapping[str, Any]
+    exam: Exam | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def prepare(recipe: r.Recipe) -> Setup:
         clients={client: _client_data(share, train) for client, share in shares.items()},
         common=tuple(common),
         partition=table_of(shares, classes, tables.labels),
+        exam=exam(recipe, bench),
     )
 
 
@@ -190,8 +194,13 @@ def federation_of(recipe: r.Recipe, setup: Setup) -> Federation:
     """The fixed facts of a recipe's run, for the round loop."""
     rounds, every = recipe.federation.rounds, recipe.evaluate.every
 
+    def asked(round_: int) -> bool:
+        return setup.exam is not None and setup.exam.due(round_, rounds)
+
     def scores(state: State) -> Mapping[str, float]:
-        return global_scores(setup, state.adapter, state.residual, recipe.evaluate.batch_size)
+        figures = global_scores(setup, state.adapter, state.residual, recipe.evaluate.batch_size)
+        # global_scores has left the state's model on the bench
+        return figures | setup.exam.sit(setup.bench) if setup.exam is not None and asked(state.round) else figures
 
     personal: dict[str, Callable[[int], bool]] = {
         "never": lambda round_: False,
@@ -206,7 +215,7 @@ def federation_of(recipe: r.Recipe, setup: Setup) -> Federation:
         weights=WEIGHTINGS[recipe.federation.weighting],
         # A personal head leaves the server without one, so there is no global model to measure.
         evaluate=None if recipe.model.head == "personal" else scores,
-        measured=lambda round_: round_ % every == 0 or round_ == rounds,
+        measured=lambda round_: round_ % every == 0 or round_ == rounds or asked(round_),
         personal=personal[recipe.evaluate.personal],
         minimum=recipe.federation.min_clients,
         examples={client: len(data.train) for client, data in setup.clients.items()},
