@@ -135,7 +135,7 @@ MUTATIONS = [
     ("federation/journal.py", "r.round < last.round", "r.round <= last.round", "test_journal"),
     ("train/inserts.py", "self.scaling * F.linear", "F.linear", "test_train"),
     ("train/client.py", "torch.manual_seed(seed)", "pass", "test_train"),
-    ("train/client.py", "- set(brief.returns) | (", "| (", "test_run"),
+    ("train/client.py", "- set(brief.returns) | (", "| (", "test_train"),
     ("train/tasks.py", "room // 2", "room", "test_train"),
 ]  # fmt: skip
 

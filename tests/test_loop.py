@@ -214,6 +214,15 @@ def test_sampling_is_a_function_of_seed_and_round() -> None:
     assert sample(CLIENTS, 9, 1, 4) == CLIENTS
 
 
+def test_factors_whose_product_alone_overflows_are_refused() -> None:
+    """Each tensor's own norm is fine, that of B A is not."""
+    payload = Payload(first_adapter())
+    huge = {n: torch.full_like(t, 1e25) for n, t in payload.adapter.tensors().items() if not n.startswith("extra")}
+    reply = Reply("c", 1, 5, {}, save(huge | {"extra/head.weight": torch.zeros(3, 4)}), 0.0)
+    with pytest.raises(Refused, match=r"the product of module 'layer\.0\.q' overflows"):
+        admit(reply, Expected(1, {"c": payload}), set())
+
+
 def test_the_gate_knows_the_number_of_examples_where_the_server_does() -> None:
     brief = Brief(1, "client-1", 0, b"", False, ["A", "B"], ["A", "B"], first_adapter().scalings)
     reply = dataclasses.replace(_answer(brief), examples=11)
