@@ -286,15 +286,27 @@ def test_compare_on_the_command_line(small: dict[str, Any], own: Path, tmp_path:
     recipe = tmp_path / "recipe.toml"
     small["study"] = {"controls": ["oracle"]}
     recipe.write_text(check(small, "t").to_toml())
-    arguments = ["compare", str(recipe), "--methods", "fedit,own.py:fine", "--seeds", "2", "--jobs", "1", "--out", "s"]
+    arguments = [
+        "compare",
+        str(recipe),
+        "--methods",
+        "fedit,flora-na[combine=updates],own.py:fine",
+        "--seeds",
+        "2",
+        "--jobs",
+        "1",
+        "--out",
+        "s",
+    ]
     done = florana(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "fine" in done.stdout
+    assert "flora-na[combine=updates]" in done.stdout, "brackets were taken for markup"
     assert "rank correlation" in done.stdout or "Swap" not in done.stdout
     again = florana(*arguments, "--json", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     found = json.loads(again.stdout)
-    assert [row["method"] for row in found["rows"]] == ["fedit", "fine", "oracle"]
+    assert [row["method"] for row in found["rows"]] == ["fedit", "flora-na[combine=updates]", "fine", "oracle"]
     wrong = florana("compare", str(recipe), "--methods", "own.py:first", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "breaks the contract" in wrong.stderr

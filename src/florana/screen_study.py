@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -54,12 +55,14 @@ def study_table(comparison: Comparison, width: int) -> Table:
 
     chosen = list(range(len(HEADS))) if width >= 190 else [0, 1, 2, 3, 4, 5, 8, 10, len(HEADS) - 1]
     chosen = chosen if width >= 100 else [1, 2, 3, 8]
+    if len({row.setting for row in comparison.rows}) == 1:
+        chosen = [index for index in chosen if index != 0]
     table = Table(title=f"{comparison.metric}, mean ± half the 95 % interval over seeds", title_justify="left")
     for index in chosen:
-        table.add_column(HEADS[index], justify="left" if index < 2 else "right")
+        table.add_column(HEADS[index], justify="left" if index < 2 else "right", no_wrap=index == 1)
     for row in comparison.rows:
         cells = cells_of(row)
-        table.add_row(*(cells[index] for index in chosen))
+        table.add_row(*(escape(cells[index]) for index in chosen))  # brackets are options here, no markup
     return table
 
 

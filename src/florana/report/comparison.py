@@ -39,18 +39,19 @@ def write_comparison(
 ) -> Path:
     """Write the page. Raises FederationError where the file cannot be written."""
     pictures = []
+    order = list(dict.fromkeys(one.method for one in (*series, *swapped)))
     for setting in dict.fromkeys(one.setting for one in series):
         own = [one for one in series if one.setting == setting]
         pictures += [
             Picture(
                 f"Score against bytes: {setting}",
                 "Final score of the global model against all bytes sent, both ways. Small: seeds. Large: their mean.",
-                scatter(own, "bytes", "bytes of the whole run", metric, log=True),
+                scatter(own, order, "bytes", "bytes of the whole run", metric, log=True),
             ),
             Picture(
                 f"Error against score: {setting}",
                 "Mean aggregation error over the rounds against the final score; exact methods stand at the left edge.",
-                scatter(own, "error", "relative error of the aggregation, mean over rounds", metric, log=False),
+                scatter(own, order, "error", "relative error of the aggregation, mean over rounds", metric, log=False),
             ),
         ]
     for setting in dict.fromkeys(one.setting for one in swapped):
@@ -58,7 +59,7 @@ def write_comparison(
             Picture(
                 f"Swap test: {setting}",
                 "The same clients' adapters given to every rule: error of the merge against the merged model's score.",
-                scatter([one for one in swapped if one.setting == setting], "error",
+                scatter([one for one in swapped if one.setting == setting], order, "error",
                         "relative error of the aggregation", metric, log=False),
             )
         )  # fmt: skip
@@ -76,12 +77,13 @@ def write_comparison(
     return out
 
 
-def scatter(series: Sequence[Series], x: str, xlabel: str, ylabel: str, *, log: bool) -> str:
-    """Points of every seed, and each method's mean with its name beside it."""
+def scatter(series: Sequence[Series], order: Sequence[str], x: str, xlabel: str, ylabel: str, *, log: bool) -> str:
+    """Points of every seed, and each method's mean; a method's place in `order` gives it one colour in all pictures."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.6), layout="constrained")
         axes = figure.subplots()
-        for index, one in enumerate(series):
+        for one in series:
+            index = order.index(one.method)
             known = [(p[x], p["score"]) for p in one.points if p.get(x) is not None and p.get("score") is not None]
             if not known:
                 continue

@@ -90,9 +90,11 @@ def summarise(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
         if found is not None:
             correlations.append({"setting": setting, "round": round_, "mean": found.mean, "half_width": found.half})
             width = f" ± {found.half:.2f}" if found.half is not None else ""
+            still = len(values) - found.seeds
             text.append(
                 f"Swap test, {setting}, round {round_}: rank correlation of lower error with a better {metric} over "
-                f"rules {found.mean:+.2f}{width}."
+                f"rules {found.mean:+.2f}{width} over {found.seeds} seeds"
+                + (f" (in {still} more, no rule changed the score)." if still else ".")
             )
     return {"table": table, "correlations": correlations, "text": text}
 
