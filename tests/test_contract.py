@@ -20,11 +20,11 @@ from florana.aggregate.half import mean_of_A, mean_of_B
 from florana.aggregate.mean import mean
 from florana.aggregate.mix import mix, per_model
 from florana.aggregate.pad import norm_weighted_mean
-from florana.aggregate.project import best_rank, by_power, split
+from florana.aggregate.project import best_rank, by_power
 from florana.aggregate.residual import mean_and_remainder
 from florana.aggregate.rotate import align, rotated_mean
 from florana.aggregate.stack import combined, stack
-from florana.aggregate.terms import by_energy, divided
+from florana.aggregate.terms import by_energy, divided, everything
 from florana.errors import InputError
 from florana.factors import Adapter, Contribution, LoraFactors
 from tests import oracle
@@ -36,8 +36,8 @@ def rank_of(parts: Sequence[Contribution]) -> int:
 
 
 def exact_split(parts: Sequence[Contribution]) -> Adapter:
-    whole = split(parts, rank_of(parts))
-    return combined(whole.adapter, whole.remainder)
+    whole = divided(parts, rank_of(parts), everything)
+    return combined(whole.adapter, whole.residual)
 
 
 def exact_mean(parts: Sequence[Contribution]) -> Adapter:

@@ -31,15 +31,15 @@ def test_stack_norm_and_spectrum_are_those_of_the_dense_sum(case: Case) -> None:
 
 
 @given(case=cases(), rank=st.integers(1, 40))
-def test_kept_and_left_over_add_up_to_the_whole(case: Case, rank: int) -> None:
+def test_kept_and_the_terms_after_it_add_up_to_the_whole(case: Case, rank: int) -> None:
     for name, column in case.modules.items():
         pairs = [part.adapter.modules[name] for part in case.parts]
         whole = linalg.decompose(linalg.stack(pairs, list(oracle.shares(column))))
         first = linalg.balanced(linalg.kept(whole, rank), 1.7, torch.float64)
-        rest = linalg.balanced(linalg.left_over(whole, rank, 1e-14), 1.7, torch.float64)
-        total = 1.7 * (first.B @ first.A + rest.B @ rest.A)
+        after = linalg.between(whole, rank, len(whole.values))
+        total = 1.7 * first.B @ first.A + after.left @ torch.diag(after.values) @ after.right
         assert first.rank == rank
-        assert rest.rank >= 1
+        assert len(after.values) == max(0, len(whole.values) - rank)
         assert torch.allclose(total, torch.from_numpy(oracle.target(column)), atol=1e-9 * float(whole.values[0]))
         assert float(first.B.norm()) == pytest.approx(float(first.A.norm()))
 

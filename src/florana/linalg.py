@@ -106,12 +106,3 @@ def kept(whole: Decomposition, rank: int) -> Decomposition:
 def between(whole: Decomposition, begin: int, end: int) -> Decomposition:
     """The terms from `begin` up to, not including, `end`."""
     return Decomposition(whole.left[:, begin:end], whole.values[begin:end], whole.right[begin:end])
-
-
-def left_over(whole: Decomposition, rank: int, tolerance: float) -> Decomposition:
-    """What `kept` leaves out, without terms below `tolerance` times the largest; at least one term (maybe zero)."""
-    if len(whole.values) <= rank:
-        return kept(Decomposition(whole.left[:, :0], whole.values[:0], whole.right[:0]), 1)
-    significant = int((whole.values > tolerance * whole.values[0]).sum())
-    end = max(significant, rank + 1)
-    return Decomposition(whole.left[:, rank:end], whole.values[rank:end], whole.right[rank:end])

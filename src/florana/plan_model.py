@@ -104,8 +104,7 @@ def _line(
     facts = strategy.facts
     up = down = late = trained = held = 0
     for out, into in shapes.values():
-        own = 64 if name == "ravan" else rank  # its default: four heads of sixteen
-        blocks = 4 if name == "ravan" else 1
+        own, blocks = facts.shape(rank)
         first, most = (
             Size(out, into, own, 1, min(facts.residual(clients, rank, rounds), min(out, into)), blocks)
             for rounds in (1, 10**6)

@@ -53,7 +53,7 @@ def mean_cores(parts: Sequence[Contribution]) -> Adapter:
     >>> mean_cores([Contribution("x", x, 3), Contribution("y", y, 1)]).cores["q"].item()
     2.0
     """
-    weights = inputs.shares(parts)
+    inputs.shares(parts)  # nothing to aggregate, or senseless weights, are said first
     first = parts[0]
     inputs.columns([Contribution(p.client, Adapter(p.adapter.modules, p.adapter.extra), p.weight) for p in parts])
     for part in parts:
@@ -66,19 +66,6 @@ def mean_cores(parts: Sequence[Contribution]) -> Adapter:
                 )
         if part.adapter.cores.keys() != first.adapter.cores.keys():
             raise InputError(f"client '{part.client}' has cores for other modules than client '{first.client}'")
-    cores: dict[str, Tensor] = {}
-    for name, expected in first.adapter.cores.items():
-        wide = torch.promote_types(expected.dtype, torch.float32)
-        total = torch.zeros_like(expected, dtype=wide)
-        for part, weight in zip(parts, weights, strict=True):
-            core = part.adapter.cores[name]
-            if core.shape != expected.shape:
-                raise InputError(
-                    f"module '{name}': the core is {tuple(core.shape)} in client '{part.client}' but "
-                    f"{tuple(expected.shape)} in client '{first.client}'"
-                )
-            inputs.require_finite(core, f"client '{part.client}', module '{name}', core")
-            total += weight * core.to(wide)
-        cores[name] = total.to(expected.dtype)
+    cores = inputs.average(parts, [part.adapter.cores for part in parts], "the core of module")
     modules = {n: LoraFactors(p.B.clone(), p.A.clone(), p.scaling) for n, p in first.adapter.modules.items()}
     return Adapter(modules, inputs.average_extra(parts), cores)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from florana import linalg
 from florana.aggregate.core import folded
+from florana.aggregate.measured import relative
 from florana.aggregate.project import targets
 from florana.factors import Adapter, Contribution
 
@@ -70,18 +71,11 @@ def measure(
         squares[name] = (linalg.norm(difference) ** 2, tail, whole)
     total = math.fsum(whole for _, _, whole in squares.values())
     return AggregationError(
-        error=_relative(math.fsum(missed for missed, _, _ in squares.values()), total),
-        optimum=_relative(math.fsum(tail for _, tail, _ in squares.values()), total),
+        error=relative(math.fsum(missed for missed, _, _ in squares.values()), total),
+        optimum=relative(math.fsum(tail for _, tail, _ in squares.values()), total),
         norm=math.sqrt(total),
         modules={
-            name: ModuleError(_relative(missed, whole), _relative(tail, whole), whole / total if total else 0.0)
+            name: ModuleError(relative(missed, whole), relative(tail, whole), whole / total if total else 0.0)
             for name, (missed, tail, whole) in squares.items()
         },
     )
-
-
-def _relative(square: float, whole: float) -> float:
-    """sqrt(square / whole), with differences below the rounding of float64 read as zero."""
-    if square <= 1e-30 * whole:
-        return 0.0
-    return math.sqrt(square / whole) if whole > 0 else math.inf

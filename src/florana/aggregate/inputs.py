@@ -117,19 +117,28 @@ def unscaled(pairs: Sequence[LoraFactors], scaling: float) -> tuple[list[Tensor]
 
 def average_extra(parts: Sequence[Contribution]) -> dict[str, Tensor]:
     """The weighted mean of the tensors that are trained whole (heads), in at least float32, cast back at the end."""
+    return average(parts, [part.adapter.extra for part in parts], "tensor")
+
+
+def average(parts: Sequence[Contribution], tables: Sequence[Mapping[str, Tensor]], what: str) -> dict[str, Tensor]:
+    """The weighted mean of each tensor of the contributions' tables, in at least float32, cast back at the end.
+
+    Raises:
+        InputError: a client's tensor has another shape than the first one's, or a value that is not finite.
+    """
     weights = shares(parts)
     result: dict[str, Tensor] = {}
-    for name, expected in parts[0].adapter.extra.items():
+    for name, expected in tables[0].items():
         wide = torch.promote_types(expected.dtype, torch.float32)
         total = torch.zeros_like(expected, dtype=wide)
-        for part, weight in zip(parts, weights, strict=True):
-            tensor = part.adapter.extra[name]
+        for part, table, weight in zip(parts, tables, weights, strict=True):
+            tensor = table[name]
             if tensor.shape != expected.shape:
                 raise InputError(
-                    f"tensor '{name}' is {tuple(tensor.shape)} in client '{part.client}' but "
+                    f"{what} '{name}' is {tuple(tensor.shape)} in client '{part.client}' but "
                     f"{tuple(expected.shape)} in client '{parts[0].client}'"
                 )
-            require_finite(tensor, f"client '{part.client}', tensor '{name}'")
+            require_finite(tensor, f"client '{part.client}', {what} '{name}'")
             total += weight * tensor.to(wide)
         result[name] = total.to(expected.dtype)
     return result

@@ -129,7 +129,8 @@ def mix(
     """
     weights = torch.tensor(inputs.shares(parts), dtype=torch.float64)
     directions, modules = {}, {}
-    for name, pairs in inputs.matched(parts).items():
+    columns = inputs.matched(parts)
+    for name, pairs in columns.items():
         inputs.same_rank(parts, name, pairs, "flora-na")
         if base is not None:
             start = Contribution("the last broadcast", base, 1.0)
@@ -139,7 +140,7 @@ def mix(
         if not (inputs.is_finite(directions[name].B) and inputs.is_finite(directions[name].A)):
             inputs.require_finite_factors(parts, name, pairs)
     coefficients = fit(way(directions), solver)
-    for name, pairs in inputs.matched(parts).items():
+    for name, pairs in columns.items():
         found, module, dtype = coefficients[name], directions[name], pairs[0].A.dtype
         modules[name] = LoraFactors(
             B=module.left(found.p).to(dtype), A=module.right(found.q).to(dtype), scaling=inputs.output_scaling(pairs)

@@ -1,4 +1,4 @@
-"""The best adapter of a given rank, and the exact sum kept in two parts.
+"""The best adapter of a given rank.
 
     target = sum_u w_u s_u B_u A_u        B_hat, A_hat = argmin_{rank r} || target - s B_hat A_hat ||_F
 
@@ -19,14 +19,6 @@ from florana.aggregate import inputs, power
 from florana.aggregate.mean import mean_of_a, mean_of_b
 from florana.errors import InputError
 from florana.factors import Adapter, Contribution, LoraFactors
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """An exact sum in two parts: the best adapter of the wanted rank, and what it leaves out."""
-
-    adapter: Adapter
-    remainder: Adapter
 
 
 def targets(parts: Sequence[Contribution]) -> dict[str, tuple[linalg.Stack, float, torch.dtype]]:
@@ -157,13 +149,22 @@ def best_rank(
     if rank < 1:
         raise InputError(f"the rank {rank} is not at least 1")
     if any(part.residual is not None for part in parts):
-        return split(parts, rank).adapter  # what clients carried frozen belongs to the sum
+        return _with_carried(parts, rank)
     weights = inputs.shares(parts)
     modules: dict[str, LoraFactors] = {}
     for name, pairs in inputs.matched(parts).items():
         task = Task(parts, name, pairs, weights, rank, _start(name, pairs, start), tolerance)
         part = way(task) or by_qr(task)
         modules[name] = linalg.balanced(part, inputs.output_scaling(pairs), pairs[0].A.dtype)
+    return Adapter(modules, inputs.average_extra(parts))
+
+
+def _with_carried(parts: Sequence[Contribution], rank: int) -> Adapter:
+    """The same where clients carried something frozen, which belongs to the sum: by QR."""
+    modules = {
+        name: linalg.balanced(linalg.kept(linalg.decompose(target), rank), scaling, dtype)
+        for name, (target, scaling, dtype) in targets(parts).items()
+    }
     return Adapter(modules, inputs.average_extra(parts))
 
 
@@ -177,21 +178,3 @@ def _start(name: str, pairs: Sequence[LoraFactors], start: Adapter | None) -> Lo
             f"{'absent' if pair is None else pair.shape} in the start"
         )
     return pair
-
-
-def split(parts: Sequence[Contribution], rank: int) -> Split:
-    """The true sum as its best rank-r part and a factored remainder: nothing is lost.
-
-    What clients carried frozen belongs to the sum.
-    Remainder terms below float32's resolution of the largest singular value are dropped.
-    """
-    if rank < 1:
-        raise InputError(f"the rank {rank} is not at least 1")
-    modules: dict[str, LoraFactors] = {}
-    remainders: dict[str, LoraFactors] = {}
-    for name, (target, scaling, dtype) in targets(parts).items():
-        whole = linalg.decompose(target)
-        modules[name] = linalg.balanced(linalg.kept(whole, rank), scaling, dtype)
-        rest = linalg.left_over(whole, rank, tolerance=torch.finfo(torch.float32).eps / 16)
-        remainders[name] = linalg.balanced(rest, 1.0, dtype)
-    return Split(Adapter(modules, inputs.average_extra(parts)), Adapter(remainders))

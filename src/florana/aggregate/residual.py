@@ -10,16 +10,24 @@ quantised bases and PEFT export keep working. The paper averages unweighted; her
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
+from dataclasses import dataclass
 
 from florana import linalg
+from florana.aggregate.accumulate import recompressed
 from florana.aggregate.mean import mean
-from florana.aggregate.project import Split, targets
+from florana.aggregate.project import targets
 from florana.factors import Adapter, Contribution
 
 
-def mean_and_remainder(parts: Sequence[Contribution], rank: int | None = None) -> Split:
+@dataclass(frozen=True, eq=False)
+class Remaindered:
+    """The factor means, and what they miss; None, or without a module, where nothing is missed."""
+
+    adapter: Adapter
+    remainder: Adapter | None
+
+
+def mean_and_remainder(parts: Sequence[Contribution], rank: int | None = None) -> Remaindered:
     """The factor means, and what they miss of the true sum (what clients carried frozen included).
 
     Args:
@@ -29,6 +37,7 @@ def mean_and_remainder(parts: Sequence[Contribution], rank: int | None = None) -
     Raises:
         InputError: the contributions do not fit together (client, module and shapes named).
 
+    >>> import torch
     >>> from florana.factors import LoraFactors
     >>> x = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 1.0)})
     >>> y = Adapter({"q": LoraFactors(3 * torch.ones(3, 1), 3 * torch.ones(1, 2), 1.0)})
@@ -38,12 +47,9 @@ def mean_and_remainder(parts: Sequence[Contribution], rank: int | None = None) -
     5.0
     """
     averaged = mean(parts)
-    remainders = {}
-    for name, (target, _, dtype) in targets(parts).items():
-        missed = linalg.join(target, linalg.stack([averaged.modules[name]], [1.0]), sign=-1.0)
-        whole = linalg.decompose(missed)
-        kept = linalg.left_over(whole, 0, tolerance=torch.finfo(torch.float32).eps / 16)
-        if rank is not None:
-            kept = linalg.kept(kept, min(rank, len(kept.values)))
-        remainders[name] = linalg.balanced(kept, 1.0, dtype)
-    return Split(averaged, Adapter(remainders))
+    missed = {
+        name: linalg.join(target, linalg.stack([averaged.modules[name]], [1.0]), sign=-1.0)
+        for name, (target, _, _) in targets(parts).items()
+    }
+    dtype = next(iter(averaged.modules.values())).A.dtype
+    return Remaindered(averaged, recompressed(missed, rank, dtype))

@@ -46,6 +46,11 @@ def by_rank(rank: int) -> Choose:
     return lambda wholes: dict.fromkeys(wholes, rank)
 
 
+def everything(wholes: Mapping[str, linalg.Decomposition]) -> Mapping[str, int]:
+    """Every term of every module."""
+    return {name: len(whole.values) for name, whole in wholes.items()}
+
+
 def by_energy(share: float) -> Choose:
     """The fewest terms that hold `share` of each module's squared norm.
 

@@ -115,10 +115,18 @@ def start(adapter: Adapter) -> State:
     return State(round=0, adapter=adapter)
 
 
-def broadcast(state: State, client: str) -> Payload:
-    """The usual `brief`: every client gets the same adapter, and the residual where there is one."""
-    del client
-    return Payload(state.adapter, state.residual)
+def sending(what: Work) -> Callable[[State, str], Payload]:
+    """The `brief` of methods in which every client gets the same adapter, residual and work."""
+
+    def brief(state: State, client: str) -> Payload:
+        del client
+        return Payload(state.adapter, state.residual, what)
+
+    return brief
+
+
+broadcast = sending(PAIR)
+"""The usual `brief`: both factors, to be trained and sent back."""
 
 
 def advance(state: State, adapter: Adapter, residual: Adapter | None = None) -> State:

@@ -25,8 +25,8 @@ from florana.errors import RecipeError
 from florana.factors import Adapter, Contribution, adapter_from_tensors
 from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, rank_of, start
-from florana.strategy.flora import residual_note
 from florana.strategy.ranks import best_and_rest, best_terms
+from florana.strategy.residuals import residual_note
 
 FACTS = facts.Facts(
     does="the nearest adapter of rank r; options `gauge`, `memory`, `broadcast_rank`, `broadcast_error`, "

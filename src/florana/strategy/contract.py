@@ -6,7 +6,7 @@ clients and the scale of their weights do not matter, inputs stay as they were, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from florana.errors import RecipeError
 from florana.factors import Adapter, Contribution, LoraFactors
+from florana.strategy.own import Rule
 
-Rule = Callable[[Sequence[Contribution], int], Adapter]
 RANK, TOLERANCE = 2, 1e-4
 
 

@@ -66,6 +66,7 @@ class Facts:
         trained: how many numbers a client trains per module.
         residual: (clients, rank, rounds) -> the most terms the frozen part can have by then, before the module's own
             sides bound it.
+        shape: the recipe's rank -> (the rank of the pair, the blocks of its core).
         one_model: False for methods without a global product; they have no global score and no aggregation error.
     """
 
@@ -82,4 +83,5 @@ class Facts:
     noise: str = "in both factors: a product of noises remains"
     trained: Callable[[Size], int] = PAIR.of
     residual: Callable[[int, int, int], int] = lambda clients, rank, rounds: 0
+    shape: Callable[[int], tuple[int, int]] = lambda rank: (rank, 1)
     one_model: bool = True

@@ -17,7 +17,7 @@ import torch
 from florana.aggregate.core import mean_cores
 from florana.factors import Adapter, Contribution, LoraFactors
 from florana.strategy import facts
-from florana.strategy.base import Outcome, Payload, State, Strategy, advance, work
+from florana.strategy.base import Outcome, State, Strategy, advance, sending, work
 from florana.strategy.draws import generator_of, orthonormal_columns, orthonormal_rows
 
 FACTS = facts.Facts(
@@ -42,8 +42,8 @@ def build(begin: Literal["principal", "gradient", "random"] = "principal") -> St
         begin: where the fixed factors come from.
     """
     if begin == "random":
-        return Strategy("fed-sb", "arXiv 2502.15436", FACTS, _random, _brief, _step)
-    return Strategy("fed-sb", "arXiv 2502.15436", FACTS, _spanned, _brief, _step, begin=begin)
+        return Strategy("fed-sb", "arXiv 2502.15436", FACTS, _random, sending(WORK), _step)
+    return Strategy("fed-sb", "arXiv 2502.15436", FACTS, _spanned, sending(WORK), _step, begin=begin)
 
 
 def _spanned(adapter: Adapter) -> State:
@@ -71,11 +71,6 @@ def _fixed(adapter: Adapter, factors: Callable[[LoraFactors], LoraFactors]) -> S
     modules = {name: factors(pair) for name, pair in adapter.modules.items()}
     cores = {name: torch.zeros((1, pair.rank, pair.rank), dtype=pair.A.dtype) for name, pair in modules.items()}
     return State(0, Adapter(modules, adapter.extra, cores))
-
-
-def _brief(state: State, client: str) -> Payload:
-    del client
-    return Payload(state.adapter, work=WORK)
 
 
 def _step(state: State, parts: Sequence[Contribution]) -> Outcome:

@@ -15,7 +15,7 @@ from florana.aggregate.residual import mean_and_remainder
 from florana.factors import Contribution
 from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, start
-from florana.strategy.flora import check_residual_rank, residual_note
+from florana.strategy.residuals import check_residual_rank, residual_note
 
 FACTS = facts.Facts(
     does="factor means, and their exact remainder as a frozen, factored residual (option `residual_rank`)",

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from florana.aggregate.mean import mean
 from florana.factors import Adapter, Contribution, LoraFactors
 from florana.strategy import facts
-from florana.strategy.base import Outcome, Payload, State, Strategy, advance, start, work
+from florana.strategy.base import Outcome, State, Strategy, advance, sending, start, work
 
 FACTS = facts.Facts(
     does="averages A; every client keeps its own B",
@@ -33,12 +33,7 @@ WORK = work(trains=["A", "B"], up=["A"], down=["A"])
 
 def build() -> Strategy:
     """The strategy; it has no options."""
-    return Strategy("fedsa-lora", "arXiv 2410.01463", FACTS, start, _brief, _step)
-
-
-def _brief(state: State, client: str) -> Payload:
-    del client
-    return Payload(state.adapter, work=WORK)
+    return Strategy("fedsa-lora", "arXiv 2410.01463", FACTS, start, sending(WORK), _step)
 
 
 def _step(state: State, parts: Sequence[Contribution]) -> Outcome:

@@ -13,7 +13,7 @@ from florana.aggregate.gauge import orthonormal
 from florana.aggregate.half import mean_of_B
 from florana.factors import Adapter, Contribution, LoraFactors
 from florana.strategy import facts
-from florana.strategy.base import Outcome, Payload, State, Strategy, advance, work
+from florana.strategy.base import Outcome, State, Strategy, advance, sending, work
 from florana.strategy.draws import orthonormal_rows
 
 FACTS = facts.Facts(
@@ -32,7 +32,7 @@ WORK = work(trains=["B"], up=["B"], down=["A", "B"])
 
 def build() -> Strategy:
     """The strategy; it has no options."""
-    return Strategy("fedsvd", "arXiv 2505.12805", FACTS, _init, _brief, _step)
+    return Strategy("fedsvd", "arXiv 2505.12805", FACTS, _init, sending(WORK), _step)
 
 
 def _init(adapter: Adapter) -> State:
@@ -42,11 +42,6 @@ def _init(adapter: Adapter) -> State:
         for name, pair in adapter.modules.items()
     }
     return State(0, Adapter(modules, adapter.extra))
-
-
-def _brief(state: State, client: str) -> Payload:
-    del client
-    return Payload(state.adapter, work=WORK)
 
 
 def _step(state: State, parts: Sequence[Contribution]) -> Outcome:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from florana.aggregate.half import mean_of_B
 from florana.factors import Contribution
 from florana.strategy import facts
-from florana.strategy.base import Outcome, Payload, State, Strategy, advance, start, work
+from florana.strategy.base import Outcome, State, Strategy, advance, sending, start, work
 from florana.strategy.ranks import first_terms
 
 FACTS = facts.Facts(
@@ -32,12 +32,7 @@ WORK = work(trains=["B"], up=["B"], down=["B"])
 
 def build() -> Strategy:
     """The strategy; it has no options."""
-    return Strategy("ffa-lora", "arXiv 2403.12313", FACTS, start, _brief, _step, cut=first_terms)
-
-
-def _brief(state: State, client: str) -> Payload:
-    del client
-    return Payload(state.adapter, work=WORK)
+    return Strategy("ffa-lora", "arXiv 2403.12313", FACTS, start, sending(WORK), _step, cut=first_terms)
 
 
 def _step(state: State, parts: Sequence[Contribution]) -> Outcome:

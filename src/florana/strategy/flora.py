@@ -16,12 +16,12 @@ import torch
 from florana.aggregate.accumulate import recompressed
 from florana.aggregate.inputs import average_extra
 from florana.aggregate.project import targets
-from florana.errors import RecipeError
 from florana.factors import Adapter, Contribution, LoraFactors
 from florana.strategy import facts
-from florana.strategy.base import Outcome, Payload, State, Strategy, advance, start, work
+from florana.strategy.base import Outcome, State, Strategy, advance, sending, start, work
 from florana.strategy.draws import generator_of, like
 from florana.strategy.ranks import first_terms
+from florana.strategy.residuals import check_residual_rank, dtype_of, residual_note
 
 FACTS = facts.Facts(
     does="adds the exact sum to a frozen, factored residual; clients begin with fresh factors",
@@ -44,23 +44,7 @@ def build(residual_rank: int | None = None) -> Strategy:
         residual_rank: the most terms of the residual that are kept; all of them where not given.
     """
     check_residual_rank(residual_rank)
-    return Strategy("flora", "arXiv 2409.05976", FACTS, start, _brief, _Step(residual_rank), cut=first_terms)
-
-
-def check_residual_rank(rank: int | None) -> None:
-    """Raise RecipeError unless the bound on the residual is None or at least 1."""
-    if rank is not None and rank < 1:
-        raise RecipeError(f"strategy.residual_rank is {rank}, not at least 1", fix="leave it out to keep everything")
-
-
-def residual_note(residual: Adapter | None) -> dict[str, object]:
-    """The largest rank of the residual, for the journal."""
-    return {"residual_rank": max((pair.rank for pair in residual.modules.values()), default=0) if residual else 0}
-
-
-def _brief(state: State, client: str) -> Payload:
-    del client
-    return Payload(state.adapter, state.residual, WORK)
+    return Strategy("flora", "arXiv 2409.05976", FACTS, start, sending(WORK), _Step(residual_rank), cut=first_terms)
 
 
 @dataclass(frozen=True)
@@ -69,7 +53,7 @@ class _Step:
 
     def __call__(self, state: State, parts: Sequence[Contribution]) -> Outcome:
         sums = targets(parts)
-        dtype = next(iter(state.adapter.modules.values())).A.dtype
+        dtype = dtype_of(state.adapter)
         residual = recompressed({name: whole for name, (whole, _, _) in sums.items()}, self.rank, dtype)
         generator = generator_of(state.adapter, "flora")
         fresh = {

@@ -16,8 +16,8 @@ from florana.errors import RecipeError
 from florana.factors import Contribution
 from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, rank_of, start
-from florana.strategy.flora import residual_note
 from florana.strategy.ranks import best_and_rest
+from florana.strategy.residuals import residual_note
 
 FACTS = facts.Facts(
     does="sends as many terms of the true average as hold the share `energy` of it",

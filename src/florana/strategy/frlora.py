@@ -16,8 +16,8 @@ from florana.aggregate.accumulate import added
 from florana.aggregate.mean import mean
 from florana.factors import Adapter, Contribution
 from florana.strategy import facts
-from florana.strategy.base import Outcome, Payload, State, Strategy, advance, work
-from florana.strategy.flora import check_residual_rank, residual_note
+from florana.strategy.base import Outcome, State, Strategy, advance, sending, work
+from florana.strategy.residuals import check_residual_rank, dtype_of, residual_note
 
 FACTS = facts.Facts(
     does="adds the factor means' change to a frozen, factored residual; clients begin at principal vectors again",
@@ -40,17 +40,12 @@ def build(residual_rank: int | None = None) -> Strategy:
         residual_rank: the most terms of the residual that are kept; all of them where not given.
     """
     check_residual_rank(residual_rank)
-    return Strategy("frlora", "ICLR 2025", FACTS, _init, _brief, _Step(residual_rank), begin="principal")
+    return Strategy("frlora", "ICLR 2025", FACTS, _init, sending(WORK), _Step(residual_rank), begin="principal")
 
 
 def _init(adapter: Adapter) -> State:
-    dtype = next(iter(adapter.modules.values())).A.dtype
+    dtype = dtype_of(adapter)
     return State(0, adapter, added(None, None, None, dtype, less=adapter))
-
-
-def _brief(state: State, client: str) -> Payload:
-    del client
-    return Payload(state.adapter, state.residual, WORK)
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class _Step:
 
     def __call__(self, state: State, parts: Sequence[Contribution]) -> Outcome:
         averaged = mean(parts)
-        dtype = next(iter(state.adapter.modules.values())).A.dtype
+        dtype = dtype_of(state.adapter)
         residual = added(state.residual, averaged, self.rank, dtype, less=state.adapter)
         begun = Adapter(state.adapter.modules, averaged.extra)
         return Outcome(advance(state, begun, residual), residual_note(residual))

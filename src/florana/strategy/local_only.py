@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from florana.aggregate.inputs import average_extra
 from florana.factors import Adapter, Contribution
 from florana.strategy import facts
-from florana.strategy.base import Outcome, Payload, State, Strategy, advance, start, work
+from florana.strategy.base import Outcome, State, Strategy, advance, sending, start, work
 
 NOTHING = facts.Count("0", lambda size: 0)
 FACTS = facts.Facts(
@@ -28,12 +28,7 @@ WORK = work(trains=["A", "B"], up=[], down=[])
 
 def build() -> Strategy:
     """The control; it has no options. Heads should be personal (`model.head`), or they are averaged all the same."""
-    return Strategy("local-only", "a control", FACTS, start, _brief, _step)
-
-
-def _brief(state: State, client: str) -> Payload:
-    del client
-    return Payload(state.adapter, work=WORK)
+    return Strategy("local-only", "a control", FACTS, start, sending(WORK), _step)
 
 
 def _step(state: State, parts: Sequence[Contribution]) -> Outcome:

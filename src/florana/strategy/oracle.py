@@ -10,16 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from florana.aggregate.terms import by_rank, divided
+from florana.aggregate.terms import divided, everything
 from florana.factors import Contribution
 from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, rank_of, start
-from florana.strategy.flora import residual_note
 from florana.strategy.ranks import best_and_rest
-
-EVERYTHING = 2**31
-"""More terms than any module has."""
-
+from florana.strategy.residuals import residual_note
 
 FACTS = facts.Facts(
     does="the exact average: the best pair of rank r, and all the rest as a frozen part: the control",
@@ -39,5 +35,5 @@ def build() -> Strategy:
 
 
 def _step(state: State, parts: Sequence[Contribution]) -> Outcome:
-    whole = divided(parts, rank_of(state.adapter), by_rank(EVERYTHING))
+    whole = divided(parts, rank_of(state.adapter), everything)
     return Outcome(advance(state, whole.adapter, whole.residual), residual_note(whole.residual))

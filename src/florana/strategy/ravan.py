@@ -10,6 +10,7 @@ part of this: every client trains all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -17,7 +18,7 @@ from florana.aggregate.core import mean_cores
 from florana.errors import RecipeError
 from florana.factors import Adapter, Contribution, LoraFactors
 from florana.strategy import facts
-from florana.strategy.base import Outcome, Payload, State, Strategy, advance, work
+from florana.strategy.base import Outcome, State, Strategy, advance, sending, work
 from florana.strategy.draws import generator_of, orthonormal_columns
 
 FACTS = facts.Facts(
@@ -45,7 +46,8 @@ def build(heads: int = 4, size: int = 16) -> Strategy:
     for name, value in (("heads", heads), ("size", size)):
         if value < 1:
             raise RecipeError(f"strategy.{name} is {value}, not at least 1")
-    return Strategy("ravan", "arXiv 2506.05568", FACTS, _init(heads, size), _brief, _step)
+    facts_of = replace(FACTS, shape=lambda rank: (heads * size, heads))
+    return Strategy("ravan", "arXiv 2506.05568", facts_of, _init(heads, size), sending(WORK), _step)
 
 
 def _init(heads: int, size: int) -> Callable[[Adapter], State]:
@@ -61,11 +63,6 @@ def _init(heads: int, size: int) -> Callable[[Adapter], State]:
         return State(0, Adapter(modules, adapter.extra, cores))
 
     return init
-
-
-def _brief(state: State, client: str) -> Payload:
-    del client
-    return Payload(state.adapter, work=WORK)
 
 
 def _step(state: State, parts: Sequence[Contribution]) -> Outcome:

@@ -111,7 +111,7 @@ def plan_of(
     if max(swap) > recipe.federation.rounds:
         raise RecipeError(f"study.swap_rounds has {max(swap)}, but there are {recipe.federation.rounds} rounds")
     plan = Plan(recipe.model_copy(update={"study": None}), parsed, settings, swap)
-    for cell in plan.cells[: len(parsed) * min(len(settings), 1)] + plan.cells[:: len(parsed)]:
+    for cell in plan.cells:
         recipe_of(plan.base, cell)
     return plan
 
