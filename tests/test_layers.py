@@ -24,7 +24,7 @@ FLOORS = [
     {"recipe", "recipe_file", "federation", "merge"},
     {"engine", "train", "run_folder", "inspection"},
     {"run"},
-    {"plan", "plan_model", "report", "study"},
+    {"plan", "plan_model", "report", "study", "flower"},
     {"screen", "screen_study", "demo"},
     {"cli_adapters", "cli_compare", "cli_plan"},
     {"cli", "__init__", "__main__"},
@@ -50,7 +50,8 @@ ROOMS = {
     "typer": {"cli", "cli_adapters", "cli_compare", "cli_plan"},
     "rich": {"screen", "screen_study", "cli"},
     "pydantic": {"recipe", "recipe_file"},
-    "flwr": set(),
+    "flwr": {"flower"},
+    "cryptography": {"flower"},
 }
 
 
