@@ -23,10 +23,11 @@ FLOORS = [
     {"strategy", "merged"},
     {"recipe", "recipe_file", "federation", "merge"},
     {"engine", "train", "run_folder", "inspection"},
+    {"conduct"},
     {"run"},
     {"plan", "plan_model", "report", "study", "flower"},
     {"screen", "screen_study", "demo"},
-    {"cli_adapters", "cli_compare", "cli_plan"},
+    {"cli_adapters", "cli_compare", "cli_plan", "cli_flower"},
     {"cli", "__init__", "__main__"},
 ]
 INSIDE = {  # within one floor or room: who may import whom
@@ -47,7 +48,7 @@ ROOMS = {
     "matplotlib": {"report"},
     "jinja2": {"report"},
     "safetensors": {"tensor_files", "federation"},
-    "typer": {"cli", "cli_adapters", "cli_compare", "cli_plan"},
+    "typer": {"cli", "cli_adapters", "cli_compare", "cli_plan", "cli_flower"},
     "rich": {"screen", "screen_study", "cli"},
     "pydantic": {"recipe", "recipe_file"},
     "flwr": {"flower"},

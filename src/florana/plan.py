@@ -86,7 +86,7 @@ def plan(recipe: r.Recipe, setup: Setup, *, timed_steps: int = 3) -> Plan:
 
 def _traffic(recipe: r.Recipe, setup: Setup) -> tuple[float, float, int]:
     """The first round's bytes down and up, the mean over clients, and the most numbers a client trains."""
-    strategy = strategy_of(recipe, setup)
+    strategy = strategy_of(recipe, sorted(setup.clients))
     state = strategy.init(begin(recipe, setup, strategy))
     setup.bench.load(setup.start)
     payloads = [strategy.brief(state, client) for client in sorted(setup.clients)]

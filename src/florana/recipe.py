@@ -59,13 +59,16 @@ class Data(Section):
     """Where the examples are: files (csv, tsv, jsonl, json, parquet), a hub name, or `stdlib-docstrings`."""
 
     train: str
+    """For `partition.kind = "sites"`: a folder with one file per client, named after it."""
     test: str | None = None
-    """The common test set; None sets `test_share` of the training rows apart, by the seed."""
+    """The common test set; None sets `test_share` of the training rows apart, by the seed (of sites: there is none)."""
     test_share: float = Field(0.2, gt=0, lt=1)
     text: str | list[str] = "text"
     """The column with the text, or two columns (a pair; prompt and continuation for causal-lm)."""
     label: str | None = None
     """The column with the class; required for sequence-classification."""
+    labels: list[str] | None = Field(None, min_length=2)
+    """All classes, in order; required where each site has its own file, which may not show every class."""
     max_length: int = Field(128, ge=4)
     """Tokens; longer texts are cut."""
     train_limit: int | None = Field(None, ge=1)
@@ -79,11 +82,14 @@ class Data(Section):
 class Partition(Section):
     """How the training rows are dealt out to the clients."""
 
-    kind: Literal["iid", "dirichlet", "pathological", "column", "length", "linear", "square", "exponential"] = "iid"
+    kind: Literal[
+        "iid", "dirichlet", "pathological", "column", "length", "linear", "square", "exponential", "sites"
+    ] = "iid"
     """dirichlet: shares of each class by Dirichlet(alpha). pathological: `classes` classes each. column: one client per
-    value of `by`. length: rows sorted by text length. linear, square, exponential: unequal sizes."""
+    value of `by`. length: rows sorted by text length. linear, square, exponential: unequal sizes. sites: each client
+    has a file of its own."""
     clients: int | None = Field(None, ge=1)
-    """How many; given by the data for `column`."""
+    """How many; given by the data for `column` and `sites`."""
     alpha: float = Field(0.5, gt=0)
     classes: int = Field(2, ge=1)
     by: str | None = None
@@ -232,7 +238,9 @@ class Recipe(Section):
             self.partition.by or self.data.label
         ):
             raise ValueError(f"partition.by is missing: {self.partition.kind} needs a column to split by")
-        if self.partition.kind != "column" and self.partition.clients is None:
+        if self.partition.kind == "sites" and self.task != "causal-lm" and self.data.labels is None:
+            raise ValueError("data.labels is missing: a site's own file may not show every class")
+        if self.partition.kind not in ("column", "sites") and self.partition.clients is None:
             raise ValueError(f"partition.clients is missing: {self.partition.kind} needs the number of clients")
         per_round, clients = self.federation.clients_per_round, self.partition.clients
         if clients is not None and per_round is not None and per_round > clients:

@@ -8,40 +8,29 @@ RUN/adapter/          the global adapter, as PEFT loads it      RUN/log.txt  war
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from florana import recipe as r
-from florana.adapter_files import replace_file
+from florana.conduct import WEIGHTINGS, Result, Show, conduct
 from florana.engine.local import LocalEngine
 from florana.factors import Adapter
-from florana.federation.journal import Journal, explained, read_records
-from florana.federation.loop import Event, Federation, by_examples, run_rounds, uniformly
-from florana.federation.records import RoundRecord
-from florana.run_folder import check_folder, locked, logged
+from florana.federation.loop import Federation
+from florana.run_folder import check_folder
 from florana.strategy.base import State, Strategy
 from florana.strategy.ranks import with_ranks
 from florana.train import beginnings
 from florana.train.client import ClientData, TrainingClients
-from florana.train.data import Tables, load_tables, texts
+from florana.train.data import Tables, load_tables, site_files, texts
 from florana.train.evaluate import evaluate
 from florana.train.exam import Exam, exam
 from florana.train.model import Workbench
 from florana.train.partition import Share, deal, table_of
 from florana.train.tasks import Example, encode_classes, encode_language
-
-WEIGHTINGS = {"examples": by_examples, "uniform": uniformly}
-
-Show = Callable[[Event], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,22 +53,24 @@ class Setup:
     partition: Mapping[str, Any]
     exam: Exam | None = None
 
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run: its folder and the records of its rounds."""
-
-    folder: Path
-    records: tuple[RoundRecord, ...]
+    @property
+    def examples(self) -> dict[str, int]:
+        """Client -> how many rows it trains on."""
+        return {client: len(data.train) for client, data in self.clients.items()}
 
 
-def prepare(recipe: r.Recipe) -> Setup:
+def prepare(recipe: r.Recipe, files: Mapping[str, Path] | None = None) -> Setup:
     """Load the model and the data, deal out the rows, turn them into tokens. Writes nothing.
+
+    Args:
+        files: client -> its own file, of the clients that are here (at a server none); None takes the recipe's.
 
     Raises:
         InputError: anything about the model or the data that cannot be read or does not fit.
     """
-    tables = load_tables(recipe.data, recipe.task, recipe.seed)
+    if recipe.partition.kind == "sites" and files is None:
+        files = site_files(recipe.data)
+    tables = load_tables(recipe.data, recipe.task, recipe.seed, files)
     rows = texts(tables.train, recipe.data.text)
     lengths = [sum(len(part) for part in row) for row in rows]
     shares = deal(tables.train, recipe.partition, recipe.data.label, lengths, recipe.seed)
@@ -120,27 +111,20 @@ def execute(
         FederationError: too few usable updates, or the disk refused; the rounds committed before stand.
     """
     check_folder(recipe, folder, resume)
-    setup = setup or prepare(recipe)
-    strategy = strategy_of(recipe, setup)
-    begun = strategy.init(begin(recipe, setup, strategy))
-    with explained(folder, "the run folder could not be made"):
-        folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder), logged(folder):
-        journal = Journal(folder, setup.bench.card)
-        last, mended = journal.recover()
-        for line in mended:
-            show(Event("mended", last.state.round if last else 0, detail=line))
-        if last is None:
-            with explained(folder, "the run folder could not be written"):
-                _write_facts(recipe, folder, setup)
-        elif resume:  # a recipe that asks for more rounds is the one that counts from here on
-            replace_file(folder / "recipe.toml", recipe.to_toml().encode())
-        state = last.state if last else begun
-        if last is None:
-            journal.export(state)
-        engine = engine_of(recipe, setup, begun, last.memories if last else None, step)
-        run_rounds(strategy, state, engine, federation_of(recipe, setup), journal, show)
-    return Result(folder, tuple(read_records(folder / "rounds.jsonl")))
+    here = setup or prepare(recipe)
+    strategy = strategy_of(recipe, sorted(here.clients))
+    begun = strategy.init(begin(recipe, here, strategy))
+    return conduct(
+        recipe,
+        folder,
+        strategy,
+        begun,
+        here.bench.card,
+        lambda memories: engine_of(recipe, here, begun, memories, step),
+        federation_of(recipe, here, here.examples),
+        lambda: facts_of(recipe, here, here.partition),
+        show,
+    )
 
 
 def engine_of(
@@ -164,13 +148,12 @@ def engine_of(
     return LocalEngine(clients.fit, memories)
 
 
-def strategy_of(recipe: r.Recipe, setup: Setup) -> Strategy:
+def strategy_of(recipe: r.Recipe, clients: Sequence[str]) -> Strategy:
     """The recipe's strategy, with the clients' own ranks where it gives them (in turn, by client name)."""
     strategy, ranks = recipe.build_strategy(), recipe.model.client_ranks
     if ranks is None:
         return strategy
-    names = sorted(setup.clients)
-    own = {client: ranks[index % len(ranks)] for index, client in enumerate(names)}
+    own = {client: ranks[index % len(ranks)] for index, client in enumerate(sorted(clients))}
     return with_ranks(strategy, own, recipe.model.scaling_of)
 
 
@@ -190,8 +173,8 @@ def global_scores(setup: Setup, adapter: Adapter, residual: Adapter | None, batc
     return evaluate(setup.bench, setup.common, batch_size)
 
 
-def federation_of(recipe: r.Recipe, setup: Setup) -> Federation:
-    """The fixed facts of a recipe's run, for the round loop."""
+def federation_of(recipe: r.Recipe, setup: Setup, examples: Mapping[str, int]) -> Federation:
+    """The fixed facts of a recipe's run, for the round loop; `examples` has every client."""
     rounds, every = recipe.federation.rounds, recipe.evaluate.every
 
     def asked(round_: int) -> bool:
@@ -208,17 +191,17 @@ def federation_of(recipe: r.Recipe, setup: Setup) -> Federation:
         "every": lambda round_: round_ % every == 0 or round_ == rounds,
     }
     return Federation(
-        clients=sorted(setup.clients),
+        clients=sorted(examples),
         rounds=rounds,
-        per_round=recipe.federation.clients_per_round or len(setup.clients),
+        per_round=recipe.federation.clients_per_round or len(examples),
         seed=recipe.seed,
         weights=WEIGHTINGS[recipe.federation.weighting],
         # A personal head leaves the server without one, so there is no global model to measure.
-        evaluate=None if recipe.model.head == "personal" else scores,
+        evaluate=None if recipe.model.head == "personal" or not setup.common else scores,
         measured=lambda round_: round_ % every == 0 or round_ == rounds or asked(round_),
         personal=personal[recipe.evaluate.personal],
         minimum=recipe.federation.min_clients,
-        examples={client: len(data.train) for client, data in setup.clients.items()},
+        examples=examples,
     )
 
 
@@ -235,33 +218,13 @@ def _client_data(share: Share, examples: list[Example]) -> ClientData:
     return ClientData([examples[row] for row in share.train], [examples[row] for row in share.test])
 
 
-def _write_facts(recipe: r.Recipe, folder: Path, setup: Setup) -> None:
-    scores = None
-    if recipe.model.head != "personal":
-        scores = global_scores(setup, setup.start, None, recipe.evaluate.batch_size)
-    facts = {
-        **setup.partition,
-        "start": scores,
+def facts_of(recipe: r.Recipe, setup: Setup, partition: Mapping[str, Any]) -> dict[str, Any]:
+    """What setup.json says: who holds what, the starting model's scores, sizes."""
+    measured = recipe.model.head != "personal" and setup.common
+    return {
+        **partition,
+        "start": global_scores(setup, setup.start, None, recipe.evaluate.batch_size) if measured else None,
         "trainable_parameters": setup.start.parameters,
         "base_parameters": setup.bench.base_parameters,
         "common_test": len(setup.common),
-    }
-    replace_file(folder / "environment.json", (json.dumps(environment(recipe), indent=1) + "\n").encode())
-    replace_file(folder / "setup.json", (json.dumps(facts, indent=1) + "\n").encode())
-    replace_file(folder / "recipe.toml", recipe.to_toml().encode())  # last: its presence says the rest is there
-
-
-def environment(recipe: r.Recipe) -> dict[str, Any]:
-    """Versions, hardware and seed; no name of a person, machine or place."""
-    names = ["florana", "torch", "transformers", "peft", "safetensors", "datasets", "flwr-datasets", "numpy"]
-    return {
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "device": recipe.model.device,
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "seed": recipe.seed,
     }

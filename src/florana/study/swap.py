@@ -28,7 +28,7 @@ def swap(recipe: r.Recipe, setup: Setup, methods: Sequence[Method], rounds: Sequ
     Only rules that take whole pairs, trained from PEFT's start, can be given FedIT's clients; the others are left out.
     """
     captured: dict[int, tuple[State, Sequence[Contribution]]] = {}
-    strategy = strategy_of(recipe, setup)
+    strategy = strategy_of(recipe, sorted(setup.clients))
 
     def watched(state: State, parts: Sequence[Contribution]) -> Outcome:
         if state.round + 1 in rounds:
@@ -37,14 +37,14 @@ def swap(recipe: r.Recipe, setup: Setup, methods: Sequence[Method], rounds: Sequ
 
     state = strategy.init(begin(recipe, setup, strategy))
     plain = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"personal": "never"})})
-    federation = replace(federation_of(plain, setup), rounds=max(rounds), evaluate=None)
+    federation = replace(federation_of(plain, setup, setup.examples), rounds=max(rounds), evaluate=None)
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder), setup.bench.card)
         engine = engine_of(recipe, setup, state)
         run_rounds(replace(strategy, step=watched), state, engine, federation, journal, lambda event: None)
     rows = []
     for method in methods:
-        one = strategy_of(recipe.model_copy(update={"strategy": dict(method.strategy)}), setup)
+        one = strategy_of(recipe.model_copy(update={"strategy": dict(method.strategy)}), sorted(setup.clients))
         if not _takes_pairs(one, state):
             continue
         for round_, (before, parts) in sorted(captured.items()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,38 @@ class Tables:
     labels: tuple[str, ...]
 
 
-def load_tables(settings: r.Data, task: str, seed: int) -> Tables:
+SITE = "florana_site"
+"""The column that says whose row it is, where each client has a file of its own."""
+
+
+def site_files(settings: r.Data) -> dict[str, Path]:
+    """Client -> its file, where `data.train` is a folder with one file per client. Raises InputError."""
+    folder = Path(settings.train)
+    if not folder.is_dir():
+        raise InputError(
+            f"data.train = '{folder}' is not a folder",
+            why="partition.kind = 'sites' takes one file per client from it",
+            fix="give a folder with files such as hospital-a.csv, or choose another partition.kind",
+        )
+    files = {path.name.partition(".")[0]: path for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
+    if not files:
+        raise InputError(f"the folder {folder} holds no file")
+    return files
+
+
+def load_tables(settings: r.Data, task: str, seed: int, files: Mapping[str, Path] | None = None) -> Tables:
     """The rows of a recipe.
+
+    Args:
+        files: client -> its own file, where each has one (none at all at a server); `data.train` is not read then.
 
     Raises:
         InputError: a file or hub name that cannot be read, a column that is not there, an empty text column, a test
             label that the training rows never show.
     """
     datasets.disable_progress_bars()  # of its own bookkeeping; florana shows what takes time
+    if files is not None:
+        return _with_labels(*_of_sites(settings, files, seed), settings, task)
     train = _read(settings.train, settings, settings.train_split)
     if settings.test is not None:
         test = _read(settings.test, settings, settings.test_split)
@@ -48,11 +72,31 @@ def load_tables(settings: r.Data, task: str, seed: int) -> Tables:
         train, test = parts["train"], parts["test"]
     train = _limited(train, settings.train_limit, derive(seed, "train limit"))
     test = _limited(test, settings.test_limit, derive(seed, "test limit"))
+    return _with_labels(train, test, settings, task)
+
+
+def _of_sites(settings: r.Data, files: Mapping[str, Path], seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    columns = [settings.text] if isinstance(settings.text, str) else list(settings.text)
+    wanted = columns + ([settings.label] if settings.label else [])
+    tables = []
+    for client, path in files.items():
+        table = datasets.Dataset.from_pandas(_read_file(path.resolve()), preserve_index=False)
+        for column in wanted:
+            _require_column(table, column, str(path))
+        table = _limited(table.select_columns(wanted), settings.train_limit, derive(seed, "train limit", client))
+        tables.append(table.add_column(SITE, [client] * len(table)))
+    empty = datasets.Dataset.from_dict({column: [] for column in (*wanted, SITE)})
+    train = datasets.concatenate_datasets(tables) if tables else empty
+    test = empty if settings.test is None else _read(settings.test, settings, settings.test_split)
+    return train, _limited(test, settings.test_limit, derive(seed, "test limit"))
+
+
+def _with_labels(train: datasets.Dataset, test: datasets.Dataset, settings: r.Data, task: str) -> Tables:
     columns = [settings.text] if isinstance(settings.text, str) else list(settings.text)
     for table, name in ((train, settings.train), (test, settings.test or settings.train)):
         for column in columns + ([settings.label] if settings.label else []):
             _require_column(table, column, name)
-        if len(table) == 0:
+        if len(table) == 0 and SITE not in train.column_names:
             raise InputError(f"{name} holds no rows")
     if task == "causal-lm" or settings.label is None:
         return Tables(train, test, ())
@@ -67,6 +111,8 @@ def texts(table: datasets.Dataset, columns: str | Sequence[str]) -> list[tuple[s
 
 def _with_classes(train: datasets.Dataset, test: datasets.Dataset, settings: r.Data) -> Tables:
     assert settings.label is not None
+    if settings.labels is not None:
+        return _with_given_classes(train, test, settings.label, settings.labels)
     seen = set(train[settings.label])
     labels = sorted(seen, key=lambda value: (str(type(value)), value))
     for value in test[settings.label]:
@@ -88,6 +134,23 @@ def _with_classes(train: datasets.Dataset, test: datasets.Dataset, settings: r.D
         return table.add_column("class_index", values)
 
     return Tables(add(train), add(test), tuple(str(value) for value in labels))
+
+
+def _with_given_classes(train: datasets.Dataset, test: datasets.Dataset, column: str, labels: Sequence[str]) -> Tables:
+    index = {label: position for position, label in enumerate(labels)}
+
+    def add(table: datasets.Dataset) -> datasets.Dataset:
+        values = [str(value) for value in table[column]]
+        for row, value in enumerate(values):
+            if value not in index:
+                raise InputError(
+                    f"row {row} has the label '{value}' in column '{column}'",
+                    why=f"data.labels names {', '.join(labels)}",
+                    fix="mend the row, or add the label to data.labels at every site",
+                )
+        return table.add_column("class_index", [index[value] for value in values])
+
+    return Tables(add(train), add(test), tuple(labels))
 
 
 def _read(name: str, settings: r.Data, split: str) -> datasets.Dataset:

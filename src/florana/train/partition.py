@@ -24,6 +24,7 @@ from flwr_datasets.partitioner import (
 from florana import recipe as r
 from florana.errors import InputError
 from florana.federation.sampling import derive
+from florana.train.data import SITE
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ def deal(
     Raises:
         InputError: too few rows for the clients wanted, or a column that cannot be split by.
     """
+    if settings.kind == "sites":
+        holders = list(table[SITE])
+        owned = {client: [row for row, holder in enumerate(holders) if holder == client] for client in set(holders)}
+        return {client: _share(owned[client], settings, client, seed) for client in sorted(owned)}
     keys = datasets.Dataset.from_dict({"row": list(range(len(table)))})
     by = settings.by or label
     if settings.kind in ("dirichlet", "pathological", "column"):
