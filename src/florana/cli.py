@@ -13,6 +13,7 @@ import typer
 
 from florana.cli_adapters import inspect, merge
 from florana.cli_compare import compare
+from florana.cli_flower import doctor, flower, join, serve
 from florana.cli_plan import plan
 from florana.errors import FloranaError, RecipeError
 
@@ -29,8 +30,9 @@ app = typer.Typer(
     add_completion=False,
 )
 
-for _verb in (merge, inspect, compare, plan):
+for _verb in (merge, inspect, compare, plan, serve, join, doctor):
     app.command()(_verb)
+app.add_typer(flower, name="flower")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 

@@ -135,7 +135,14 @@ def engine_of(
     step: Callable[[str], None] = lambda client: None,
 ) -> LocalEngine:
     """The clients of a set-up in the local engine; `begun` is the strategy's first state, which every client knows."""
-    clients = TrainingClients(
+    return LocalEngine(clients_of(recipe, setup, begun, step).fit, memories)
+
+
+def clients_of(
+    recipe: r.Recipe, setup: Setup, begun: State, step: Callable[[str], None] = lambda client: None
+) -> TrainingClients:
+    """The clients of a set-up at its bench, ready to train."""
+    return TrainingClients(
         setup.bench,
         Adapter(begun.adapter.modules, setup.head, begun.adapter.cores),
         setup.clients,
@@ -145,7 +152,6 @@ def engine_of(
         recipe.model.head,
         step,
     )
-    return LocalEngine(clients.fit, memories)
 
 
 def strategy_of(recipe: r.Recipe, clients: Sequence[str]) -> Strategy:
@@ -173,14 +179,18 @@ def global_scores(setup: Setup, adapter: Adapter, residual: Adapter | None, batc
     return evaluate(setup.bench, setup.common, batch_size)
 
 
-def federation_of(recipe: r.Recipe, setup: Setup, examples: Mapping[str, int]) -> Federation:
-    """The fixed facts of a recipe's run, for the round loop; `examples` has every client."""
+def federation_of(recipe: r.Recipe, setup: Setup | None, examples: Mapping[str, int]) -> Federation:
+    """The fixed facts of a recipe's run, for the round loop; `examples` has every client.
+
+    Without a set-up, at a server that has no base model, nothing is measured there.
+    """
     rounds, every = recipe.federation.rounds, recipe.evaluate.every
 
     def asked(round_: int) -> bool:
-        return setup.exam is not None and setup.exam.due(round_, rounds)
+        return setup is not None and setup.exam is not None and setup.exam.due(round_, rounds)
 
     def scores(state: State) -> Mapping[str, float]:
+        assert setup is not None
         figures = global_scores(setup, state.adapter, state.residual, recipe.evaluate.batch_size)
         # global_scores has left the state's model on the bench
         return figures | setup.exam.sit(setup.bench) if setup.exam is not None and asked(state.round) else figures
@@ -197,7 +207,7 @@ def federation_of(recipe: r.Recipe, setup: Setup, examples: Mapping[str, int]) -
         seed=recipe.seed,
         weights=WEIGHTINGS[recipe.federation.weighting],
         # A personal head leaves the server without one, so there is no global model to measure.
-        evaluate=None if recipe.model.head == "personal" or not setup.common else scores,
+        evaluate=None if recipe.model.head == "personal" or setup is None or not setup.common else scores,
         measured=lambda round_: round_ % every == 0 or round_ == rounds or asked(round_),
         personal=personal[recipe.evaluate.personal],
         minimum=recipe.federation.min_clients,

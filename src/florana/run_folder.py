@@ -21,6 +21,9 @@ from florana.federation.records import RoundRecord
 from florana.recipe import Recipe
 from florana.recipe_file import check, differences
 
+BEFORE = {"log.txt", ".lock", "run.json", "progress.jsonl", "outcome.json", "environment.json", "setup.json"}
+"""What a run may leave in its folder before it has begun."""
+
 
 def check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
     """Raise RecipeError where the folder cannot take this run: taken, not a run, or made by another recipe."""
@@ -35,7 +38,7 @@ def check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
             fix="name a new folder, or add --resume to continue that run",
         )
     if not (folder / "recipe.toml").exists():
-        if any(path.name not in {"log.txt", ".lock"} and not path.name.endswith(".tmp") for path in folder.iterdir()):
+        if any(path.name not in BEFORE and not path.name.endswith(".tmp") for path in folder.iterdir()):
             raise RecipeError(f"--out {folder} is not a run folder", fix="name a new folder")
         return
     old = check(tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")), str(folder / "recipe.toml"))

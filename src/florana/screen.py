@@ -94,6 +94,8 @@ class Screen:
                 style="yellow",
                 highlight=False,
             )
+        elif event.kind == "joined":
+            self._console.print(f"{event.client} is here: {event.detail} to train on", highlight=False)
         elif event.kind == "mended":
             self._console.print(event.detail, style="yellow", highlight=False)
         elif event.kind == "committed" and event.record is not None:

@@ -22,7 +22,7 @@ Scores = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Event:
-    """Something to show while a run goes on: `kind` is round, reply, refused, committed or mended."""
+    """Something to show while a run goes on: `kind` is joined, round, reply, refused, committed or mended."""
 
     kind: str
     round: int

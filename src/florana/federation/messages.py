@@ -10,9 +10,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from florana.errors import InputError
 from florana.factors import Adapter, adapter_from_tensors, kind_of
 
 _RESIDUAL = "residual/"
@@ -89,6 +91,18 @@ def pack(adapter: Adapter, kinds: Collection[str] = ("A", "B", "core"), residual
     if residual is not None:
         tensors |= {_RESIDUAL + name: tensor for name, tensor in residual.tensors().items()}
     return save({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def unpack_whole(content: bytes, scalings: Mapping[str, float]) -> Adapter:
+    """A whole adapter, as a client sends the one it starts from.
+
+    Raises:
+        InputError: the bytes are no such adapter.
+    """
+    try:
+        return adapter_from_tensors(load(content), scalings)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise InputError("a client sent no adapter to start from", why=f"{type(error).__name__}: {error}") from None
 
 
 def unpack(

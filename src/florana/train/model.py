@@ -86,8 +86,13 @@ class Workbench:
     @property
     def base_parameters(self) -> int:
         """How many numbers the frozen base model holds."""
-        factors = {id(p) for layer in self._layers.values() for p in _factors(layer)}
-        return sum(p.numel() for p in self.model.parameters() if not p.requires_grad and id(p) not in factors)
+        return sum(parameter.numel() for _, parameter in self.frozen())
+
+    def frozen(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The base model's own parameters, by name, in the order of their names."""
+        own = {id(p) for layer in self._layers.values() for p in _factors(layer)}
+        own |= {id(p) for p in self._extra.values()}
+        return sorted((name, p) for name, p in self.model.named_parameters() if id(p) not in own)
 
     def adapter(self) -> Adapter:
         """A copy of the adapter as it is now: float32, on the CPU, with the head among the extra tensors."""

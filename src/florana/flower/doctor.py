@@ -1,0 +1,194 @@
+"""Everything that could stop a federation, looked at before anything starts: what is wrong, and what to do."""
+
+from __future__ import annotations
+
+import email.utils
+import importlib.metadata
+import os
+import shutil
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from florana import recipe as r
+from florana.errors import FloranaError
+from florana.flower.front import trusting
+from florana.flower.invitation import Invitation
+from florana.flower.join import prepare_site
+from florana.flower.keys import Certificates, read_private, read_roster
+from florana.flower.processes import program
+from florana.flower.serve import check_certificates
+from florana.flower.site import base_digest
+from florana.run import Setup, prepare
+
+CLOCK_SECONDS = 60.0
+"""Flower takes signatures that are at most 300 seconds old; a clock that is off by more than this will soon be."""
+SPARE_DISK = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Args:
+        what: its name. fine: whether it is as it should be. said: what was found. fix: what to do where it is not.
+    """
+
+    what: str
+    fine: bool
+    said: str
+    fix: str = ""
+
+
+def at_site(invitation: Invitation, recipe: r.Recipe, keys: Path, data: Path | None) -> Iterator[Finding]:
+    """The findings at a site, each as soon as it is there."""
+    yield from _common(keys)
+    yield _tried("key", lambda: f"{read_private(keys)[0]}, readable by its owner alone")
+    yield from _server(invitation)
+    setup: list[Setup] = []
+
+    def load() -> str:
+        who = read_private(keys)[0]
+        setup.append(prepare_site(recipe, who, data))
+        holds = setup[0].partition["clients"][who]
+        return f"{holds['train']} rows to train on, {holds['test']} to test on"
+
+    yield _tried("data and model", load)
+    if setup:
+        yield _base(setup[0], invitation.base)
+        yield _memory(setup[0])
+
+
+def at_server(
+    recipe: r.Recipe, files: Certificates, out: Path, host: str, port: int, *, base: bool
+) -> Iterator[Finding]:
+    """The findings at the operator's machine."""
+    yield from _common(out)
+
+    def valid() -> str:
+        check_certificates(files)
+        return "valid"
+
+    def sites() -> str:
+        names = sorted(read_roster(files.roster))
+        if len(names) < recipe.federation.min_clients:
+            raise FloranaError(
+                f"{len(names)} approved, federation.min_clients is {recipe.federation.min_clients}",
+                fix="'florana flower approve' the sites' .pub files",
+            )
+        return ", ".join(names)
+
+    yield _tried("certificates", valid)
+    yield _tried("approved sites", sites)
+    yield _port(host, port)
+    if base:
+        setup: list[Setup] = []
+
+        def load() -> str:
+            setup.append(prepare(recipe, {} if recipe.partition.kind == "sites" else None))
+            return f"{len(setup[0].common)} common test rows; base model {base_digest(setup[0])[:12]}"
+
+        yield _tried("data and model", load)
+        if setup:
+            yield _memory(setup[0])
+
+
+def _common(folder: Path) -> Iterator[Finding]:
+    names = ["florana", "flwr", "torch", "transformers", "peft"]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    yield Finding("versions", True, f"Python {sys.version.split()[0]}, {versions}")
+    yield _tried("Flower's programs", lambda: f"beside {Path(program('flower-supernode')).parent.name}/python")
+    place = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    writable = os.access(place, os.W_OK)
+    yield Finding(
+        "disk",
+        writable and free > SPARE_DISK,
+        f"{free / 2**30:.1f} GiB free" if writable else f"{place} cannot be written",
+        "" if writable and free > SPARE_DISK else "free some space, or choose another folder",
+    )
+
+
+def _server(invitation: Invitation) -> Iterator[Finding]:
+    name = f"server {invitation.address}"
+    try:
+        with (
+            socket.create_connection((invitation.host, invitation.port), timeout=10) as plain,
+            trusting(invitation.authority).wrap_socket(plain, server_hostname=invitation.host) as secure,
+        ):
+            secure.sendall(f"GET / HTTP/1.1\r\nHost: {invitation.host}\r\nConnection: close\r\n\r\n".encode())
+            head = secure.recv(65_536).decode("latin-1")
+    except ssl.SSLCertVerificationError as error:
+        fix = "is the clock right? else ask the operator for a new invitation"
+        yield Finding(name, False, f"its certificate does not hold: {error.verify_message}", fix)
+        return
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        yield Finding(
+            name, False, f"not reached ({why})", "is it started ('florana serve')? does a firewall forbid it?"
+        )
+        return
+    yield Finding(name, True, "reached, and its certificate is the invitation's")
+    date = next((line[5:].strip() for line in head.splitlines() if line.lower().startswith("date:")), "")
+    if date:
+        off = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
+        fine = abs(off) <= CLOCK_SECONDS
+        yield Finding(
+            "clock", fine, f"{abs(off):.0f} s from the server's", "" if fine else "set this machine's clock right"
+        )
+
+
+def _base(setup: Setup, expected: str) -> Finding:
+    own = base_digest(setup)
+    if not expected:
+        return Finding("base model", True, f"digest {own[:12]}; all sites must show the same")
+    if own == expected:
+        return Finding("base model", True, f"digest {own[:12]}, the operator's")
+    return Finding(
+        "base model",
+        False,
+        f"digest {own[:12]}, the operator's is {expected[:12]}",
+        "take the same files, and the same model.dtype and quantization",
+    )
+
+
+def _memory(setup: Setup) -> Finding:
+    """What training will need beside what is loaded: gradients and two moments of what is trained."""
+    need = 4 * 4 * setup.start.parameters + 2**28
+    free = available_memory()
+    return Finding(
+        "memory",
+        free > need,
+        f"{free / 2**30:.1f} GiB left with the model loaded, at least {need / 2**30:.1f} are needed",
+        "" if free > need else "a smaller train.batch_size, model.dtype = 'bfloat16', or a machine with more",
+    )
+
+
+def available_memory() -> int:
+    """Bytes of memory that new work can have on this machine."""
+    table = Path("/proc/meminfo")
+    if table.exists():
+        for line in table.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _port(host: str, port: int) -> Finding:
+    try:
+        with socket.create_server((host, port)):
+            return Finding(f"port {port}", True, "free")
+    except OSError as error:
+        return Finding(f"port {port}", False, error.strerror or str(error), "choose another --port")
+
+
+def _tried(what: str, attempt: Callable[[], Any]) -> Finding:
+    try:
+        return Finding(what, True, str(attempt()))
+    except FloranaError as error:
+        return Finding(what, False, " ".join(part for part in (error.what, error.why) if part), error.fix)

@@ -1,0 +1,121 @@
+"""The engine that reaches clients through Flower's Grid: one message per brief, answers until a deadline."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from florana.federation.messages import Brief, Failure, Reply
+from florana.flower.briefs import brief_frame, read_reply
+from florana.flower.frames import Frame
+from florana.flower.records import from_record, to_record
+
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class FlowerEngine:
+    """Carries briefs over a Grid.
+
+    Args:
+        grid: Flower's connection to the nodes.
+        nodes: asked at the start of each round: client -> its node's id, of the clients that are connected and fit;
+            and client -> why not, of the others.
+        run: the name of the run, by which clients keep what stays with them.
+        deadline: seconds from sending to the last answer that counts.
+    """
+
+    grid: Grid
+    nodes: Callable[[], tuple[Mapping[str, int], Mapping[str, str]]]
+    run: str
+    deadline: float
+
+    def memories(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Nothing: what clients keep lies with them, see `federation.keeping`."""
+        return {}
+
+    def fit(self, briefs: Sequence[Brief]) -> Iterator[Reply | Failure]:
+        """Every client's answer as it comes; after the deadline, a Failure for each that is missing."""
+        nodes, absent = self.nodes()
+        asked = [brief for brief in briefs if brief.client in nodes]
+        for brief in briefs:
+            if brief.client not in nodes:
+                yield Failure(brief.client, absent.get(brief.client, "is not connected"))
+        nonces = {brief.client: secrets.token_hex(16) for brief in asked}
+        frames = {b.client: (nodes[b.client], brief_frame(b, self.run, nonces[b.client])) for b in asked}
+        for client, answer in exchange(self.grid, frames, self.deadline):
+            yield answer if isinstance(answer, Failure) else read_reply(answer, client, nonces[client])
+
+
+def exchange(
+    grid: Grid, frames: Mapping[str, tuple[int, Frame]], deadline: float, kind: str = MessageType.TRAIN
+) -> Iterator[tuple[str, Frame | Failure]]:
+    """Send each client its frame; yield each client's answer once, in the order of arrival.
+
+    Args:
+        frames: client -> its node's id and what it is sent.
+        deadline: seconds; clients that have not answered by then are a Failure.
+    """
+    clients = list(frames)
+    until = time.monotonic() + deadline
+    messages = [
+        Message(to_record(frame), dst_node_id=node, message_type=kind, ttl=deadline + 60)
+        for node, frame in frames.values()
+    ]
+    identities = list(grid.push_messages(messages)) if messages else []
+    identities += [""] * (len(clients) - len(identities))
+    waiting: dict[str, str] = {}
+    for client, identity in zip(clients, identities, strict=True):
+        if identity:
+            waiting[identity] = client
+        else:
+            yield client, Failure(client, "Flower did not take the message for it")
+    while waiting and time.monotonic() < until:
+        answers = list(_pulled(grid, list(waiting)))
+        for identity, answer in answers:
+            if identity in waiting:  # an answer to nothing that is asked now is no answer
+                client = waiting.pop(identity)
+                yield client, Failure(client, answer.reason) if isinstance(answer, Failure) else answer
+        if not answers:
+            time.sleep(POLL_SECONDS)
+    for client in waiting.values():
+        yield client, Failure(client, f"did not answer within {deadline:g} seconds")
+
+
+def _pulled(grid: Grid, identities: Sequence[str]) -> Iterator[tuple[str, Frame | Failure]]:
+    """What has come, message by message where one of them cannot be decoded, so that it spoils no other."""
+    try:
+        messages: Iterable[Message] = grid.pull_messages(identities)
+    except Exception as error:
+        if len(identities) == 1:
+            if _is_unreachable(error):
+                raise
+            yield identities[0], Failure("", f"sent a message that cannot be decoded ({type(error).__name__})")
+            return
+        for identity in identities:
+            yield from _pulled(grid, [identity])
+        return
+    for message in messages:
+        yield message.metadata.reply_to_message_id, _frame_of(message)
+
+
+def _frame_of(message: Any) -> Frame | Failure:
+    if message.has_error():
+        reason = " ".join(str(message.error.reason or "").split())
+        return Failure("", f"Flower reports error {message.error.code} for it: {reason[:300]}")
+    try:
+        return from_record(message.content)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        return Failure("", f"sent {error}" if isinstance(error, ValueError) else "sent a damaged message")
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """The SuperLink itself is gone: no client's fault."""
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpcore") or isinstance(error, OSError)

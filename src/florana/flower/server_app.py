@@ -1,0 +1,195 @@
+"""The ServerApp: the round loop of florana, with Flower's Grid as its engine and the run folder as its memory.
+
+RUN/progress.jsonl has a line per event and RUN/outcome.json how it ended, for whoever started the run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import traceback
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
+
+from florana import recipe as r
+from florana.adapter_files import AdapterCard, replace_file
+from florana.conduct import Show, conduct
+from florana.errors import FederationError, FloranaError, RecipeError
+from florana.factors import Adapter
+from florana.federation.loop import Event, Federation
+from florana.federation.messages import Engine, unpack_whole
+from florana.flower.engine import FlowerEngine
+from florana.flower.keys import read_roster
+from florana.flower.roll import Card, Roll
+from florana.flower.settings import Settings, from_config
+from florana.flower.site import agreed, base_digest, start_digest
+from florana.run import Setup, begin, facts_of, federation_of, prepare, strategy_of
+from florana.run_folder import check_folder
+from florana.strategy.base import State, Strategy
+
+OUTCOME, PROGRESS = "outcome.json", "progress.jsonl"
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """One run, from the configuration that `florana flower export` declared."""
+    log = logging.getLogger("florana")
+    recipe, settings = from_config(dict(context.run_config))
+    folder = Path(settings.out)
+    try:
+        check_folder(recipe, folder, settings.resume)
+        folder.mkdir(parents=True, exist_ok=True)
+        lead(grid, recipe, settings, folder, _progress(folder))
+    except FloranaError as error:
+        _end(folder, error.exit_code, str(error))
+        log.error("%s", error)
+        raise SystemExit(error.exit_code) from None
+    except Exception as error:
+        _end(folder, 1, f"{type(error).__name__}: {error}", traceback.format_exc())
+        raise
+    _end(folder, 0, "")
+
+
+def lead(grid: Grid, recipe: r.Recipe, settings: Settings, folder: Path, show: Show) -> None:
+    """Call the roll, then run every round that the folder does not hold yet.
+
+    Raises:
+        FederationError: too few clients, at the start or in a round. RecipeError: the strategy needs the base model
+            at the server, which has none. InputError: a model or data that cannot be read.
+    """
+    keys = read_roster(Path(settings.roster)) if settings.roster else None
+    roll = Roll(grid, keys, agreed(recipe), settings.deadline, show)
+    everyone = len(keys) if keys is not None else _simulated(grid, recipe)
+    roll.wait(recipe.federation.min_clients, everyone, settings.wait)
+    clients = sorted(keys) if keys is not None else sorted(roll.cards)
+    here = prepare(recipe, {} if recipe.partition.kind == "sites" else None) if settings.base else None
+    strategy = strategy_of(recipe, clients)
+    begun = strategy.init(_beginning(recipe, strategy, here, roll))
+    if here is not None:
+        _same_start(here, begun, roll)
+    examples = {client: int(card["holds"]["train"]) for client, card in roll.cards.items()}
+    run = _run_name(folder)
+
+    def engine(memories: Mapping[str, Mapping[str, Tensor]] | None) -> Engine:
+        del memories  # they lie with the clients
+        return FlowerEngine(grid, roll.connected, run, settings.deadline)
+
+    conduct(
+        recipe,
+        folder,
+        strategy,
+        begun,
+        here.bench.card if here is not None else _adapter_card(recipe, roll),
+        engine,
+        _federation(recipe, here, clients, examples),
+        lambda: _facts(recipe, here, roll, begun),
+        show,
+    )
+
+
+def _federation(recipe: r.Recipe, here: Setup | None, clients: list[str], examples: Mapping[str, int]) -> Federation:
+    counts = {client: examples.get(client, 0) for client in clients}
+    # of clients that have not said how many rows they hold, the gate takes any sensible number
+    return replace(federation_of(recipe, here, counts), examples=examples)
+
+
+def _beginning(recipe: r.Recipe, strategy: Strategy, here: Setup | None, roll: Roll) -> Adapter:
+    if here is not None:
+        return begin(recipe, here, strategy)
+    if strategy.begin != "lora":
+        raise RecipeError(
+            f"the strategy '{strategy.name}' needs the base model at the server",
+            why="its start is made from the base weights",
+            fix="let the server load it (run.base = true)",
+        )
+    client = min(roll.connected()[0])
+    start = unpack_whole(roll.start_of(client), roll.cards[client]["scalings"])
+    return Adapter(start.modules) if recipe.model.head == "personal" else start
+
+
+def _simulated(grid: Grid, recipe: r.Recipe) -> int:
+    """How many clients a simulation has; its nodes are there from the beginning."""
+    nodes, clients = len(list(grid.get_node_ids())), recipe.partition.clients
+    if clients is not None and nodes != clients:
+        raise RecipeError(
+            f"the simulation has {nodes} nodes, and the recipe {clients} clients",
+            fix=f"flwr run --federation-config 'num-supernodes={clients}'",
+        )
+    return nodes
+
+
+def _same_start(here: Setup, begun: State, roll: Roll) -> None:
+    first = Adapter(begun.adapter.modules, here.head, begun.adapter.cores)
+    for key, what, own in (
+        ("base", "base model", base_digest(here)),
+        ("start", "adapter to start from", start_digest(first)),
+    ):
+        for client, card in roll.cards.items():
+            if card[key] != own:
+                raise FederationError(
+                    f"client '{client}' has another {what} than the server",
+                    why=f"digests {str(card[key])[:12]} and {own[:12]}",
+                    fix="give all sites and the server the same files and the same version of torch",
+                )
+
+
+def _adapter_card(recipe: r.Recipe, roll: Roll) -> AdapterCard:
+    assert roll.reference is not None
+    said: Card = roll.reference["adapter"]
+    return AdapterCard(
+        base_model=recipe.model.base,
+        task_type=str(said["task_type"]),
+        target_modules=tuple(str(name) for name in said["target_modules"]),
+        modules_to_save=tuple(str(name) for name in said["modules_to_save"]),
+        fan_in_fan_out=bool(said["fan_in_fan_out"]),
+        rslora=bool(said["rslora"]),
+    )
+
+
+def _facts(recipe: r.Recipe, here: Setup | None, roll: Roll, begun: State) -> dict[str, Any]:
+    assert roll.reference is not None
+    partition = {
+        "labels": roll.reference["labels"],
+        "clients": {client: roll.cards[client]["holds"] for client in sorted(roll.cards)},
+    }
+    if here is not None:
+        return facts_of(recipe, here, partition)
+    return {
+        **partition,
+        "start": None,
+        "trainable_parameters": begun.adapter.parameters,
+        "base_parameters": int(roll.reference["base_parameters"]),
+        "common_test": 0,
+    }
+
+
+def _run_name(folder: Path) -> str:
+    """By which the clients keep what stays with them: made once, found again when the run is resumed."""
+    path = folder / "run.json"
+    if not path.exists():
+        replace_file(path, json.dumps({"run": secrets.token_hex(16)}).encode())
+    return str(json.loads(path.read_text(encoding="utf-8"))["run"])
+
+
+def _progress(folder: Path) -> Show:
+    def show(event: Event) -> None:
+        line = {"kind": event.kind, "round": event.round, "client": event.client, "detail": event.detail}
+        with (folder / PROGRESS).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    return show
+
+
+def _end(folder: Path, code: int, error: str, trace: str = "") -> None:
+    if folder.is_dir():
+        content = json.dumps({"exit_code": code, "error": error, "traceback": trace}, indent=1)
+        replace_file(folder / OUTCOME, content.encode())

@@ -1,0 +1,143 @@
+"""What a site answers: who it is, and a round of training. The same in the resident trainer and in a simulation."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from florana import recipe as r
+from florana.adapter_files import AdapterCard
+from florana.engine.local import Fit
+from florana.errors import FloranaError, RecipeError
+from florana.factors import Adapter
+from florana.federation.keeping import keep, recall
+from florana.federation.messages import pack
+from florana.flower.briefs import failure_frame, read_brief, reply_frame
+from florana.flower.frames import Frame
+from florana.run import Setup, begin, clients_of, strategy_of
+
+PLACES = {"model": {"base", "device"}, "data": {"train", "test", "test_split", "test_limit", "hub_config"}}
+"""Keys of the recipe that may differ between the sites: where things are, not what they are."""
+
+log = logging.getLogger("florana")
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One client at its own machine, or every client of a simulation.
+
+    Args:
+        who: the name that the node's own configuration gives it.
+        fit: a client's round, as the local engine calls it.
+        card: what `hello` says of the site.
+        start: the adapter before the first round, head included.
+        folder: where the client keeps what stays with it.
+    """
+
+    who: str
+    fit: Fit
+    card: Mapping[str, Any]
+    start: Adapter
+    folder: Path
+
+    def answer(self, frame: Frame) -> Frame:
+        """The reply to one frame of the server. What goes wrong becomes a `failure` with its reason."""
+        try:
+            if frame.kind == "hello":
+                return Frame("hello", self.card, pack(self.start) if frame.fields.get("start") else b"")
+            if frame.kind != "train":
+                return failure_frame(f"does not know requests of kind '{frame.kind[:40]}'")
+            return self._train(frame)
+        except FloranaError as error:
+            return failure_frame(str(error).replace("\n", "; "))
+        except Exception as error:
+            log.exception("client %s failed", self.who)
+            return failure_frame(f"{type(error).__name__}: {error}".splitlines()[0])
+
+    def _train(self, frame: Frame) -> Frame:
+        brief, run = read_brief(frame), str(frame.fields["run"])
+        if brief.client != self.who:
+            return failure_frame(f"is '{self.who}', but was asked as '{brief.client[:80]}'")
+        memory = recall(self.folder, run, self.who, brief.round)
+        reply, kept = self.fit(brief, memory)
+        keep(self.folder, run, self.who, brief.round, kept)
+        return reply_frame(reply, str(frame.fields["nonce"]))
+
+
+def site_of(recipe: r.Recipe, setup: Setup, who: str, folder: Path, step: Callable[[str], None] | None = None) -> Site:
+    """The site of one client of a set-up.
+
+    Raises:
+        RecipeError: the set-up has no such client, or the strategy starts from all clients' gradients.
+    """
+    if who not in setup.clients:
+        raise RecipeError(f"there is no client '{who}'", why=f"the data have {', '.join(sorted(setup.clients))}")
+    strategy = strategy_of(recipe, sorted(setup.clients))
+    if strategy.begin == "gradient":
+        raise RecipeError(
+            f"the strategy '{strategy.name}' with begin = 'gradient' runs in a simulation of one process only",
+            why="its start is made from the first gradients of all clients, which no one machine has",
+            fix="choose begin = 'principal', or another strategy",
+        )
+    begun = strategy.init(begin(recipe, setup, strategy))
+    clients = clients_of(recipe, setup, begun, step or (lambda client: None))
+    return Site(who, clients.fit, card_of(recipe, setup, who, clients.first), clients.first, folder)
+
+
+def card_of(recipe: r.Recipe, setup: Setup, who: str, start: Adapter) -> dict[str, Any]:
+    """What a site says of itself: enough to find out that it does not fit, and nothing of its rows but their number."""
+    return {
+        "client": who,
+        "florana": importlib.metadata.version("florana"),
+        "torch": torch.__version__.partition("+")[0],
+        "agreed": agreed(recipe),
+        "base": base_digest(setup),
+        "start": start_digest(start),
+        "scalings": start.scalings,
+        "holds": setup.partition["clients"][who],
+        "labels": setup.partition["labels"],
+        "base_parameters": setup.bench.base_parameters,
+        "adapter": _card_json(setup.bench.card),
+    }
+
+
+def agreed(recipe: r.Recipe) -> dict[str, Any]:
+    """The part of the recipe that must be the same everywhere, by dotted key."""
+    table = recipe.model_dump(mode="json", exclude_none=True)
+    result: dict[str, Any] = {"seed": recipe.seed, "task": recipe.task}
+    for section in ("model", "data", "partition", "train", "strategy"):
+        left_out = PLACES.get(section, set())
+        result |= {f"{section}.{key}": value for key, value in table[section].items() if key not in left_out}
+    return result
+
+
+def base_digest(setup: Setup) -> str:
+    """sha256 over the frozen parameters of the base model: names, shapes, types and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name, parameter in setup.bench.frozen():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def start_digest(start: Adapter) -> str:
+    """sha256 of the adapter before the first round, head included, as it would travel."""
+    return hashlib.sha256(pack(start)).hexdigest()
+
+
+def _card_json(card: AdapterCard) -> dict[str, Any]:
+    return {
+        "base_model": Path(card.base_model).name,
+        "task_type": card.task_type,
+        "target_modules": list(card.target_modules),
+        "modules_to_save": list(card.modules_to_save),
+        "fan_in_fan_out": card.fan_in_fan_out,
+        "rslora": card.rslora,
+    }
