@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from florana import recipe as r
 from florana.conduct import Show
 from florana.errors import FederationError, FloranaError, InputError, RecipeError
@@ -78,17 +80,35 @@ def serve(
         work.mkdir(parents=True, exist_ok=True)
         work.chmod(0o700)
     (folder / "outcome.json").unlink(missing_ok=True)
-    with superlink(files, work) as link:
-        _register(link, files, approved, work)
+    guard = work / "guard"
+    own = replace(settings, out=str(folder.resolve()), roster=str(files.roster.resolve()), guard=str(guard.resolve()))
+    with _held(guard), superlink(files, work) as link:
+        _register(link, approved, work)
         door = Door(f"https://{link.address}", limit or 2**28, trusting(files.authority))
         inside = open_door(door, host, port, files.certificate, files.key)
         try:
             opened(inside)
-            app = _app(recipe, replace(settings, out=str(folder.resolve()), roster=str(files.roster.resolve())), work)
+            app = _app(recipe, own, work)
             call(["flwr", "run", str(app), "florana", "--format", "json"], link.environment)
             _follow(link.child, folder, show)
         finally:
             inside.close()
+
+
+@contextmanager
+def _held(guard: Path) -> Iterator[None]:
+    """The lock by which the run knows that its operator's program lives."""
+    lock = filelock.FileLock(guard)
+    try:
+        lock.acquire(timeout=5)
+    except filelock.Timeout:
+        raise FederationError(
+            f"another florana serves from {guard.parent.parent}", fix="wait for it, or make a folder of its own"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -143,13 +163,12 @@ def check_certificates(files: Certificates) -> None:
             )
 
 
-def _register(link: SuperLink, files: Certificates, approved: dict[str, bytes], work: Path) -> None:
+def _register(link: SuperLink, approved: dict[str, bytes], work: Path) -> None:
     """Tell the SuperLink the approved keys that it does not know yet."""
-    said = json.loads(call(["flwr", "supernode", "list", "florana", "--format", "json"], link.environment))
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
     known = work / "registered.json"
-    done: dict[str, str] = json.loads(known.read_text(encoding="utf-8")) if known.exists() and said["nodes"] else {}
+    done: dict[str, str] = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
     for name, pem in approved.items():
         if done.get(name) == pem.decode():
             continue

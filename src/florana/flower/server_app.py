@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+import threading
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
@@ -48,6 +49,8 @@ def main(grid: Grid, context: Context) -> None:
     try:
         check_folder(recipe, folder, settings.resume)
         folder.mkdir(parents=True, exist_ok=True)
+        if settings.guard:
+            threading.Thread(target=end_when_free, args=(Path(settings.guard),), daemon=True).start()
         lead(grid, recipe, settings, folder, _progress(folder))
     except FloranaError as error:
         _end(folder, error.exit_code, str(error))
@@ -94,6 +97,22 @@ def lead(grid: Grid, recipe: r.Recipe, settings: Settings, folder: Path, show: S
         lambda: _facts(recipe, here, roll, begun),
         show,
     )
+
+
+def end_when_free(guard: Path) -> None:
+    """End this process at once when nobody holds the guard any more: its operator's program was killed.
+
+    Flower would leave it running, holding the run folder against the program that resumes. A commit is whole or
+    absent at any moment, so nothing is lost.
+    """
+    lock = filelock.FileLock(guard)
+    while True:
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            time.sleep(0.5)
+        else:
+            os._exit(FederationError.exit_code)
 
 
 def _federation(recipe: r.Recipe, here: Setup | None, clients: list[str], examples: Mapping[str, int]) -> Federation:

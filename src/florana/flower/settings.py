@@ -28,6 +28,7 @@ class Settings:
         wait: seconds to wait for clients before the first round.
         base: whether the server loads the base model (and measures the global model on the common test set).
         kept: the folder where clients of a simulation keep what stays with them; empty: below `out`.
+        guard: a file that whoever started the run keeps locked; when the lock is free the run ends. Empty: none.
     """
 
     out: str = "florana-run"
@@ -37,6 +38,7 @@ class Settings:
     wait: float = 600.0
     base: bool = True
     kept: str = ""
+    guard: str = ""
 
 
 def to_config(recipe: Recipe, settings: Settings) -> dict[str, Scalar]:
