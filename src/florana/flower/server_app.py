@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
 import threading
+import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import filelock
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
