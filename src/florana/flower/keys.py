@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -161,7 +162,7 @@ def read_public(path: Path) -> tuple[str, bytes]:
         text = path.read_bytes()
         key = load_ssh_public_key(text)
         name = text.split()[2].decode()
-    except (OSError, ValueError, IndexError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, IndexError, UnsupportedAlgorithm) as error:
         raise InputError(f"{path} is no public key of a site", why=str(error), fix=_MAKE) from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not _NAME.fullmatch(name):
         raise InputError(f"{path} is no public key of a site", why="not an EC key with a name", fix=_MAKE)
@@ -181,7 +182,7 @@ def read_private(folder: Path) -> tuple[str, Path]:
     path = found[0]
     try:
         key = load_ssh_private_key(path.read_bytes(), None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise InputError(f"{path} is no private key of a site", why=str(error), fix=_MAKE) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise InputError(f"{path} is no private key of a site", why="not an EC key", fix=_MAKE)

@@ -1,0 +1,121 @@
+"""A federation on this machine as people would start it: every program its own process, TLS, keys."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from florana.flower.keys import Certificates
+from florana.flower.processes import SWITCHED_OFF, free_port
+from tests.conftest import ROOT
+
+PROGRAM = [sys.executable, "-m", "florana"]
+
+
+def environment(home: Path) -> dict[str, str]:
+    """What a program of this test runs with: this source tree, one thread, no hub, nothing told to anyone."""
+    return {
+        **os.environ,
+        **SWITCHED_OFF,
+        "PYTHONPATH": str(ROOT / "src"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "FLWR_HOME": str(home),
+    }
+
+
+class Fed:
+    """An operator's and the sites' folders, and the programs that run in them."""
+
+    def __init__(self, folder: Path, recipe: Path) -> None:
+        self.folder, self.recipe, self.port = folder, recipe, free_port()
+        self.out, self.files = folder / "run", Certificates(folder / "fed")
+        self.home = folder / "home"
+        self.sites: dict[str, subprocess.Popen[bytes]] = {}
+
+    def florana(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*PROGRAM, *arguments],
+            env=environment(self.home),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            cwd=self.folder,
+        )
+
+    def serving(self, *options: str) -> list[str]:
+        place = ["--fed", str(self.files.folder), "--out", str(self.out), "--host", "127.0.0.1"]
+        return ["serve", str(self.recipe), *place, "--port", str(self.port), *options]
+
+    def serve(self, *options: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        return self.florana(*self.serving(*options), timeout=timeout)
+
+    def join(self, name: str, *options: str) -> subprocess.Popen[bytes]:
+        command = [*PROGRAM, "join", str(self.folder / "invitation"), "--site", str(self.folder / name), *options]
+        with (self.folder / f"{name}.log").open("ab") as log:
+            started = subprocess.Popen(command, env=environment(self.home), stdout=log, stderr=log)
+        self.sites[name] = started
+        return started
+
+
+@contextmanager
+def federation(table: dict[str, Any], folder: Path, names: list[str], join: bool = True) -> Iterator[Fed]:
+    recipe = folder / "recipe.toml"
+    recipe.write_text(tomli_w.dumps(table))
+    fed = Fed(folder, recipe)
+    try:
+        for arguments in (
+            ["flower", "keys", "--server", "127.0.0.1", "--out", str(fed.files.folder)],
+            *(["flower", "keys", name, "--out", str(folder / name)] for name in names),
+            ["flower", "approve", str(fed.files.folder), *(str(folder / name / f"{name}.pub") for name in names)],
+            [
+                *("flower", "invite", str(recipe), "--fed", str(fed.files.folder), "--port", str(fed.port)),
+                *("--out", str(folder / "invitation")),
+            ],
+        ):
+            done = fed.florana(*arguments)
+            assert done.returncode == 0, done.stdout + done.stderr
+        for name in names if join else []:
+            fed.join(name)
+        yield fed
+    finally:
+        for process in fed.sites.values():
+            process.terminate()
+        for process in fed.sites.values():
+            process.wait(30)
+        end_all(folder)
+
+
+def end_all(folder: Path) -> list[int]:
+    """End every process whose environment or command names this folder; returns those that were left."""
+    import psutil
+
+    left = []
+    for process in psutil.process_iter():
+        try:
+            ours = str(folder) in " ".join(process.cmdline()) or str(folder) in process.environ().get("FLWR_HOME", "")
+            if ours and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(process.pid)
+                process.kill()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return left
+
+
+def wait_for(what: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not what():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
