@@ -227,5 +227,6 @@ def _metrics_of(content: RecordDict) -> MetricRecord:
     return next(iter(content.metric_records.values()))
 
 
-def _form(value: object) -> object:
-    return len(value) if isinstance(value, list) else None
+def _form(value: object) -> int:
+    """The length of a list; -1 for a number."""
+    return len(value) if isinstance(value, list) else -1

@@ -7,6 +7,7 @@ has no other place for it than the object.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -102,9 +103,10 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]  # flwr is optional, so its ty
     """
 
     def __init__(self, method: Strategy, **options: Unpack[Common]) -> None:
-        for name in options.keys() - Common.__annotations__.keys():
+        for name in sorted(options.keys() - Common.__annotations__.keys()):
+            own = inspect.signature(type(self)).parameters.keys() - {"method", "common", "options"}
             raise RecipeError(
-                f"{type(self).__name__} has no option '{name}'", fix=nearest(name, Common.__annotations__)
+                f"{type(self).__name__} has no option '{name}'", fix=nearest(name, own | Common.__annotations__.keys())
             )
         super().__init__(**{name: value for name, value in options.items() if name not in _OWN})
         if method.begin != "lora" or method.facts.up is facts.CORE:
@@ -166,7 +168,7 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]  # flwr is optional, so its ty
             outcome = self.method.step(self.state, parts)
             _require_finite(outcome)
             metrics = self._metrics(found, parts, outcome)
-        except (FloranaError, torch._C._LinAlgError) as error:
+        except (FloranaError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             log.error("round %d: the step failed, the adapter stays as it was: %s", server_round, error)
             return None, None
         self.state = outcome.state
