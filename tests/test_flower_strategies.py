@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,8 +56,14 @@ Answer = Callable[[Message], list[Message]]
 
 
 @pytest.fixture(autouse=True)
-def _launched() -> None:
+def _launched() -> Iterator[None]:
+    """What Flower's launcher does before an app runs; without Flower's log, a page per round."""
     identify()
+    flower = logging.getLogger("flwr")
+    level = flower.level
+    flower.setLevel(logging.ERROR)
+    yield
+    flower.setLevel(level)
 
 
 def made(name: str, **options: object) -> LoraStrategy:
@@ -247,33 +255,38 @@ FAULTS: dict[str, tuple[Callable[[Message], list[Message]], str]] = {
 }
 
 
+VICTIM = NODES[1]
+
+
+def is_victims_first(message: Message) -> bool:
+    return message.metadata.dst_node_id == VICTIM and message.metadata.group_id == "1"
+
+
+@functools.cache
+def without_the_victim(name: str) -> dict[str, bytes]:
+    """What two rounds give in whose first one that client failed."""
+    strategy = made(name)
+    rounds(strategy, lambda message: failed(message) if is_victims_first(message) else following(message), 2)
+    return bytes_of(strategy)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", METHODS)
 def test_one_bad_client_is_refused_and_the_result_is_that_of_the_others(name: str, fault: str) -> None:
-    """The same bits as a round in which that client failed to answer at all; the next round goes on with all."""
+    """The same bits as if that client had failed to answer at all; the next round goes on with all four."""
     change, reason = FAULTS[fault]
-    victim = NODES[1]
+    strategy, refused = made(name), {}
 
     def bad(message: Message) -> list[Message]:
-        now = int(message.metadata.group_id)
-        return change(message) if message.metadata.dst_node_id == victim and now == 1 else following(message)
+        if message.metadata.group_id == "2":
+            refused.update(strategy.refused)  # of round 1
+        return change(message) if is_victims_first(message) else following(message)
 
-    def silent(message: Message) -> list[Message]:
-        now = int(message.metadata.group_id)
-        return failed(message) if message.metadata.dst_node_id == victim and now == 1 else following(message)
-
-    one, other = made(name), made(name)
-    rounds(one, bad)
-    rounds(other, silent)
-    assert str(victim) in one.refused
-    assert reason in one.refused[str(victim)]
-    assert one.refused.keys() - {"999"} == {str(victim)}
-    assert bytes_of(one) == bytes_of(other)
-    two, twin = made(name), made(name)
-    rounds(two, bad, 2)
-    rounds(twin, silent, 2)
-    assert two.refused == {}
-    assert bytes_of(two) == bytes_of(twin)
+    rounds(strategy, bad, 2)
+    assert refused.keys() - {"999"} == {str(VICTIM)}
+    assert reason in refused[str(VICTIM)]
+    assert strategy.refused == {}
+    assert bytes_of(strategy) == without_the_victim(name)
 
 
 @pytest.mark.parametrize("name", METHODS)
