@@ -302,6 +302,26 @@ def test_a_second_answer_counts_once(name: str) -> None:
     assert bytes_of(one) == bytes_of(other)
 
 
+def test_a_round_is_answered_once() -> None:
+    """A thousand replays, of the round just done and of the one before: none is counted."""
+    strategy, answers = made("FloraNA"), []
+
+    def noted(message: Message) -> list[Message]:
+        answers.append(following(message)[0])
+        return answers[-1:]
+
+    grid = rounds(strategy, noted, 2)
+    before = bytes_of(strategy)
+    for _ in range(1000 // len(answers)):
+        assert strategy.aggregate_train(2, answers) == (None, None)
+    assert set(strategy.refused.values()) == {"was not asked in this round"}
+    assert bytes_of(strategy) == before
+    list(strategy.configure_train(3, strategy._current, ConfigRecord({}), grid))
+    assert strategy.aggregate_train(3, answers) == (None, None)
+    assert {why.partition(",")[0] for why in strategy.refused.values()} <= {"answers round 1", "answers round 2"}
+    assert bytes_of(strategy) == before
+
+
 def test_nothing_usable_leaves_the_arrays_and_the_next_round_goes_on() -> None:
     def fails_first(message: Message) -> list[Message]:
         return failed(message) if message.metadata.group_id == "1" else following(message)
@@ -400,6 +420,9 @@ def test_a_method_with_a_frozen_part_gives_the_two_joined() -> None:
         joined = result.arrays.to_torch_state_dict()
         assert joined[A].shape[0] == pair.rank > 2
         assert torch.allclose(pair.scaling * joined[B].double() @ joined[A].double(), target, atol=1e-5)
+    assert (
+        result.train_metrics_clientapp[1]["florana-error"] < 1e-6 < result.train_metrics_clientapp[1]["florana-optimum"]
+    )
 
 
 def test_bfloat16_adapters_go_round() -> None:

@@ -86,6 +86,9 @@ class _Asked:
     digests: Mapping[str, str]
 
 
+_NOBODY = _Asked(0, {}, {})
+
+
 class LoraStrategy(FedAvg):  # type: ignore[misc]  # flwr is optional, so its types are not followed
     """Any florana `Strategy` value as a Flower strategy; the named classes of this package are this one.
 
@@ -128,7 +131,7 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]  # flwr is optional, so its ty
         self.refused: Mapping[str, str] = {}
         self._names = Names({})
         self._current: ArrayRecord | None = None  # the record that stands for `state`
-        self._asked = _Asked(0, {}, {})
+        self._asked = _NOBODY
 
     @property
     def adapter(self) -> Adapter:
@@ -152,9 +155,10 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]  # flwr is optional, so its ty
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The replies through the gate and the method's step; (None, None) where no usable reply is left."""
-        payloads = self._asked.payloads if self._asked.round == server_round else {}
+        asked, self._asked = self._asked, _NOBODY  # what was asked is answered once
+        payloads = asked.payloads if asked.round == server_round else {}
         rules = Rules(
-            self._names, self.weighted_by_key, self._asked.digests if self._residual else None, self._outlier_factor
+            self._names, self.weighted_by_key, asked.digests if self._residual else None, self._outlier_factor
         )
         found = collect(replies, Expected(server_round, payloads), rules)
         self.refused = found.refused
