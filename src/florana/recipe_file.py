@@ -51,7 +51,7 @@ def check(table: Mapping[str, Any], source: str) -> Recipe:
     except ValidationError as error:
         faults = [_fault(dict(fault)) for fault in error.errors()]
         raise RecipeError(f"{source}: " + "\n".join(faults)) from None
-    _check_strategy(recipe.strategy, source)
+    check_strategy(recipe.strategy, source)
     try:
         _check_combinations(recipe, recipe.build_strategy())  # options that no type can tell are refused here too
     except RecipeError as error:
@@ -157,7 +157,8 @@ def _keys_beside(path: Sequence[str]) -> list[str]:
     return list(section.model_fields)
 
 
-def _check_strategy(table: Mapping[str, Any], source: str) -> None:
+def check_strategy(table: Mapping[str, Any], source: str) -> None:
+    """Raise RecipeError where a table of a strategy's name and options names what is not there, or a wrong value."""
     name = table.get("name")
     if not isinstance(name, str):
         raise RecipeError(f"{source}: the key 'strategy.name' is missing", fix=nearest("", STRATEGIES))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+import statistics
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,11 +42,16 @@ class Expected:
     examples: Mapping[str, int] = field(default_factory=dict)
 
 
-def admit(reply: Reply, expected: Expected, seen: Collection[str]) -> Update:
+Opened = Callable[[Payload], Mapping[str, Tensor]]
+"""(what the client was sent) -> the tensors of its reply, by the names of `Adapter.tensors`. Raises Refused."""
+
+
+def admit(reply: Reply, expected: Expected, seen: Collection[str], opened: Opened | None = None) -> Update:
     """The reply as an Update.
 
     Args:
         seen: the clients whose reply of this round was already let through.
+        opened: how the tensors come out of the reply; the safetensors bytes of `reply.payload` where not given.
 
     Raises:
         Refused: wrong round, unknown or repeated client, senseless number of examples, oversize or damaged bytes, a
@@ -58,7 +64,8 @@ def admit(reply: Reply, expected: Expected, seen: Collection[str]) -> Update:
     if reply.client in seen:
         raise Refused("has already answered in this round")
     _check_examples(reply, expected.examples.get(reply.client))
-    adapter = _check_tensors(reply.payload, expected.clients[reply.client])
+    sent = expected.clients[reply.client]
+    adapter = _check_tensors(opened(sent) if opened else _from_bytes(reply.payload, sent), sent)
     bad = [name for name, value in reply.metrics.items() if not math.isfinite(value)]
     if bad:
         raise Refused(f"the metric '{bad[0]}' is not finite")
@@ -73,22 +80,30 @@ def _check_examples(reply: Reply, known: int | None) -> None:
         raise Refused(f"reports {count} training examples, but has {known}")
 
 
-def _check_tensors(content: bytes, sent: Payload) -> Adapter:
-    template = travelling(sent.adapter, sent.work.up)
+def check_size(size: int, template: Mapping[str, Tensor]) -> None:
+    """Raise Refused where a reply is more than twice as large as its tensors are."""
     limit = 2 * sum(t.numel() * t.element_size() for t in template.values()) + 65_536
-    if len(content) > limit:
-        raise Refused(f"sent {len(content)} bytes, the limit is {limit}")
+    if size > limit:
+        raise Refused(f"sent {size} bytes, the limit is {limit}")
+
+
+def _from_bytes(content: bytes, sent: Payload) -> Mapping[str, Tensor]:
+    check_size(len(content), travelling(sent.adapter, sent.work.up))
     try:
-        tensors = load(content)
+        return load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise Refused(f"sent bytes that are not a safetensors file ({type(error).__name__})") from None
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], sent: Payload) -> Adapter:
+    template = travelling(sent.adapter, sent.work.up)
     for name in sorted(template.keys() - tensors.keys()):
         raise Refused(f"lacks the tensor '{name}'")
     for name in sorted(tensors.keys() - template.keys()):
         raise Refused(f"brings the foreign tensor '{name[:80]}'")
     for name, expected in template.items():
         _check_tensor(name, tensors[name], expected)
-    adapter = adapter_from_tensors(sent.adapter.tensors() | tensors, sent.adapter.scalings)
+    adapter = adapter_from_tensors(sent.adapter.tensors() | dict(tensors), sent.adapter.scalings)
     for name, pair in folded(adapter).modules.items():
         size = linalg.norm(linalg.stack([pair], [1.0]))
         if not size <= torch.finfo(torch.float32).max:
@@ -107,3 +122,29 @@ def _check_tensor(name: str, tensor: Tensor, expected: Tensor) -> None:
     size = float(torch.linalg.vector_norm(tensor.double()))
     if not size <= torch.finfo(torch.float32).max:
         raise Refused(f"tensor '{name}' overflows (norm {size:.1e})")
+
+
+def oversized(updates: Sequence[Update], sent: Mapping[str, Payload], factor: float) -> dict[str, str]:
+    """Client -> why, for updates that changed more than `factor` times as much as the median update of the round.
+
+        change_u = || (what u sent) - (what u was sent) ||_F, over all its tensors
+
+    A finite number of any size can be honest; only beside the others' can it be told. So three updates are the fewest
+    that say anything, and of an even number the lower median counts.
+    """
+    changes = {}
+    for update in updates:
+        before = sent[update.client].adapter.tensors()
+        changes[update.client] = math.sqrt(
+            math.fsum(
+                float((tensor.double() - before[name].double()).square().sum())
+                for name, tensor in update.adapter.tensors().items()
+            )
+        )
+    median = statistics.median_low(changes.values()) if len(changes) > 2 else 0.0
+    return {
+        client: f"changed what it was sent by {change:.1e}, more than {factor:g} times the median of this round, "
+        f"{median:.1e}"
+        for client, change in changes.items()
+        if median > 0 and change > factor * median
+    }

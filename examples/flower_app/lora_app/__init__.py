@@ -1,0 +1,1 @@
+"""A plain Flower app: LoRA on a tiny causal language model."""
