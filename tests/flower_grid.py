@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 
 from florana.flower.frames import Frame, receive, send
 from florana.flower.records import from_record, to_record
+from tests.flower_fake import identify
 
 Answer = Callable[[Frame], Frame]
 """What stands at the other end of a node."""
@@ -44,6 +45,9 @@ class FakeGrid(Grid):
     sent: list[tuple[int, Frame]] = field(default_factory=list)
     bytes_up: dict[int, int] = field(default_factory=dict)
     _due: dict[str, tuple[float, Message]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        identify()
 
     def set_run(self, run: Any) -> None:
         """Nothing to set."""

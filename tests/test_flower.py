@@ -229,7 +229,9 @@ def test_the_server_leads_with_and_without_the_base_model(pooled: Recipe, base: 
 
 def test_a_site_that_does_not_fit_is_refused_and_the_others_go_on(pooled: Recipe, tmp_path: Path) -> None:
     members = sites(pooled, tmp_path / "kept")
-    other = replace(members["client-1"], card={**members["client-1"].card, "agreed": {"seed": 9}})
+    card = members["client-1"].card
+    strange = {**card, "agreed": {**card["agreed"], "seed": 9}}
+    other = replace(members["client-1"], card=strange)
     names = {**members, "client-1": other}
     events = led(pooled, grid_of(names), roster_of(names, tmp_path), tmp_path / "run")
     refused = {event.client: event.detail for event in events if event.kind == "refused" and event.round == 0}
@@ -283,13 +285,14 @@ def test_stragglers_do_not_hold_up_a_round(pooled: Recipe, tmp_path: Path) -> No
         assert record.refused == {"client-2": "did not answer within 2 seconds"}
 
 
-FAMILIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], None]] = {
+FAMILIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "NaN": lambda reply, t: t["A/m"].view(-1)[0].fill_(math.nan),
     "Inf": lambda reply, t: t["A/m"].view(-1)[0].fill_(math.inf),
-    "x1e30": lambda reply, t: t["A/m"].mul_(1e30) and t["B/m"].add_(1).mul_(1e30),
+    "x1e6": lambda reply, t: t.update({name: tensor * 1e6 for name, tensor in t.items()}),
+    "x1e30": lambda reply, t: t.update({name: tensor * 1e30 + 1e30 for name, tensor in t.items()}),
     "wrong rank": lambda reply, t: t.update({"A/m": t["A/m"][:1].clone()}),
     "broadcastable shape": lambda reply, t: t.update({"A/m": t["A/m"][:, :1].clone()}),
-    "missing module": lambda reply, t: t.pop("A/m") and None,
+    "missing module": lambda reply, t: t.clear(),
     "foreign module": lambda reply, t: t.update({"A/evil": t["A/m"].clone()}),
     "zero examples": lambda reply, t: reply.update(examples=0),
     "negative examples": lambda reply, t: reply.update(examples=-5),

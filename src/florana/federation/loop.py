@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from florana.aggregate.error import AggregationError, measure
 from florana.errors import FederationError
 from florana.factors import Contribution, Update
-from florana.federation.gate import Expected, Refused, admit
+from florana.federation.gate import Expected, Refused, admit, oversized
 from florana.federation.journal import Journal
 from florana.federation.messages import Brief, Engine, Failure, Reply, pack
 from florana.federation.records import RoundRecord
 from florana.federation.sampling import derive, sample
 from florana.strategy.base import Payload, State, Strategy
+
+OUTLIER = 1000.0
+"""An update that changed what it was sent by more than this many times the round's median is refused."""
 
 Scores = Mapping[str, float]
 """Metric name -> value."""
@@ -186,6 +189,10 @@ def _collect(answers: Iterable[Reply | Failure], expected: Expected, show: Calla
             show(Event("refused", expected.round, answer.client, str(reason)))
         else:
             show(Event("reply", expected.round, answer.client))
+    for client, why in oversized(list(updates.values()), expected.clients, OUTLIER).items():
+        del updates[client]
+        refused[client] = why
+        show(Event("refused", expected.round, client, why))
     for client in expected.clients.keys() - updates.keys() - refused.keys():
         refused[client] = "did not answer"
         show(Event("refused", expected.round, client, "did not answer"))

@@ -27,6 +27,7 @@ from florana.adapter_files import AdapterCard, replace_file
 from florana.conduct import Show, conduct
 from florana.errors import FederationError, FloranaError, RecipeError
 from florana.factors import Adapter
+from florana.federation.journal import explained
 from florana.federation.loop import Event, Federation
 from florana.federation.messages import Engine, unpack_whole
 from florana.flower.engine import FlowerEngine
@@ -198,7 +199,9 @@ def _run_name(folder: Path) -> str:
     """By which the clients keep what stays with them: made once, found again when the run is resumed."""
     path = folder / "run.json"
     if not path.exists():
-        replace_file(path, json.dumps({"run": secrets.token_hex(16)}).encode())
+        with explained(folder, "the run folder could not be made"):
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_file(path, json.dumps({"run": secrets.token_hex(16)}).encode())
     return str(json.loads(path.read_text(encoding="utf-8"))["run"])
 
 
