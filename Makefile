@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check format lint types bench clean help
+.PHONY: setup demo test check format lint types chaos bench clean help
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -34,6 +34,9 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+chaos: setup  ## kills, stragglers, bad and replayed updates, in their full counts (about twenty minutes)
+	$(BIN)/python -m pytest -q -m chaos tests/chaos
 
 bench: setup  ## speed and memory as ratios
 	$(BIN)/python benchmarks/engine.py

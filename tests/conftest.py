@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -49,6 +50,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("shared"):
                 item.add_marker(pytest.mark.skip(reason="the shared data folder is absent"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The chaos table: what was survived, how often, with what result."""
+    rows = [
+        value
+        for report in terminalreporter.stats.get("passed", [])
+        for name, value in report.user_properties
+        if name == "chaos"
+    ]
+    if rows and terminalreporter.config.option.markexpr == "chaos":
+        terminalreporter.write_line("\n| test | count | result |\n|---|---|---|")
+        for what, count, result in rows:
+            terminalreporter.write_line(f"| {what} | {count} | {result} |")
 
 
 @pytest.fixture(scope="session")

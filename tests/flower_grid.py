@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -122,8 +123,24 @@ def lead_with_trainers(recipe_path: str, out: str, roster: str, sockets: str) ->
     lead(FakeGrid(nodes), read_recipe(Path(recipe_path)), settings, Path(out), lambda event: None)
 
 
+def trainer_process(recipe_path: str, who: str, sockets: str, kept: str) -> None:
+    """One site's resident trainer, in a process that a test can kill."""
+    from florana.flower.site import site_of
+    from florana.flower.trainer import answer_until, listening
+    from florana.recipe_file import read_recipe
+    from florana.run import prepare
+
+    recipe = read_recipe(Path(recipe_path))
+    site = site_of(recipe, prepare(recipe), who, Path(kept))
+    with listening() as listener:
+        link = Path(sockets) / who
+        link.with_suffix(".new").symlink_to(listener.path)
+        link.with_suffix(".new").replace(link)
+        answer_until(listener, site.answer, threading.Event())
+
+
 if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
-    lead_with_trainers(*sys.argv[1:])
+    {"lead": lead_with_trainers, "trainer": trainer_process}[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,377 @@
+"""What a federation survives, each with a count. A few of each run in every test run, all of them by `make chaos`."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tomli_w
+
+pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
+
+from flwr.app import RecordDict
+
+from florana.errors import FederationError
+from florana.federation.journal import read_records
+from florana.federation.loop import Event
+from florana.flower.frames import Frame
+from florana.flower.records import from_record, to_record
+from florana.flower.server_app import lead
+from florana.flower.settings import Settings
+from florana.flower.site import Site, site_of
+from florana.flower.trainer import Listener, answer_until, listening
+from florana.recipe import Recipe
+from florana.recipe_file import check
+from florana.run import execute, prepare
+from florana.strategy import STRATEGIES
+from tests.conftest import ROOT
+from tests.flower_grid import FakeGrid, trainer_at
+from tests.test_flower import FAMILIES, spoilt
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+ADAPTER = "adapter/adapter_model.safetensors"
+SMALL = {"ravan": {"heads": 2, "size": 4}}
+Tally = Callable[[str, int, str], None]
+
+
+def often(few: int, many: int) -> Any:
+    """A few in every test run, many by `make chaos`."""
+    return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.chaos)])
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Tally:
+    """Notes a line of the table that the run ends with."""
+
+    def note(what: str, count: int, result: str) -> None:
+        request.node.user_properties.append(("chaos", (what, count, result)))
+
+    return note
+
+
+@pytest.fixture
+def table(recipe_table: dict[str, Any]) -> dict[str, Any]:
+    table = copy.deepcopy(recipe_table)
+    table["partition"] = {"kind": "iid", "clients": 3}
+    table["federation"] = {"rounds": 3, "min_clients": 1}
+    table["train"] = {"steps": 1, "batch_size": 4, "learning_rate": 0.01}
+    table["evaluate"] = {"personal": "never"}
+    table["strategy"] = {"name": "fedsa-lora"}
+    return table
+
+
+def with_rounds(table: dict[str, Any], rounds: int, **federation: Any) -> Recipe:
+    return check({**table, "federation": {**table["federation"], "rounds": rounds, **federation}}, "t")
+
+
+def members_of(recipe: Recipe, kept: Path) -> dict[str, Site]:
+    setup = prepare(recipe)
+    return {name: site_of(recipe, setup, name, kept) for name in sorted(setup.clients)}
+
+
+def roster_of(names: list[str], folder: Path) -> str:
+    entries = {name: {"key": base64.b64encode(name.encode()).decode()} for name in names}
+    (folder / "roster.json").write_text(json.dumps({"clients": entries}))
+    return str(folder / "roster.json")
+
+
+def grid_of(members: dict[str, Site], **named: Any) -> FakeGrid:
+    return FakeGrid({n + 1: (name.encode(), site.answer) for n, (name, site) in enumerate(members.items())}, **named)
+
+
+def led(recipe: Recipe, grid: FakeGrid, roster: str, out: Path, **named: Any) -> list[Event]:
+    events: list[Event] = []
+    settings = Settings(**{"out": str(out), "roster": roster, "deadline": 30, "wait": 1, "base": False, **named})
+    lead(grid, recipe, settings, out, events.append)
+    return events
+
+
+def digest(out: Path) -> str:
+    return hashlib.sha256((out / ADAPTER).read_bytes()).hexdigest()
+
+
+def rounds_of(out: Path) -> int:
+    path = out / "rounds.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@contextmanager
+def trainers(members: dict[str, Site], folder: Path) -> Iterator[Path]:
+    """The sites' resident trainers, in threads of this process, each at a socket of its name."""
+    folder.mkdir()
+    done = threading.Event()
+    opened: list[tuple[Any, threading.Thread]] = []
+    for name, site in members.items():
+        manager = listening()
+        listener: Listener = manager.__enter__()
+        (folder / name).symlink_to(listener.path)
+        thread = threading.Thread(target=answer_until, args=(listener, site.answer, done))
+        thread.start()
+        opened.append((manager, thread))
+    try:
+        yield folder
+    finally:
+        done.set()
+        for manager, thread in opened:
+            thread.join(30)
+            manager.__exit__(None, None, None)
+
+
+def program(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "tests.flower_grid", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+
+
+@often(2, 50)
+def test_a_killed_server_goes_on_from_its_last_round(
+    count: int, table: dict[str, Any], tmp_path: Path, tally: Tally
+) -> None:
+    rounds = 4 * count
+    recipe = with_rounds(table, rounds)
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(json.loads(recipe.model_dump_json(exclude_none=True))))
+    members = members_of(recipe, tmp_path / "kept")
+    roster, out, rng = roster_of(list(members), tmp_path), tmp_path / "run", random.Random(7)
+    kills = 0
+    with trainers(members, tmp_path / "sockets") as sockets:
+        while rounds_of(out) < rounds:
+            before = rounds_of(out)
+            command = program("lead", str(tmp_path / "recipe.toml"), str(out), roster, str(sockets))
+            process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
+            if kills < count:
+                # somewhere in the rounds, or, one time in five, before the first of them
+                if rng.random() < 0.8:
+                    wait_until(lambda start=before, p=process: rounds_of(out) > start or p.poll() is not None, 120)
+                time.sleep(rng.uniform(0, 0.4))
+                process.kill()
+                kills += 1
+            _, error = process.communicate(timeout=300)
+            assert process.returncode in (0, -signal.SIGKILL), error.decode()[-2000:]
+            assert rounds_of(out) >= before, "a committed round is never lost"
+    assert [record.round for record in read_records(out / "rounds.jsonl")] == list(range(1, rounds + 1))
+    execute(recipe, tmp_path / "local")
+    assert digest(out) == digest(tmp_path / "local")
+    tally("SIGKILL of the server at random moments", kills, "0 rounds lost, the same bytes at the end")
+
+
+def wait_until(what: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not what() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+@often(1, 50)
+def test_killed_clients_come_back_and_the_rounds_go_on(
+    count: int, table: dict[str, Any], tmp_path: Path, tally: Tally
+) -> None:
+    recipe = with_rounds(table, 10**6)
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(json.loads(recipe.model_dump_json(exclude_none=True))))
+    names, sockets, rng = ["client-0", "client-1", "client-2"], tmp_path / "sockets", random.Random(11)
+    sockets.mkdir()
+    roster, kills, enough = roster_of(names, tmp_path), 0, threading.Event()
+    running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def begin(name: str) -> None:
+        command = program("trainer", str(tmp_path / "recipe.toml"), name, str(sockets), str(tmp_path / "kept"))
+        (sockets / name).unlink(missing_ok=True)
+        running[name] = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+        wait_until((sockets / name).is_symlink, 120)
+
+    class EnoughError(Exception):
+        pass
+
+    def reach(name: str) -> Callable[[Frame], Frame]:
+        def ask(frame: Frame) -> Frame:
+            time.sleep(0.02)  # a killed trainer must not be asked a thousand times while it comes back
+            try:
+                return trainer_at(sockets / name)(frame)
+            except (OSError, ValueError, AssertionError):
+                return Frame("failure", {"reason": "its trainer is gone"})
+
+        return ask
+
+    records: list[Event] = []
+
+    def show(event: Event) -> None:
+        records.append(event)
+        if enough.is_set() and event.kind == "committed":
+            raise EnoughError
+
+    def chaos() -> None:
+        nonlocal kills
+        for _ in range(count):
+            time.sleep(rng.uniform(0.0, 0.3))
+            name = rng.choice(names)
+            running[name].kill()
+            running[name].wait()
+            kills += 1
+            begin(name)
+        enough.set()
+
+    for name in names:
+        begin(name)
+    thread = threading.Thread(target=chaos)
+    try:
+        settings = Settings(out=str(tmp_path / "run"), roster=roster, deadline=30, wait=30, base=False)
+        grid = FakeGrid({n + 1: (name.encode(), reach(name)) for n, name in enumerate(names)})
+        thread.start()
+        with pytest.raises(EnoughError):
+            lead(grid, recipe, settings, tmp_path / "run", show)
+    finally:
+        thread.join(600)
+        for process in running.values():
+            process.kill()
+            process.wait()
+    done = read_records(tmp_path / "run" / "rounds.jsonl")
+    assert kills == count
+    assert all(sorted([*record.clients, *record.refused]) == names for record in done)
+    lost = sum("gone" in why for record in done for why in record.refused.values())
+    assert lost >= min(1, count // 10), "nobody was hit while it worked: this test must be able to fail"
+    tally(
+        "SIGKILL of clients while rounds run", kills, f"{len(done)} rounds committed, {lost} answers lost, none wrong"
+    )
+
+
+@often(2, 20)
+def test_slow_clients_cost_a_deadline_and_no_more(
+    count: int, table: dict[str, Any], tmp_path: Path, tally: Tally
+) -> None:
+    recipe = check(
+        {**table, "partition": {"kind": "iid", "clients": 10}, "federation": {"rounds": count, "min_clients": 7}}, "t"
+    )
+    members = members_of(recipe, tmp_path / "kept")
+    names = sorted(members)
+    slow: dict[int, float] = {}
+    grid = grid_of(members, slow=slow)
+
+    def late(node: int, asked: Frame, content: RecordDict) -> RecordDict:
+        slow[node] = 10.0 if node in (2, 5, 9) and asked.kind == "train" else 0.0
+        return content
+
+    grid.tamper = late
+    started, deadline = time.monotonic(), 1.5
+    led(recipe, grid, roster_of(names, tmp_path), tmp_path / "run", deadline=deadline)
+    took = time.monotonic() - started
+    records = read_records(tmp_path / "run" / "rounds.jsonl")
+    assert all(len(record.clients) == 7 and len(record.refused) == 3 for record in records)
+    assert took < count * (deadline + 3) + 10
+    tally("rounds with 30 % of clients ten times slower", count, f"each ended by its deadline ({took / count:.1f} s)")
+
+
+def test_a_run_without_a_quorum_ends_by_itself(table: dict[str, Any], tmp_path: Path, tally: Tally) -> None:
+    recipe = with_rounds(table, 5, min_clients=3)
+    members = members_of(recipe, tmp_path / "kept")
+    grid = grid_of(members)
+    grid.tamper = lambda node, asked, content: None if node == 2 and asked.kind == "train" else content
+    with pytest.raises(FederationError, match="2 usable updates of 3") as caught:
+        led(recipe, grid, roster_of(sorted(members), tmp_path), tmp_path / "run", deadline=1.0)
+    assert caught.value.exit_code == 4
+    assert "client-1: did not answer within 1 seconds" in caught.value.why
+    tally("a round without a quorum", 1, "the run ended by itself, exit code 4")
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("strategy", [*STRATEGIES])
+def test_bad_updates_under_every_strategy(strategy: str, table: dict[str, Any], tmp_path: Path, tally: Tally) -> None:
+    recipe = check({**table, "strategy": {"name": strategy, **SMALL.get(strategy, {})}}, "t")
+    recipe = recipe.model_copy(update={"federation": recipe.federation.model_copy(update={"rounds": 1})})
+    members = members_of(recipe, tmp_path / "kept")
+    roster = roster_of(sorted(members), tmp_path)
+    without = {name: site for name, site in members.items() if name != "client-2"}
+    led(recipe, grid_of(without), roster, tmp_path / "without")
+    tried = 0
+    for family in FAMILIES:
+
+        def tamper(node: int, asked: Frame, content: RecordDict, family: str = family) -> RecordDict:
+            if node != 3 or asked.kind != "train":
+                return content
+            return to_record(spoilt(from_record(content), family))
+
+        out = tmp_path / hashlib.sha256(family.encode()).hexdigest()[:8]
+        led(recipe, grid_of(members, tamper=tamper), roster, out)
+        (record,) = read_records(out / "rounds.jsonl")
+        assert record.refused.keys() == {"client-2"}, family
+        assert digest(out) == digest(tmp_path / "without"), family
+        tried += 1
+    tally(f"bad updates over the wire, {strategy}", tried, "0 accepted; the aggregate is that of the others")
+
+
+@often(20, 1000)
+def test_old_answers_sent_again_are_never_accepted(
+    count: int, table: dict[str, Any], tmp_path: Path, tally: Tally
+) -> None:
+    rounds = max(2, count // 100)
+    recipe = with_rounds(table, rounds)
+    members = members_of(recipe, tmp_path / "kept")
+    old: list[Frame] = []
+    tries = 0
+    rng = random.Random(3)
+
+    class Replaying(FakeGrid):
+        """Node 3 sends its answer, and a hundred old ones with it, in the place of other messages and its own."""
+
+        def pull_messages(self, message_ids: Any) -> Any:
+            nonlocal tries
+            messages = list(super().pull_messages(message_ids))
+            for message in list(messages):
+                frame = from_record(message.content)
+                if frame.kind != "reply" or frame.fields["reply"]["client"] != "client-2":
+                    continue
+                while old and tries < count and len(messages) < count // (rounds - 1) + 3:
+                    again = copy.deepcopy(message)
+                    again.__dict__["_content"] = to_record(rng.choice(old))
+                    messages.insert(rng.randrange(len(messages)), again)
+                    tries += 1
+                old.append(frame)
+            return messages
+
+    grid = Replaying({n + 1: (name.encode(), site.answer) for n, (name, site) in enumerate(members.items())})
+    led(recipe, grid, roster_of(sorted(members), tmp_path), tmp_path / "run")
+    execute(recipe, tmp_path / "local")
+    without = read_records(tmp_path / "run" / "rounds.jsonl")
+    assert tries >= count
+    for record in without[1:]:
+        good = record.clients == ["client-0", "client-1", "client-2"]
+        assert good or "another request" in record.refused["client-2"], "refused, never taken for the new one"
+    tally("answers of earlier rounds sent again", tries, "0 accepted")
+
+
+@often(30, 300)
+def test_memory_does_not_grow_with_the_rounds(count: int, table: dict[str, Any], tmp_path: Path, tally: Tally) -> None:
+    recipe = with_rounds(table, count)
+    members = members_of(recipe, tmp_path / "kept")
+    sizes: list[int] = []
+
+    def show(event: Event) -> None:
+        if event.kind == "committed":
+            grid.sent.clear()
+            sizes.append(psutil.Process().memory_info().rss)
+
+    grid = grid_of(members)
+    settings = Settings(
+        out=str(tmp_path / "run"), roster=roster_of(sorted(members), tmp_path), deadline=30, wait=1, base=False
+    )
+    lead(grid, recipe, settings, tmp_path / "run", show)
+    assert len(sizes) == count
+    half = len(sizes) // 3
+    growth = (sizes[-1] - sizes[half]) / 2**20 / (len(sizes) - half) * 100
+    if count >= 300:
+        assert growth <= 1.0, f"{growth:.2f} MiB per 100 rounds"
+    tally("rounds in one server process", count, f"{growth:+.2f} MiB of memory per 100 rounds")
