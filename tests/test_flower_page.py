@@ -1,0 +1,120 @@
+"""docs/flower.md, as three hospitals would follow it: every command, in its order, on this machine."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import psutil
+import pytest
+import tomli_w
+
+pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
+
+from florana.flower.processes import free_port
+from tests.conftest import ROOT
+from tests.deployment import PROGRAM, end_all, environment, wait_for
+
+pytestmark = pytest.mark.slow
+PAGE = (ROOT / "docs" / "flower.md").read_text()
+SITES = ["hospital-a", "hospital-b", "hospital-c"]
+
+
+def commands() -> list[tuple[str, str]]:
+    """(who, command) of every console line of the page's part for sites."""
+    part = PAGE[PAGE.index("## Three sites") : PAGE.index("## In your own Flower app")]
+    lines = "\n".join(re.findall(r"```console\n(.*?)```", part, flags=re.DOTALL)).splitlines()
+    return [(who, command) for who, _, command in (line.partition("$ ") for line in lines)]
+
+
+class Place:
+    """The folders of four machines, on this one."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder, self.port = folder, port
+        self.left: list[tuple[str, subprocess.Popen[bytes]]] = []
+
+    def run(self, who: str, command: str) -> None:
+        words = shlex.split(command.removesuffix("&").replace("fed.example.org", "127.0.0.1"))
+        assert words[0] == "florana"
+        if words[1] in ("serve",) or words[2:3] == ["invite"] or words[1:3] == ["doctor", "recipe.toml"]:
+            words += ["--port", str(self.port)]
+        if words[1] == "serve":
+            words += ["--host", "127.0.0.1", "--wait", "200", "--deadline", "120"]
+        arguments = {
+            "cwd": self.folder / who,
+            "env": environment(self.folder / "home"),
+        }
+        if command.endswith("&"):
+            with (self.folder / f"{who}.log").open("ab") as log:
+                self.left.append((who, subprocess.Popen([*PROGRAM, *words[1:]], stdout=log, stderr=log, **arguments)))
+            if words[1] == "serve":
+                assert wait_for(lambda: "the door is open" in self.said(who), 120), self.said(who)
+            return
+        done = subprocess.run(
+            [*PROGRAM, *words[1:]], capture_output=True, text=True, timeout=300, check=False, **arguments
+        )
+        assert done.returncode == 0, f"{who}$ {command}\n{done.stdout}{done.stderr}"
+        assert "Traceback" not in done.stderr
+
+    def said(self, who: str) -> str:
+        path = self.folder / f"{who}.log"
+        return path.read_text() if path.exists() else ""
+
+
+def test_the_page_makes_a_federation_of_three_sites(tiny_bert: Path, sentences: Path, tmp_path: Path) -> None:
+    recipe = tomllib.loads(re.findall(r"```toml\n(.*?)```", PAGE, flags=re.DOTALL)[0])
+    recipe["model"] |= {"base": str(tiny_bert), "target_modules": ["query", "value"]}
+    recipe["train"] = {"steps": 2, "batch_size": 8}
+    recipe["federation"]["rounds"] = 2
+    rows = sentences.read_text().splitlines()
+    place = Place(tmp_path, free_port())
+    rehearsal = tmp_path / "operator" / "rehearsal"
+    rehearsal.mkdir(parents=True)
+    for index, site in enumerate(SITES):
+        (tmp_path / site).mkdir()
+        (tmp_path / site / "rows.csv").write_text("\n".join([rows[0], *rows[1 + 30 * index : 31 + 30 * index]]) + "\n")
+        shutil.copy(tmp_path / site / "rows.csv", rehearsal / f"{site}.csv")
+    (tmp_path / "operator" / "recipe.toml").write_text(tomli_w.dumps(recipe))
+    run = tmp_path / "operator" / "runs" / "first"
+    try:
+        for who, command in commands():
+            if "approve" in command:  # the .pub files reach the operator
+                for site in SITES:
+                    shutil.copy(tmp_path / site / "site" / f"{site}.pub", tmp_path / "operator")
+            if "--resume" in command:  # "if anything dies": it does, in the last round
+                assert wait_for(lambda: (run / "rounds.jsonl").exists(), 300), place.said("operator")
+                serve = next(process for name, process in place.left if name == "operator")
+                serve.kill()
+                serve.wait()
+            place.run(who, command)
+            if "invite" in command:  # the invitation reaches the sites
+                for site in SITES:
+                    shutil.copytree(tmp_path / "operator" / "invitation", tmp_path / site / "invitation")
+        rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+        assert [entry["round"] for entry in rounds] == [1, 2]
+        assert all(entry["clients"] == SITES for entry in rounds)
+        adapter = "adapter/adapter_model.safetensors"
+        assert (run / adapter).read_bytes() == (run.parent / "rehearsal" / adapter).read_bytes()
+        for site in SITES:
+            assert (tmp_path / site / "site" / f"{site}.key").stat().st_mode & 0o077 == 0
+        for secret in ("ca.key", "server.key"):
+            assert not list(tmp_path.glob(f"hospital-*/**/{secret}")), "a private key has left its place"
+    finally:
+        children = [child for _, p in place.left if p.poll() is None for child in descendants(p.pid)]
+        for _, process in place.left:
+            process.terminate()
+        for _, process in place.left:
+            process.wait(60)
+        gone = wait_for(lambda: not any(p.is_running() and p.status() != "zombie" for p in children), 30)
+        end_all(tmp_path)
+    assert gone, "programs that florana started outlived it"
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
