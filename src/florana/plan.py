@@ -91,8 +91,8 @@ def _traffic(recipe: r.Recipe, setup: Setup) -> tuple[float, float, int]:
     setup.bench.load(setup.start)
     payloads = [strategy.brief(state, client) for client in sorted(setup.clients)]
     down = [len(pack(p.adapter, p.work.down, p.residual)) for p in payloads]
-    up = [len(pack(p.adapter, p.work.up)) for p in payloads]
-    trained = [sum(t.numel() for t in travelling(p.adapter, p.work.trains).values()) for p in payloads]
+    up = [len(pack(p.adapter, p.work.up, blocks=p.blocks)) for p in payloads]
+    trained = [sum(t.numel() for t in travelling(p.adapter, p.work.trains, p.blocks).values()) for p in payloads]
     return sum(down) / len(down), sum(up) / len(up), max(trained)
 
 

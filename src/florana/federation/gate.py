@@ -13,8 +13,9 @@ from torch import Tensor
 
 from florana import linalg
 from florana.aggregate.core import folded
-from florana.factors import Adapter, Update, adapter_from_tensors
-from florana.federation.messages import Reply, travelling
+from florana.aggregate.pad import leading
+from florana.factors import Adapter, Update, kind_of
+from florana.federation.messages import Reply, completed, travelling
 from florana.strategy.base import Payload
 
 MAX_EXAMPLES = 1_000_000_000
@@ -32,7 +33,7 @@ class Expected:
     Args:
         round: the round that is running.
         clients: client name -> what it was sent; its reply must bring the tensors that come up, in these shapes and
-            dtypes, and what does not come up stays as it was sent.
+            dtypes (or of the lower rank that was allowed, in all modules), and what does not come up stays as it was.
         examples: client name -> the size of its training share, where the server knows it.
     """
 
@@ -74,7 +75,7 @@ def _check_examples(reply: Reply, known: int | None) -> None:
 
 
 def _check_tensors(content: bytes, sent: Payload) -> Adapter:
-    template = travelling(sent.adapter, sent.work.up)
+    template = travelling(sent.adapter, sent.work.up, sent.blocks)
     limit = 2 * sum(t.numel() * t.element_size() for t in template.values()) + 65_536
     if len(content) > limit:
         raise Refused(f"sent {len(content)} bytes, the limit is {limit}")
@@ -86,14 +87,27 @@ def _check_tensors(content: bytes, sent: Payload) -> Adapter:
         raise Refused(f"lacks the tensor '{name}'")
     for name in sorted(tensors.keys() - template.keys()):
         raise Refused(f"brings the foreign tensor '{name[:80]}'")
-    for name, expected in template.items():
+    like = _form(sent, tensors)
+    for name, expected in travelling(like, sent.work.up, sent.blocks).items():
         _check_tensor(name, tensors[name], expected)
-    adapter = adapter_from_tensors(sent.adapter.tensors() | tensors, sent.adapter.scalings)
+    adapter = completed(like, tensors, sent.blocks)
     for name, pair in folded(adapter).modules.items():
         size = linalg.norm(linalg.stack([pair], [1.0]))
         if not size <= torch.finfo(torch.float32).max:
             raise Refused(f"the product of module '{name}' overflows (norm {size:.1e})")
     return adapter
+
+
+def _form(sent: Payload, tensors: Mapping[str, Tensor]) -> Adapter:
+    """The adapter whose shapes the reply must have: as it was sent, or of the one lower rank that was allowed.
+
+    The first factor decides; all others are then held to the same rank.
+    """
+    if sent.pruning is None:
+        return sent.adapter
+    lower = leading(sent.adapter, sent.pruning.rank)
+    first, wanted = min(item for item in travelling(lower, sent.work.up).items() if kind_of(item[0]) in ("A", "B"))
+    return lower if tensors[first].shape == wanted.shape else sent.adapter
 
 
 def _check_tensor(name: str, tensor: Tensor, expected: Tensor) -> None:
