@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "florana"
 FLOORS = [
     {"errors"},
     {"factors"},
-    {"linalg", "tensor_files", "score"},
+    {"linalg", "tensor_files", "module_patterns", "score"},
     {"adapter_config"},
     {"adapter_reader"},
     {"adapter_files"},
@@ -50,6 +50,7 @@ ROOMS = {
     "typer": {"cli", "cli_adapters", "cli_compare", "cli_plan"},
     "rich": {"screen", "screen_study", "cli"},
     "pydantic": {"recipe", "recipe_file"},
+    "pydantic_core": {"module_patterns"},
     "flwr": set(),
 }
 
