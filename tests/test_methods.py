@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from florana.aggregate.core import folded, mean_cores
+from florana.aggregate.gauge import alive
 from florana.aggregate.half import mean_of_A, mean_of_B
 from florana.aggregate.pad import all_padded, norm_weighted_mean
 from florana.aggregate.project import best_rank
@@ -156,6 +157,50 @@ def test_each_client_gets_an_adapter_of_its_own_rank_that_can_be_trained(name: s
                     assert bool(pair.A[k].any()) or bool(pair.B[:, k].any())
         state = strategy.step(state, trained(strategy, state, seed)).state
         assert {pair.rank for pair in state.adapter.modules.values()} == {4}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_round_of_low_ranks_alone_leaves_no_rank_dead(name: str) -> None:
+    """The target has one term, the server four: the others stay zero in the product, and can be trained."""
+    strategy = with_ranks(built(name), RANKS, scaling_of)
+    state = strategy.init(start_of())
+    for seed in range(2):
+        parts = trained(strategy, state, seed)[:1]
+        state = strategy.step(state, parts).state
+        for client, rank in RANKS.items():
+            for module, pair in strategy.brief(state, client).adapter.modules.items():
+                assert pair.rank == rank
+                sizes = (pair.A.norm(dim=1) + pair.B.norm(dim=0)) / (pair.A.norm() + pair.B.norm())
+                assert float(sizes.min()) > 1e-3, (client, module)
+        if name in ("best-rank", "oracle", "florist"):
+            for module in state.adapter.modules:
+                truth = truth_of(parts, module)
+                server = model_of(state.adapter, state.residual, module)
+                assert np.linalg.norm(server - truth) <= (0.2 if name == "florist" else 1e-6) * np.linalg.norm(truth)
+
+
+@given(seed=st.integers(0, 2**31), rank=st.integers(1, 5), noise=st.sampled_from([0.0, 1e-9]))
+def test_dead_terms_come_alive_and_no_product_changes(seed: int, rank: int, noise: float) -> None:
+    rng = np.random.default_rng(seed)
+    last, case = start_of(seed % 7, rank), make_case(seed, 1, rank, [(9, 13), (14, 6)]).parts[0].adapter
+    dead = rng.random(rank) < 0.5
+    keep_b, keep_a = (torch.from_numpy(np.where(dead, noise, 1.0)) for _ in "BA")
+    half = torch.from_numpy(np.where(rng.random(rank) < 0.5, 0.0, 1.0))  # zero in B alone: as PEFT starts, and alive
+    for halved in (False, True):
+        modules = {
+            n: LoraFactors(p.B * keep_b * (half if halved else 1), p.A * keep_a[:, None], p.scaling)
+            for n, p in case.modules.items()
+        }
+        again = alive(Adapter(modules, case.extra), last)
+        for name, pair in again.modules.items():
+            size = max(np.linalg.norm(dense(Adapter(modules), name)), 1e-9)
+            assert np.linalg.norm(dense(again, name) - dense(Adapter(modules), name)) <= 1e-11 * size
+            columns = np.linalg.norm(modules[name].B.numpy(), axis=0)
+            rows = np.linalg.norm(modules[name].A.numpy(), axis=1)
+            for k in range(rank):
+                gone = columns[k] <= 1e-6 * columns.max() and rows[k] <= 1e-6 * rows.max()
+                wanted = last.modules[name].A[k] if gone else modules[name].A[k]
+                assert torch.equal(pair.A[k], wanted)
 
 
 @pytest.mark.parametrize("name", ["best-rank", "flexlora"])

@@ -15,6 +15,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from florana.aggregate.gauge import alive
 from florana.factors import Adapter, Contribution
 from florana.strategy.facts import Facts
 
@@ -145,8 +146,8 @@ broadcast = sending(PAIR)
 
 
 def advance(state: State, adapter: Adapter, residual: Adapter | None = None) -> State:
-    """The state after one more round."""
-    return State(state.round + 1, adapter, residual, state.memory)
+    """The state after one more round; terms of the adapter that no gradient could reach are made trainable again."""
+    return State(state.round + 1, alive(adapter, state.adapter), residual, state.memory)
 
 
 def rank_of(adapter: Adapter) -> int:

@@ -5,7 +5,7 @@
     q = floor(gamma r_u), at least 1;   r_u <- q  where local training made the tail smaller
 
 Each client gets the first r_u columns and rows back; the server remembers r_u. Where no client of a round held a row of
-A, the row stays as it was beside a zero column of B: the same product as padding, but it can be trained again.
+A, the row stays as it was beside a zero column of B (`aggregate.gauge.alive`): the product is that of padding.
 
 Self-pruning is off by default (`gamma = 1`), since its details are assumptions, written from the abstract and notes:
 the tail as a product of norms, summed over modules without their scaling; one decision for all modules; the comparison
@@ -24,9 +24,9 @@ from torch import Tensor
 
 from florana.aggregate.pad import leading, norm_weighted_mean
 from florana.errors import RecipeError
-from florana.factors import Adapter, Contribution, LoraFactors
+from florana.factors import Adapter, Contribution
 from florana.strategy import facts
-from florana.strategy.base import Outcome, Payload, Pruning, State, Strategy, rank_of, start
+from florana.strategy.base import Outcome, Payload, Pruning, State, Strategy, advance, rank_of, start
 from florana.strategy.ranks import first_terms
 
 FACTS = facts.Facts(
@@ -73,13 +73,13 @@ class _Pruned:
         return replace(sent, pruning=self._leave(sent.adapter))
 
     def step(self, state: State, parts: Sequence[Contribution]) -> Outcome:
-        adapter = _with_rows_kept(norm_weighted_mean(parts, rank_of(state.adapter)), state.adapter, parts)
+        after = advance(state, norm_weighted_mean(parts, rank_of(state.adapter)))
         if self.gamma == 1:
-            return Outcome(State(state.round + 1, adapter))
+            return Outcome(after)
         ranks = [rank_of(part.adapter) for part in parts]
         own: dict[str, Tensor] = {_entry(p.client): torch.tensor(rank) for p, rank in zip(parts, ranks, strict=True)}
         notes = {"clients": [part.client for part in parts], "ranks": ranks}
-        return Outcome(State(state.round + 1, adapter, memory={**state.memory, **own}), notes)
+        return Outcome(replace(after, memory={**state.memory, **own}), notes)
 
     def _leave(self, adapter: Adapter) -> Pruning | None:
         rank = rank_of(adapter)
@@ -89,13 +89,3 @@ class _Pruned:
 
 def _entry(client: str) -> str:
     return f"rank/{client}"
-
-
-def _with_rows_kept(answer: Adapter, before: Adapter, parts: Sequence[Contribution]) -> Adapter:
-    """The answer, with the rows of A that no client of this round held as they were before; B is zero there."""
-    held = max(rank_of(part.adapter) for part in parts)
-    modules = {
-        name: LoraFactors(pair.B, torch.cat([pair.A[:held], before.modules[name].A[held:]]), pair.scaling)
-        for name, pair in answer.modules.items()
-    }
-    return Adapter(modules, answer.extra)
