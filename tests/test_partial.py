@@ -26,7 +26,7 @@ from florana.federation.journal import read_records
 from florana.federation.messages import Brief, Failure, Reply, completed, pack, travelling, unpack
 from florana.plan import plan
 from florana.recipe_file import check
-from florana.run import execute, prepare
+from florana.run import begin, execute, prepare, strategy_of
 from florana.strategy import STRATEGIES
 from florana.strategy.base import Payload, Pruning, State
 from florana.strategy.draws import choice
@@ -515,6 +515,14 @@ def test_a_real_run_plans_its_bytes_resumes_and_prunes(
     setup = prepare(recipe)
     planned = plan(recipe, setup, timed_steps=1)
     whole = execute(recipe, tmp_path / "one", setup=setup)
+    chosen = strategy_of(recipe, setup)
+    begun = chosen.init(begin(recipe, setup, chosen))
+    counts = []
+    for client in setup.clients:
+        sent = chosen.brief(begun, client)
+        setup.bench.load(sent.adapter, None, sent.work.trains, sent.blocks)
+        counts.append(sum(parameter.numel() for parameter in setup.bench.trainable))
+    assert planned.trainable_parameters == max(counts)
     assert (planned.bytes_up, planned.bytes_down) == (whole.records[0].bytes_up, whole.records[0].bytes_down)
     table["federation"]["rounds"] = 1
     execute(check(table, "test"), tmp_path / "two", setup=setup)

@@ -109,6 +109,7 @@ def test_strategy_options_are_checked_against_the_strategy() -> None:
         ({"name": "ravan", "heads": 0}, "strategy.heads is 0"),
         ({"name": "ravan", "heads_per_client": 0}, "strategy.heads_per_client is 0, not at least 1"),
         ({"name": "ravan", "heads_per_client": 5}, "strategy.heads_per_client is 5, but there are 4 heads"),
+        ({"name": "lora-fair", "penalty": -0.5}, "strategy.penalty is -0.5, not a finite number"),
         ({"name": "hetlora", "gamma": 0.0}, "strategy.gamma is 0.0, not above 0"),
         ({"name": "hetlora", "gamma": 1.5}, "strategy.gamma is 1.5, not above 0"),
         ({"name": "hetlora", "penalty": -1.0}, "strategy.penalty is -1.0, not a finite number"),

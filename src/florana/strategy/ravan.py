@@ -37,7 +37,7 @@ FACTS = facts.Facts(
     exact="exact; where clients train some heads, of each head over those who trained it",
     client_state="none: the fixed factors come from the recipe's seed",
     mixed_ranks="all share the fixed factors; a client of rank r_u trains and sends r_u / m of the heads, at least one",
-    trained=facts.CORE.of,
+    trained=lambda s: facts.CORE.of(s) + s.blocks,  # the scales
     secure_aggregation="yes: sums of s H, and of weights per head where clients train some (others padded with zeros)",
     noise="in s H alone: linear",
 )
@@ -75,7 +75,7 @@ def build(heads: int = 4, size: int = 16, heads_per_client: int | None = None) -
     facts_of = replace(FACTS, shape=lambda rank: (heads * size, heads))
     if count < heads:
         some = facts.Count("c (r/h)^2", lambda s: count * (s.rank // s.blocks) ** 2)
-        facts_of = replace(facts_of, up=some, trained=some.of)
+        facts_of = replace(facts_of, up=some, trained=lambda s: some.of(s) + count)
     return Strategy("ravan", "arXiv 2506.05568", facts_of, _init(heads, size), brief, _step, cut=cut)
 
 
