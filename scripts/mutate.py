@@ -86,7 +86,7 @@ MUTATIONS = [
     ("train/model.py", "trains, blocks)", "trains)", "test_partial"),
     ("plan.py", "p.work.up, blocks=p.blocks)", "p.work.up)", "test_partial"),
     ("plan.py", "+ sum(scales)", "", "test_partial"),
-    ("strategy/ravan.py", "some.of(s) + count", "some.of(s)", "test_partial"),
+    ("strategy/ravan.py", "some.of(s) + count", "some.of(s)", "test_methods"),
     ("train/inserts.py", "...hk,hjk,h->...hj", "...hk,hkj,h->...hj", "test_train"),
     ("train/inserts.py", "copied(self.blocks * self.scale[:, None, None])", "copied(self.blocks)", "test_train"),
     ("train/model.py", "requires_grad_(letter in trains)", "requires_grad_(True)", "test_train"),
