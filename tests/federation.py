@@ -32,9 +32,19 @@ def first_adapter() -> Adapter:
     return Adapter(modules, {"head.weight": torch.zeros(3, 4)})
 
 
+VARIANTS = {
+    "hetlora pruning": {"name": "hetlora", "gamma": 0.5, "penalty": 0.1},
+    "ravan one head": {"name": "ravan", "heads": 2, "size": 2, "heads_per_client": 1},
+}
+"""Strategies whose options change what travels, by a name of their own."""
+
+
 def built(strategy: str) -> Strategy:
-    """The strategy of that name, small enough for the modules of `first_adapter`."""
-    return STRATEGIES[strategy](**({"heads": 2, "size": 2} if strategy == "ravan" else {}))
+    """The strategy or variant of that name, small enough for the modules of `first_adapter`."""
+    options = dict(VARIANTS.get(strategy, {"name": strategy}))
+    if strategy == "ravan":
+        options |= {"heads": 2, "size": 2}
+    return STRATEGIES[str(options.pop("name"))](**options)
 
 
 def noisy(brief: Brief, strategy: str = "fedit") -> Reply:
@@ -50,7 +60,7 @@ def noisy(brief: Brief, strategy: str = "fedit") -> Reply:
     answer = adapter_from_tensors(moved, brief.scalings)
     examples = 10 * (1 + int(brief.client[-1]))
     metrics = {"train_loss": 1.0 + int(brief.client[-1])}
-    return Reply(brief.client, brief.round, examples, metrics, pack(answer, brief.returns), 0.01)
+    return Reply(brief.client, brief.round, examples, metrics, pack(answer, brief.returns, blocks=brief.blocks), 0.01)
 
 
 class FakeEngine:

@@ -106,6 +106,27 @@ def with_cores(case: Case) -> Case:
     return Case(parts, modules, case.rank)
 
 
+def with_some_blocks(case: Case) -> Case:
+    """Clients with one block per rank between the first one's factors, each training some of them, the rest as sent."""
+    rng = np.random.default_rng(len(case.parts))
+    sent = {name: rng.normal(size=(case.rank, 1, 1)) for name in case.modules}
+    same = with_cores(case)
+    parts, columns = [], {name: [] for name in case.modules}  # type: ignore[var-annotated]
+    for part in same.parts:
+        blocks = [k for k in range(case.rank) if rng.random() < 0.5] or [0]
+        cores = {}
+        for name, core in sent.items():
+            own = core.copy()
+            own[blocks] += rng.normal(size=(len(blocks), 1, 1))
+            cores[name] = torch.from_numpy(own).to(part.adapter.modules[name].A.dtype)
+            first = case.modules[name][0]
+            column = dataclasses.replace(first, B=first.B * own[:, 0, 0], weight=part.weight)
+            columns[name].append(column)
+        whole = Adapter(part.adapter.modules, part.adapter.extra, cores)
+        parts.append(dataclasses.replace(part, adapter=whole, blocks=tuple(blocks)))
+    return Case(parts, columns, case.rank)
+
+
 def _parts(case: Case, modules: dict[str, list[oracle.Client]]) -> list[Contribution]:
     dtype = case.parts[0].adapter.modules["layer.0.q"].A.dtype
     return [
@@ -178,6 +199,7 @@ ROWS = [
     ),
     Row("florist", whole_energy, exact=True, mixed_ranks=True, keeps_rank=False, gauge_free=True),
     Row("fed-sb", lambda p: folded(mean_cores(p)), exact=True, prepare=with_cores),
+    Row("ravan, some heads", lambda p: folded(mean_cores(p)), prepare=with_some_blocks),
     Row("flora-na factors/module", lambda p: mix(p, solver=als.solve).adapter),
     Row("flora-na factors/model", lambda p: mix(p, solver=als.solve, fit=per_model).adapter),
     Row("flora-na updates/module", lambda p: mix(p, solver=als.solve, base=zero_base(p)).adapter),

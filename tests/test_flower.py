@@ -39,6 +39,7 @@ from florana.flower.trainer import answer_until, listening
 from florana.recipe import Recipe
 from florana.recipe_file import check
 from florana.run import execute, prepare
+from florana.strategy.base import Pruning
 from tests.flower_grid import FakeGrid, trainer_at
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -112,7 +113,7 @@ def test_a_recipe_survives_flowers_run_configuration(recipe_table: dict[str, Any
         from_config({**config, "train.learning_rat": 1.0})
 
 
-BRIEF = Brief(3, "b", 2**62 + 1, b"tensors", True, ["A", "B"], ["A"], {"m": 1 / 3})
+BRIEF = Brief(3, "b", 2**62 + 1, b"tensors", True, ["A", "B"], ["A"], {"m": 1 / 3}, [0, 2], Pruning(2, 0.1))
 REPLY = Reply("b", 3, 17, {"train_loss": 0.1}, b"tensors", 0.5)
 
 

@@ -19,14 +19,14 @@ from florana.errors import FederationError, InputError
 from florana.federation.journal import Journal, read_records
 from florana.strategy import STRATEGIES
 from tests.conftest import ROOT
-from tests.federation import CARD, run
+from tests.federation import CARD, VARIANTS, run
 
 
 def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, *VARIANTS])
 def test_a_run_in_two_sittings_is_the_run_in_one(strategy: str, tmp_path: Path) -> None:
     run(tmp_path / "one", strategy, 5)
     run(tmp_path / "two", strategy, 2)

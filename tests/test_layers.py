@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "florana"
 FLOORS = [
     {"errors"},
     {"factors"},
-    {"linalg", "tensor_files", "score"},
+    {"linalg", "tensor_files", "module_patterns", "score"},
     {"adapter_config"},
     {"adapter_reader"},
     {"adapter_files"},
@@ -53,6 +53,7 @@ ROOMS = {
     "pydantic": {"recipe", "recipe_file"},
     "flwr": {"flower"},
     "cryptography": {"flower"},
+    "pydantic_core": {"module_patterns"},
 }
 
 

@@ -21,7 +21,7 @@ from florana.federation.messages import Brief, Failure, Reply, pack
 from florana.federation.sampling import sample
 from florana.strategy import STRATEGIES
 from florana.strategy.base import Payload
-from tests.federation import CLIENTS, first_adapter, noisy, run
+from tests.federation import CLIENTS, VARIANTS, first_adapter, noisy, run
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Reply], Reply]:
@@ -87,7 +87,7 @@ FAULTS: dict[str, tuple[Callable[[Reply], Reply], str]] = {
 @pytest.mark.parametrize(
     ("strategy", "fault"),
     # ravan's core of two blocks of two has one shape either way round
-    [(s, f) for s in STRATEGIES for f in FAULTS if (s, f) != ("ravan", "transposed")],
+    [(s, f) for s in (*STRATEGIES, *VARIANTS) for f in FAULTS if (s, f) != ("ravan", "transposed")],
 )
 def test_one_bad_client_is_refused_and_the_result_is_that_of_the_others(
     fault: str, strategy: str, tmp_path: Path
@@ -136,7 +136,7 @@ def test_the_order_of_arrival_does_not_change_a_bit(tmp_path: Path) -> None:
         held.clear()
         return list(answers)
 
-    for strategy in STRATEGIES:
+    for strategy in (*STRATEGIES, *VARIANTS):
         run(tmp_path / strategy / "a", strategy, 2)
         run(tmp_path / strategy / "b", strategy, 2, functools.partial(reversed_order, strategy=strategy))
         assert adapter_bytes(tmp_path / strategy / "a") == adapter_bytes(tmp_path / strategy / "b")

@@ -68,7 +68,7 @@ def test_the_counts_are_those_of_packed_messages(name: str, tiny_bert: Path) -> 
     (line, _) = plan_model("m", shapes.modules, shapes.parameters, rank=2, clients=3, methods=[name]).lines
     start = Adapter({n: LoraFactors(torch.zeros(o, 2), torch.randn(2, i), 1.0) for n, (o, i) in shapes.modules.items()})
     payload = STRATEGIES[name]().brief(STRATEGIES[name]().init(start), "c")
-    up = pack(payload.adapter, payload.work.up)
+    up = pack(payload.adapter, payload.work.up, blocks=payload.blocks)
     numbers = sum(t.numel() for t in load(up).values())
     assert line.up == numbers
     assert 0 < len(up) - 4 * numbers < 120 * (len(load(up)) + 1)

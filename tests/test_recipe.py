@@ -107,6 +107,12 @@ def test_strategy_options_are_checked_against_the_strategy() -> None:
         ({"name": "best-rank", "gauge": "straight"}, "one of 'balanced', 'orthonormal', 'aligned'"),
         ({"name": "best-rank", "broadcast_rank": 9, "broadcast_bytes": 9}, "exclude one another"),
         ({"name": "ravan", "heads": 0}, "strategy.heads is 0"),
+        ({"name": "ravan", "heads_per_client": 0}, "strategy.heads_per_client is 0, not at least 1"),
+        ({"name": "ravan", "heads_per_client": 5}, "strategy.heads_per_client is 5, but there are 4 heads"),
+        ({"name": "lora-fair", "penalty": -0.5}, "strategy.penalty is -0.5, not a finite number"),
+        ({"name": "hetlora", "gamma": 0.0}, "strategy.gamma is 0.0, not above 0"),
+        ({"name": "hetlora", "gamma": 1.5}, "strategy.gamma is 1.5, not above 0"),
+        ({"name": "hetlora", "penalty": -1.0}, "strategy.penalty is -1.0, not a finite number"),
         ({"name": "fed-sb", "begin": "pooled"}, "one of 'principal', 'gradient', 'random'"),
         ({"name": "florist", "energy": 1.5}, "strategy.energy is 1.5"),
     ):
@@ -119,14 +125,14 @@ def test_strategy_options_are_checked_against_the_strategy() -> None:
 
 def test_mixed_ranks_are_refused_with_the_methods_reason_and_pass_where_they_can_work() -> None:
     table = changed("model.client_ranks", [2, 4])
-    for name, reason in (("fedsvd", "one A"), ("ravan", "fixed factors"), ("fedex-lora", "entry by entry")):
+    for name, reason in (("fedsvd", "one A"), ("fed-sb", "fixed factors"), ("fedex-lora", "entry by entry")):
         table["strategy"] = {"name": name}
         with pytest.raises(RecipeError, match=reason):
             check(table, "r")
     table["strategy"] = {"name": "flora-na", "combine": "updates"}
     with pytest.raises(RecipeError, match="combine = factors"):
         check(table, "r")
-    for name in ("best-rank", "oracle", "flora-na", "flexlora", "florist", "flora", "hetlora", "ffa-lora"):
+    for name in ("best-rank", "oracle", "flora-na", "flexlora", "florist", "flora", "hetlora", "ffa-lora", "ravan"):
         table["strategy"] = {"name": name}
         assert check(table, "r").model.client_ranks == [2, 4]
 

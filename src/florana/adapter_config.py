@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from florana.errors import InputError
+from florana.module_patterns import by_pattern
 from florana.tensor_files import no_twins
 
 CONFIG = "adapter_config.json"
@@ -79,30 +78,16 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} cannot be read", why=str(error)) from None
 
 
-def rank_and_alpha(config: Mapping[str, Any], module: str, path: Path) -> tuple[int, float]:
-    """What the configuration says of one module."""
-    rank = _by_pattern(config.get("rank_pattern") or {}, module, config["r"], path)
-    alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"], path)
-    return int(rank), float(alpha)
+def ranks_and_alphas(config: Mapping[str, Any], modules: Sequence[str], path: Path) -> dict[str, tuple[int, float]]:
+    """What the configuration says of each module. Raises InputError as `module_patterns.by_pattern`."""
+    ranks = by_pattern(config.get("rank_pattern") or {}, modules, config["r"], path, "rank_pattern")
+    alphas = by_pattern(config.get("alpha_pattern") or {}, modules, config["lora_alpha"], path, "alpha_pattern")
+    return {name: (int(ranks[name]), float(alphas[name])) for name in ranks}
 
 
 def names(value: str | list[str] | None) -> tuple[str, ...]:
     """A setting that is one name, a list of them, or absent; sorted."""
     return (value,) if isinstance(value, str) else tuple(sorted(value or ()))
-
-
-def _by_pattern(pattern: Mapping[str, float], module: str, default: float, path: Path) -> float:
-    """PEFT's rule: the first key that, as a regular expression, ends the module's name at a dot."""
-    for key, value in pattern.items():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of Python, on patterns whose meaning may change
-                found = re.match(rf"(.*\.)?({key})$", module)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise InputError(f"{path}: the pattern {_short(key)} is not a regular expression", why=str(error)) from None
-        if found:
-            return value
-    return default
 
 
 def _no_adapter(folder: Path) -> InputError:

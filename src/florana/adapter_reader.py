@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from florana.adapter_config import CONFIG, names, rank_and_alpha, read_config, read_json
+from florana.adapter_config import CONFIG, names, ranks_and_alphas, read_config, read_json
 from florana.errors import InputError
 from florana.factors import LoraFactors
 from florana.tensor_files import Place, digest, read_header, read_tensor
@@ -149,8 +149,11 @@ def open_adapter(folder: Path) -> AdapterReader:
             extra[name] = key
     if not found:
         raise InputError(f"{folder / WEIGHTS} holds no LoRA factors")
+    stated = ranks_and_alphas(config, list(found), folder / CONFIG)
+    rslora = bool(config.get("use_rslora"))
     modules = {
-        name: _module(folder, name, kinds.get(name, "linear"), keys, places, config) for name, keys in found.items()
+        name: _module(folder, name, kinds.get(name, "linear"), keys, places, stated[name], rslora)
+        for name, keys in found.items()
     }
     return AdapterReader(folder, _card(config, kinds), dict(sorted(modules.items())), extra, places)
 
@@ -174,12 +177,13 @@ def _module(
     kind: Kind,
     keys: Mapping[str, str],
     places: Mapping[str, Place],
-    config: Mapping[str, Any],
+    stated: tuple[int, float],
+    rslora: bool,
 ) -> Module:
     for letter in ("A", "B"):
         if letter not in keys:
             raise InputError(f"{folder / WEIGHTS}: module '{name}' lacks its factor {letter}")
-    rank, alpha = rank_and_alpha(config, name, folder / CONFIG)
+    rank, alpha = stated
     A, B = places[keys["A"]].shape, places[keys["B"]].shape
     if len(A) != 2 or len(B) != 2:
         raise InputError(
@@ -194,7 +198,7 @@ def _module(
         raise InputError(f"{folder}: module '{name}' has factors of different dtypes")
     if "bias" in keys and places[keys["bias"]].shape != (B[0],):
         raise InputError(f"{folder}: module '{name}' has a bias of shape {places[keys['bias']].shape} beside B {B}")
-    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    scaling = alpha / (math.sqrt(rank) if rslora else rank)
     return Module(kind, rank, scaling, (B[0], A[1]), dict(keys))
 
 

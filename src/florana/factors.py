@@ -9,7 +9,7 @@ product, which is the model's business.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -145,12 +145,14 @@ class Contribution:
     """What one client brings to an aggregation: its name, its adapter, its weight (any positive scale).
 
     `residual` is the frozen part it carried unchanged beside the adapter: it belongs to what the client's model was.
+    `blocks` are the blocks of its cores that it trained, None for all; the others it holds as they were sent.
     """
 
     client: str
     adapter: Adapter
     weight: float
     residual: Adapter | None = None
+    blocks: Collection[int] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from florana import recipe as r
+from florana.factors import kind_of
 from florana.federation.messages import pack, travelling
 from florana.run import Setup, begin, strategy_of
+from florana.strategy.base import Payload
 from florana.train.client import steps_per_round, train_locally
 from florana.train.evaluate import evaluate
 
@@ -91,9 +93,16 @@ def _traffic(recipe: r.Recipe, setup: Setup) -> tuple[float, float, int]:
     setup.bench.load(setup.start)
     payloads = [strategy.brief(state, client) for client in sorted(setup.clients)]
     down = [len(pack(p.adapter, p.work.down, p.residual)) for p in payloads]
-    up = [len(pack(p.adapter, p.work.up)) for p in payloads]
-    trained = [sum(t.numel() for t in travelling(p.adapter, p.work.trains).values()) for p in payloads]
+    up = [len(pack(p.adapter, p.work.up, blocks=p.blocks)) for p in payloads]
+    trained = [_trained(payload) for payload in payloads]
     return sum(down) / len(down), sum(up) / len(up), max(trained)
+
+
+def _trained(payload: Payload) -> int:
+    """How many numbers a client trains: factors or cores, one scale per block of a core, tensors trained whole."""
+    tensors = travelling(payload.adapter, payload.work.trains, payload.blocks)
+    scales = [len(t) for name, t in tensors.items() if kind_of(name) == "core" and "scale" in payload.work.trains]
+    return sum(t.numel() for t in tensors.values()) + sum(scales)
 
 
 def peak_memory() -> int | None:

@@ -10,7 +10,7 @@ column of another is an accident of their order: the methods for products (`best
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -51,16 +51,30 @@ def padded(adapter: Adapter, rank: int) -> Adapter:
     return Adapter(modules, adapter.extra, adapter.cores)
 
 
-def leading(adapter: Adapter, rank: int, scaling: float) -> Adapter:
+def leading(adapter: Adapter, rank: int, scaling: float | None = None) -> Adapter:
     """The first `rank` columns of B and rows of A, as a client of that rank and scaling trains them.
 
     B is rescaled so that the first terms of the product stay what they were: s_u B_u A_u = s B[:, :r_u] A[:r_u].
+    Without a scaling, every module keeps its own.
     """
-    modules = {
-        name: LoraFactors(B=pair.B[:, :rank] * (pair.scaling / scaling), A=pair.A[:rank], scaling=scaling)
-        for name, pair in adapter.modules.items()
-    }
+    modules = {}
+    for name, pair in adapter.modules.items():
+        own = pair.scaling if scaling is None else scaling
+        modules[name] = LoraFactors(B=pair.B[:, :rank] * (pair.scaling / own), A=pair.A[:rank], scaling=own)
     return Adapter(modules, adapter.extra)
+
+
+def tail(modules: Mapping[str, LoraFactors], rank: int) -> Tensor:
+    """HetLoRA's measure of what lies beyond a rank: sum over modules of ||B[:, rank:]||_F ||A[rank:, :]||_F, a scalar.
+
+    Differentiable; its gradient is zero where a factor is zero.
+
+    >>> pair = LoraFactors(torch.tensor([[5.0, 3.0], [5.0, 4.0]]), torch.tensor([[1.0, 1.0], [0.0, 2.0]]), 1.0)
+    >>> float(tail({"q": pair}, 1))
+    10.0
+    """
+    norm = torch.linalg.vector_norm
+    return torch.stack([norm(pair.B[:, rank:]) * norm(pair.A[rank:]) for pair in modules.values()]).sum()
 
 
 def all_padded(parts: Sequence[Contribution], rank: int) -> list[Contribution]:

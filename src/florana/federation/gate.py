@@ -14,8 +14,9 @@ from torch import Tensor
 
 from florana import linalg
 from florana.aggregate.core import folded
-from florana.factors import Adapter, Update, adapter_from_tensors
-from florana.federation.messages import Reply, travelling
+from florana.aggregate.pad import leading
+from florana.factors import Adapter, Update, kind_of
+from florana.federation.messages import Reply, completed, travelling
 from florana.strategy.base import Payload
 
 MAX_EXAMPLES = 1_000_000_000
@@ -33,7 +34,7 @@ class Expected:
     Args:
         round: the round that is running.
         clients: client name -> what it was sent; its reply must bring the tensors that come up, in these shapes and
-            dtypes, and what does not come up stays as it was sent.
+            dtypes (or of the lower rank that was allowed, in all modules), and what does not come up stays as it was.
         examples: client name -> the size of its training share, where the server knows it.
     """
 
@@ -88,7 +89,7 @@ def check_size(size: int, template: Mapping[str, Tensor]) -> None:
 
 
 def _from_bytes(content: bytes, sent: Payload) -> Mapping[str, Tensor]:
-    check_size(len(content), travelling(sent.adapter, sent.work.up))
+    check_size(len(content), travelling(sent.adapter, sent.work.up, sent.blocks))
     try:
         return load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -96,19 +97,32 @@ def _from_bytes(content: bytes, sent: Payload) -> Mapping[str, Tensor]:
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], sent: Payload) -> Adapter:
-    template = travelling(sent.adapter, sent.work.up)
+    template = travelling(sent.adapter, sent.work.up, sent.blocks)
     for name in sorted(template.keys() - tensors.keys()):
         raise Refused(f"lacks the tensor '{name}'")
     for name in sorted(tensors.keys() - template.keys()):
         raise Refused(f"brings the foreign tensor '{name[:80]}'")
-    for name, expected in template.items():
+    like = _form(sent, tensors)
+    for name, expected in travelling(like, sent.work.up, sent.blocks).items():
         _check_tensor(name, tensors[name], expected)
-    adapter = adapter_from_tensors(sent.adapter.tensors() | dict(tensors), sent.adapter.scalings)
+    adapter = completed(like, tensors, sent.blocks)
     for name, pair in folded(adapter).modules.items():
         size = linalg.norm(linalg.stack([pair], [1.0]))
         if not size <= torch.finfo(torch.float32).max:
             raise Refused(f"the product of module '{name}' overflows (norm {size:.1e})")
     return adapter
+
+
+def _form(sent: Payload, tensors: Mapping[str, Tensor]) -> Adapter:
+    """The adapter whose shapes the reply must have: as it was sent, or of the one lower rank that was allowed.
+
+    The first factor decides; all others are then held to the same rank.
+    """
+    if sent.pruning is None:
+        return sent.adapter
+    lower = leading(sent.adapter, sent.pruning.rank)
+    first, wanted = min(item for item in travelling(lower, sent.work.up).items() if kind_of(item[0]) in ("A", "B"))
+    return lower if tensors[first].shape == wanted.shape else sent.adapter
 
 
 def _check_tensor(name: str, tensor: Tensor, expected: Tensor) -> None:
@@ -137,7 +151,7 @@ def oversized(updates: Sequence[Update], sent: Mapping[str, Payload], factor: fl
         before = sent[update.client].adapter.tensors()
         changes[update.client] = math.sqrt(
             math.fsum(
-                float((tensor.double() - before[name].double()).square().sum())
+                float((tensor.double() - _like(before[name], tensor).double()).square().sum())
                 for name, tensor in update.adapter.tensors().items()
             )
         )
@@ -148,3 +162,8 @@ def oversized(updates: Sequence[Update], sent: Mapping[str, Payload], factor: fl
         for client, change in changes.items()
         if median > 0 and change > factor * median
     }
+
+
+def _like(sent: Tensor, answer: Tensor) -> Tensor:
+    """The part of what was sent that a client of a lower rank has answered with."""
+    return sent[tuple(slice(size) for size in answer.shape)]

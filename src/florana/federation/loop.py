@@ -112,8 +112,8 @@ def _one_round(
         )
     weights = federation.weights(updates)
     parts = [
-        Contribution(update.client, update.adapter, weights[update.client], payloads[update.client].residual)
-        for update in updates
+        Contribution(update.client, update.adapter, weights[update.client], sent.residual, sent.blocks)
+        for update, sent in ((update, payloads[update.client]) for update in updates)
     ]
     started = time.perf_counter()
     outcome = strategy.step(state, parts)
@@ -157,6 +157,8 @@ def _briefs(payloads: Mapping[str, Payload], round_: int, federation: Federation
                 trains=sorted(payload.work.trains),
                 returns=sorted(payload.work.up),
                 scalings=payload.adapter.scalings,
+                blocks=payload.blocks,
+                pruning=payload.pruning,
             )
         )
     return briefs

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from florana.errors import InputError
 from florana.factors import Adapter, adapter_from_tensors, kind_of
+from florana.strategy.base import Pruning
 
 _RESIDUAL = "residual/"
 
@@ -32,6 +33,8 @@ class Brief:
         evaluate: whether the client should also measure its own model.
         trains, returns: kinds of tensors to train, and to send back (see `strategy.base.Work`).
         scalings: module -> scaling of the adapter to train.
+        blocks: the blocks of the cores to train and send back; None for all.
+        pruning: the lower rank that the client may answer with, if any.
     """
 
     round: int
@@ -42,6 +45,8 @@ class Brief:
     trains: Collection[str]
     returns: Collection[str]
     scalings: Mapping[str, float]
+    blocks: Collection[int] | None = None
+    pruning: Pruning | None = None
 
 
 @dataclass(frozen=True)
@@ -77,17 +82,41 @@ class Engine(Protocol):
         ...
 
 
-def travelling(adapter: Adapter, kinds: Collection[str]) -> dict[str, Tensor]:
-    """The adapter's tensors of those kinds, and its extra tensors: what a message holds of it."""
-    return {name: t for name, t in adapter.tensors().items() if kind_of(name) in kinds or kind_of(name) == "extra"}
+def travelling(adapter: Adapter, kinds: Collection[str], blocks: Collection[int] | None = None) -> dict[str, Tensor]:
+    """The adapter's tensors of those kinds, and its extra tensors: what a message holds of it.
+
+    Of a core (h, k, k), the `blocks` alone, in ascending order; all of them where None.
+    """
+    kept = {name: t for name, t in adapter.tensors().items() if kind_of(name) in kinds or kind_of(name) == "extra"}
+    if blocks is None:
+        return kept
+    return {name: t[sorted(blocks)] if kind_of(name) == "core" else t for name, t in kept.items()}
 
 
-def pack(adapter: Adapter, kinds: Collection[str] = ("A", "B", "core"), residual: Adapter | None = None) -> bytes:
-    """The tensors of those kinds, and a frozen residual where there is one, as safetensors bytes.
+def completed(adapter: Adapter, tensors: Mapping[str, Tensor], blocks: Collection[int] | None = None) -> Adapter:
+    """The adapter with what travelled in the place of its own tensors: what `travelling` left out stays."""
+    known = adapter.tensors()
+    for name, tensor in tensors.items():
+        if blocks is not None and kind_of(name) == "core":
+            whole = known[name].clone()
+            whole[sorted(blocks)] = tensor
+            known[name] = whole
+        else:
+            known[name] = tensor
+    return adapter_from_tensors(known, adapter.scalings)
+
+
+def pack(
+    adapter: Adapter,
+    kinds: Collection[str] = ("A", "B", "core"),
+    residual: Adapter | None = None,
+    blocks: Collection[int] | None = None,
+) -> bytes:
+    """The tensors of those kinds (see `travelling`), and a frozen residual where there is one, as safetensors bytes.
 
     The residual's scalings must be 1: they are not sent.
     """
-    tensors = travelling(adapter, kinds)
+    tensors = travelling(adapter, kinds, blocks)
     if residual is not None:
         tensors |= {_RESIDUAL + name: tensor for name, tensor in residual.tensors().items()}
     return save({name: tensor.contiguous() for name, tensor in tensors.items()})

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from florana.federation.messages import Brief, Failure, Reply
 from florana.flower.frames import Frame
+from florana.strategy.base import Pruning
 
 
 def brief_frame(brief: Brief, run: str, nonce: str) -> Frame:
@@ -18,7 +19,9 @@ def brief_frame(brief: Brief, run: str, nonce: str) -> Frame:
 
 def read_brief(frame: Frame) -> Brief:
     """The brief in a frame of the server."""
-    return Brief(**frame.fields["brief"], payload=frame.payload)
+    named = dict(frame.fields["brief"])
+    pruning = named.pop("pruning", None)
+    return Brief(**named, payload=frame.payload, pruning=Pruning(**pruning) if pruning else None)
 
 
 def reply_frame(reply: Reply, nonce: str) -> Frame:
@@ -63,7 +66,9 @@ def _is_number(value: object) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Mappings and collections as JSON knows them."""
+    """Records, mappings and collections as JSON knows them."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, str | int | float | bool) or value is None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -54,7 +55,7 @@ def receive(model: torch.nn.Module, message: Message, context: Context) -> None:
     brief = _brief(message)
     names = names_of(brief.arrays)
     sent = unpack(brief.arrays)
-    kept = context.state.get(KEPT)
+    kept = context.state.array_records.get(KEPT)
     if kept is not None:
         sent |= unpack(kept, {name: sent[name] for name in kept if name in sent})
     parameters = _parameters(model)
@@ -108,7 +109,8 @@ def _brief(message: Message) -> _Brief:
     keys = [key for key in content.array_records if key != RESIDUAL]
     if len(keys) != 1:
         raise InputError(f"the message brings {len(keys)} ArrayRecords; one adapter is expected")
-    said = content.config_records.get(FLORANA, ConfigRecord({"trains": ["A", "B"], "returns": ["A", "B"]}))
+    both = ConfigRecord({"trains": ["A", "B"], "returns": ["A", "B"]})
+    said: Any = content.config_records.get(FLORANA, both)
     residual = content.array_records.get(RESIDUAL)
     return _Brief(
         keys[0], content.array_records[keys[0]], frozenset(said["trains"]), frozenset(said["returns"]), residual

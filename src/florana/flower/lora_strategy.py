@@ -11,7 +11,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -89,7 +89,7 @@ class _Asked:
 _NOBODY = _Asked(0, {}, {})
 
 
-class LoraStrategy(FedAvg):  # type: ignore[misc]  # flwr is optional, so its types are not followed
+class LoraStrategy(FedAvg):
     """Any florana `Strategy` value as a Flower strategy; the named classes of this package are this one.
 
     `aggregate_train` gives the next adapter under the names of the initial arrays and, beside the clients' own
@@ -111,7 +111,8 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]  # flwr is optional, so its ty
             raise RecipeError(
                 f"{type(self).__name__} has no option '{name}'", fix=nearest(name, own | Common.__annotations__.keys())
             )
-        super().__init__(**{name: value for name, value in options.items() if name not in _OWN})
+        given: dict[str, Any] = {name: value for name, value in options.items() if name not in _OWN}
+        super().__init__(**given)
         if method.begin != "lora" or method.facts.up is facts.CORE:
             raise RecipeError(
                 f"the method '{method.name}' cannot be dropped into a Flower app",

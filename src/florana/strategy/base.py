@@ -15,6 +15,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from florana.aggregate.gauge import alive
 from florana.factors import Adapter, Contribution
 from florana.strategy.facts import Facts
 
@@ -62,16 +63,31 @@ PAIR = work(["A", "B"], up=["A", "B"], down=["A", "B"])
 """Both factors trained, both sent both ways."""
 
 
+@dataclass(frozen=True)
+class Pruning:
+    """One client's leave to lower its rank after training, to `rank` and to no other.
+
+    Its loss gets `penalty` times the size of what lies beyond that rank (`aggregate.pad.tail`); where training made
+    that smaller, it answers with the first `rank` columns of B and rows of A, in every module.
+    """
+
+    rank: int
+    penalty: float
+
+
 @dataclass(frozen=True, eq=False)
 class Payload:
     """What the server sends to one client: where to start, what to add unchanged, and what to do.
 
-    `adapter` is complete, as the server knows it; of it, `work.down` travels: the client holds the rest.
+    `adapter` is complete, as the server knows it; of it, `work.down` travels: the client holds the rest. `blocks` are
+    the blocks of its cores that the client trains and sends, in any order (None: all); all of them go down.
     """
 
     adapter: Adapter
     residual: Adapter | None = None
     work: Work = PAIR
+    blocks: tuple[int, ...] | None = None
+    pruning: Pruning | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,8 +146,8 @@ broadcast = sending(PAIR)
 
 
 def advance(state: State, adapter: Adapter, residual: Adapter | None = None) -> State:
-    """The state after one more round."""
-    return State(state.round + 1, adapter, residual, state.memory)
+    """The state after one more round; terms of the adapter that no gradient could reach are made trainable again."""
+    return State(state.round + 1, alive(adapter, state.adapter), residual, state.memory)
 
 
 def rank_of(adapter: Adapter) -> int:

@@ -7,10 +7,12 @@ must see every client's factors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from florana.aggregate.fair import corrected_mean
+from florana.errors import RecipeError
 from florana.factors import Contribution
 from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, start
@@ -28,8 +30,10 @@ def build(penalty: float = 0.01) -> Strategy:
     """The strategy.
 
     Args:
-        penalty: lambda, relative to the mean eigenvalue of A A^T; large values give FedIT.
+        penalty: lambda, relative to the mean eigenvalue of A A^T, at least 0; large values give FedIT.
     """
+    if not (math.isfinite(penalty) and penalty >= 0):
+        raise RecipeError(f"strategy.penalty is {penalty}, not a finite number of at least 0")
     return Strategy("lora-fair", "arXiv 2411.14961", FACTS, start, broadcast, _Step(penalty))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from florana import linalg
+from florana.aggregate.gauge import alive
 from florana.aggregate.pad import leading
 from florana.aggregate.stack import concatenate
 from florana.errors import RecipeError
@@ -50,7 +51,7 @@ def best_and_rest(payload: Payload, rank: int, scaling: float) -> Payload:
             rest.append(linalg.balanced(left, 1.0, pair.A.dtype))
         if rest:
             frozen[name] = concatenate(rest, [1.0] * len(rest))
-    adapter = Adapter(modules, payload.adapter.extra)
+    adapter = alive(Adapter(modules, payload.adapter.extra), payload.adapter)
     return replace(payload, adapter=adapter, residual=Adapter(frozen) if frozen else None)
 
 

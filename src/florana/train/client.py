@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from florana import recipe as r
+from florana.aggregate.pad import leading, tail
 from florana.errors import FloranaError
-from florana.factors import Adapter, kind_of
+from florana.factors import Adapter, LoraFactors, kind_of
 from florana.federation.messages import Brief, Reply, pack, unpack
+from florana.strategy.base import Pruning
 from florana.train.evaluate import evaluate
 from florana.train.model import Workbench
 from florana.train.tasks import Example, collate
@@ -54,8 +56,13 @@ class TrainingClients:
         started = time.perf_counter()
         own = self.data[brief.client]
         adapter, residual = self._unpacked(brief, memory)
-        self.bench.load(adapter, residual, brief.trains)
-        loss = train_locally(self.bench, own.train, self.train, brief.seed, lambda: self.step(brief.client))
+        self.bench.load(adapter, residual, brief.trains, brief.blocks)
+        term = penalty_of(self.bench.factors, brief.pruning) if brief.pruning is not None else None
+        loss = train_locally(self.bench, own.train, self.train, brief.seed, lambda: self.step(brief.client), term)
+        trained = self.bench.adapter()
+        if brief.pruning is not None and shrunk(adapter, trained, brief.pruning):
+            trained = leading(trained, brief.pruning.rank)
+            self.bench.load(trained, residual, brief.trains)  # what is measured is what is sent
         seconds = time.perf_counter() - started
         metrics = {"train_loss": loss}
         if brief.evaluate:
@@ -63,11 +70,10 @@ class TrainingClients:
                 if rows:
                     scores = evaluate(self.bench, rows, self.evaluate.batch_size)
                     metrics |= {f"{figure}/{name}": value for name, value in scores.items()}
-        trained = self.bench.adapter()
         stays = set(brief.trains) - set(brief.returns) | ({"extra"} if self.head == "personal" else set())
         kept = {name: tensor for name, tensor in trained.tensors().items() if kind_of(name) in stays}
         sent = Adapter(trained.modules, {} if "extra" in stays else trained.extra, trained.cores)
-        content = pack(sent, brief.returns)
+        content = pack(sent, brief.returns, blocks=brief.blocks)
         return Reply(brief.client, brief.round, len(own.train), metrics, content, seconds), kept
 
     def _unpacked(self, brief: Brief, memory: Mapping[str, Tensor]) -> tuple[Adapter, Adapter | None]:
@@ -80,10 +86,27 @@ class TrainingClients:
         return self._last[1]
 
 
+def penalty_of(modules: Mapping[str, LoraFactors], pruning: Pruning) -> Callable[[], Tensor]:
+    """penalty * tail of these very parameters, computed anew at every call: HetLoRA's term in the clients' loss."""
+    return lambda: pruning.penalty * tail(modules, pruning.rank)
+
+
+def shrunk(before: Adapter, after: Adapter, pruning: Pruning) -> bool:
+    """Whether training made what lies beyond the lower rank smaller: the client then prunes it."""
+    return bool(tail(after.modules, pruning.rank) < tail(before.modules, pruning.rank))
+
+
 def train_locally(
-    bench: Workbench, examples: Sequence[Example], settings: r.Train, seed: int, stepped: Callable[[], None]
+    bench: Workbench,
+    examples: Sequence[Example],
+    settings: r.Train,
+    seed: int,
+    stepped: Callable[[], None],
+    term: Callable[[], Tensor] | None = None,
 ) -> float:
     """AdamW on the bench's adapter for the wanted steps or epochs; returns the mean loss over the steps.
+
+    `term` is added to what is minimised, not to the loss that is reported.
 
     Rows are visited in passes of a seeded random order; dropout draws from the same seed. A fresh optimizer each round:
     its moments belong to parameters that the server has since replaced.
@@ -112,7 +135,7 @@ def train_locally(
             chosen, order = order[:size], order[size:]
             batch = collate([examples[row] for row in chosen], bench.tokenizer.pad_token_id, bench.device)
             loss = bench.forward(batch).loss
-            loss.backward()
+            (loss if term is None else loss + term()).backward()
             if settings.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm, foreach=True)
             optimizer.step()

@@ -96,23 +96,33 @@ class Workbench:
 
     def adapter(self) -> Adapter:
         """A copy of the adapter as it is now: float32, on the CPU, with the head among the extra tensors."""
-        modules = {
+        modules = {n: LoraFactors(copied(p.B), copied(p.A), p.scaling) for n, p in self.factors.items()}
+        extra = {name: copied(parameter) for name, parameter in self._extra.items()}
+        return Adapter(modules, extra, {name: core.value() for name, core in self._cores.items()})
+
+    @property
+    def factors(self) -> dict[str, LoraFactors]:
+        """Module name -> the very parameters that are trained, no copies."""
+        return {
             name: LoraFactors(
-                B=copied(layer.lora_B["default"].weight),
-                A=copied(layer.lora_A["default"].weight),
+                B=layer.lora_B["default"].weight,
+                A=layer.lora_A["default"].weight,
                 scaling=float(layer.scaling["default"]),
             )
             for name, layer in self._layers.items()
         }
-        extra = {name: copied(parameter) for name, parameter in self._extra.items()}
-        return Adapter(modules, extra, {name: core.value() for name, core in self._cores.items()})
 
     def load(
-        self, adapter: Adapter, residual: Adapter | None = None, trains: Collection[str] = ("A", "B", "core")
+        self,
+        adapter: Adapter,
+        residual: Adapter | None = None,
+        trains: Collection[str] = ("A", "B", "core"),
+        blocks: Collection[int] | None = None,
     ) -> None:
         """Set the adapter (copied in; any rank) and the frozen residual. Extra tensors not named stay as they are.
 
-        `trains` are the kinds of tensors (`A`, `B`, `core`, `scale`) that will get gradients.
+        `trains` are the kinds of tensors (`A`, `B`, `core`, `scale`) that will get gradients; of cores and their scales
+        the `blocks` alone, where given.
         """
         for core in self._cores.values():
             core.remove()
@@ -130,7 +140,7 @@ class Workbench:
                     linear.weight.requires_grad_(letter in trains)
                 layer.scaling["default"] = pair.scaling
                 if name in adapter.cores:
-                    self._cores[name] = Core(layer.lora_A["default"], adapter.cores[name], trains)
+                    self._cores[name] = Core(layer.lora_A["default"], adapter.cores[name], trains, blocks)
             self.load_extra(adapter.extra)
         if residual is not self._residual:
             for hook in self._residual_hooks:
