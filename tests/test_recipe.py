@@ -65,7 +65,7 @@ def test_a_misspelt_key_names_the_nearest_right_one(path: str, nearest: str) -> 
         ("model.rank", 0, "greater than or equal to 1"),
         ("model.rank", "eight", "valid integer"),
         ("model.alpha", -1, "greater than 0"),
-        ("task", "regression", "'sequence-classification' or 'causal-lm'"),
+        ("task", "regression", "'sequence-classification', 'sequence-regression' or 'causal-lm'"),
         ("train.epochs", 1, "give either steps or epochs"),
         ("train.steps", None, "give either steps or epochs"),
         ("data.label", None, "data.label is missing"),

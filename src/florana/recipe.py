@@ -9,17 +9,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from florana.score.tasks import TaskName
+from florana.recipe_data import Data, Generation, Partition, Section
+from florana.score.glue import GLUE
 from florana.strategy import builder
 from florana.strategy.base import Strategy
 
-
-class Section(BaseModel):
-    """One table of the recipe: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+__all__ = ["Data", "Evaluate", "Generation", "Model", "Partition", "Recipe", "Rounds", "Section", "Study", "Train"]
 
 
 class Model(Section):
@@ -53,45 +50,6 @@ class Model(Section):
     def scaling_of(self, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) under rsLoRA."""
         return float(self.alpha / (rank**0.5 if self.rslora else rank))
-
-
-class Data(Section):
-    """Where the examples are: files (csv, tsv, jsonl, json, parquet), a hub name, or `stdlib-docstrings`."""
-
-    train: str
-    test: str | None = None
-    """The common test set; None sets `test_share` of the training rows apart, by the seed."""
-    test_share: float = Field(0.2, gt=0, lt=1)
-    text: str | list[str] = "text"
-    """The column with the text, or two columns (a pair; prompt and continuation for causal-lm)."""
-    label: str | None = None
-    """The column with the class; required for sequence-classification."""
-    max_length: int = Field(128, ge=4)
-    """Tokens; longer texts are cut."""
-    train_limit: int | None = Field(None, ge=1)
-    """Use only this many training rows, chosen by the seed."""
-    test_limit: int | None = Field(None, ge=1)
-    hub_config: str | None = None
-    train_split: str = "train"
-    test_split: str = "test"
-
-
-class Partition(Section):
-    """How the training rows are dealt out to the clients."""
-
-    kind: Literal["iid", "dirichlet", "pathological", "column", "length", "linear", "square", "exponential"] = "iid"
-    """dirichlet: shares of each class by Dirichlet(alpha). pathological: `classes` classes each. column: one client per
-    value of `by`. length: rows sorted by text length. linear, square, exponential: unequal sizes."""
-    clients: int | None = Field(None, ge=1)
-    """How many; given by the data for `column`."""
-    alpha: float = Field(0.5, gt=0)
-    classes: int = Field(2, ge=1)
-    by: str | None = None
-    """The column to split by; the label where it is not given."""
-    smallest: int = Field(2, ge=1)
-    """The fewest rows a client may get."""
-    holdout: float = Field(0.1, ge=0, lt=1)
-    """The share of a client's rows kept as its own test share, for the personal score."""
 
 
 class Train(Section):
@@ -138,69 +96,16 @@ class Evaluate(Section):
 class Study(Section):
     """What `florana compare` varies; the command line's options come before these."""
 
-    methods: list[str] = []
+    methods: list[str] = Field([])
     """Names of strategies, with options in brackets (`best-rank[memory=8]`), or FILE.py:FUNCTION."""
     seeds: int = Field(3, ge=1)
-    alphas: list[Annotated[float, Field(gt=0)]] = []
+    alphas: list[Annotated[float, Field(gt=0)]] = Field([])
     """Dirichlet parameters to compare at; empty: the recipe's partition."""
-    ranks: list[Annotated[int, Field(ge=1)]] = []
+    ranks: list[Annotated[int, Field(ge=1)]] = Field([])
     """LoRA ranks to compare at, alpha / rank kept; empty: the recipe's."""
-    controls: list[Literal["oracle", "centralised", "local-only"]] = ["oracle", "centralised", "local-only"]
-    swap_rounds: list[Annotated[int, Field(ge=1)]] = []
+    controls: list[Literal["oracle", "centralised", "local-only"]] = Field(["oracle", "centralised", "local-only"])
+    swap_rounds: list[Annotated[int, Field(ge=1)]] = Field([])
     """Rounds whose client adapters are given to every rule in turn (the swap test); empty: the first and the last."""
-
-
-class Generation(Section):
-    """Scoring by what the global model writes: after the last round, and every so many rounds."""
-
-    task: TaskName
-    """Its prompts and figures are those of lm-eval's task of that name (`math`: hendrycks_math)."""
-    file: str
-    """The problems: jsonl or json, also gzipped. Of MBPP, the ids 11 to 510 are scored, as published."""
-    limit: int | None = Field(None, ge=1)
-    """Only the first so many problems."""
-    every: int | None = Field(None, ge=1)
-    """None: after the last round alone."""
-    prompt: str | None = None
-    """A prompt of one's own, with columns in braces: for a model trained on another form."""
-    shots: int = Field(0, ge=0)
-    """Worked examples before each question, the same for all, chosen by the seed (of MBPP: the ids 2, 3, ...)."""
-    examples: str | None = None
-    """The file the worked examples come from; None takes data.train (of MBPP: `file`)."""
-    max_new_tokens: int = Field(256, ge=1)
-    batch_size: int = Field(16, ge=1)
-    temperature: float = Field(0.0, ge=0)
-    """0 is greedy."""
-    samples: int = Field(1, ge=1)
-    """Completions per problem; exact_match is their mean."""
-    k: list[Annotated[int, Field(ge=1)]] = Field([1], min_length=1)
-    """pass@k for each of these, of `samples` programs."""
-    run_programs: bool = False
-    """Required for humaneval and mbpp: programs that a model wrote run on this machine."""
-    program_seconds: int = Field(5, ge=1)
-    """Processor time of one program with its tests; by the clock, three times as much."""
-    program_memory: int = Field(1024, ge=64)
-    """MiB of address space."""
-
-    @model_validator(mode="after")
-    def _code(self) -> Generation:
-        if self.task in ("humaneval", "mbpp"):
-            if not self.run_programs:
-                raise ValueError(
-                    f"generation.task = '{self.task}' runs programs that a model wrote on this machine: set "
-                    "generation.run_programs = true if you want that (they are shut in, see florana.score.programs)"
-                )
-            if max(self.k) > self.samples:
-                raise ValueError(f"generation.k asks for pass@{max(self.k)}, but generation.samples = {self.samples}")
-        elif self.k != [1] or self.run_programs:
-            raise ValueError(f"generation.k and generation.run_programs are of humaneval and mbpp, not {self.task}")
-        if self.samples > 1 and self.temperature == 0:
-            raise ValueError("generation.samples above 1 needs generation.temperature above 0: greedy ones are alike")
-        if self.shots and self.task == "humaneval":
-            raise ValueError("generation.shots has no meaning for humaneval: its prompts stand alone")
-        if self.examples is not None and not self.shots:
-            raise ValueError("generation.examples is given, but generation.shots = 0")
-        return self
 
 
 class Recipe(Section):
@@ -208,7 +113,8 @@ class Recipe(Section):
 
     title: str = ""
     seed: int = Field(0, ge=0)
-    task: Literal["sequence-classification", "causal-lm"]
+    task: Literal["sequence-classification", "sequence-regression", "causal-lm"]
+    """sequence-regression: one output, trained by the mean squared error."""
     model: Model
     data: Data
     partition: Partition = Partition()
@@ -222,8 +128,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
-        if self.task == "sequence-classification" and self.data.label is None:
-            raise ValueError("data.label is missing: sequence-classification needs the column with the class")
+        if self.task != "causal-lm" and self.data.label is None:
+            what = "class" if self.task == "sequence-classification" else "score"
+            raise ValueError(f"data.label is missing: {self.task} needs the column with the {what}")
+        if self.data.glue is not None:
+            wanted = "sequence-classification" if GLUE[self.data.glue].labels else "sequence-regression"
+            if self.task != wanted:
+                raise ValueError(f"data.glue = '{self.data.glue}' needs task = '{wanted}', not '{self.task}'")
         if self.task == "causal-lm" and self.model.head == "personal":
             raise ValueError("model.head = 'personal' has no meaning for causal-lm: no tensor is trained whole")
         if self.task != "causal-lm" and self.generation is not None:

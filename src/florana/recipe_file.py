@@ -94,7 +94,8 @@ def resolve(recipe: Recipe, folder: Path) -> Recipe:
         place = (folder / Path(name).expanduser()).resolve()
         return str(place) if looks or place.exists() else name
 
-    data = recipe.data.model_copy(update={"train": absolute(recipe.data.train), "test": absolute(recipe.data.test)})
+    files = ("train", "test", "test_mismatched")
+    data = recipe.data.model_copy(update={key: absolute(getattr(recipe.data, key)) for key in files})
     model = recipe.model.model_copy(update={"base": absolute(recipe.model.base)})
     written = recipe.generation
     if written is not None:  # always files: there is no hub here

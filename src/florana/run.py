@@ -13,7 +13,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,12 @@ from florana.strategy.base import State, Strategy
 from florana.strategy.ranks import with_ranks
 from florana.train import beginnings
 from florana.train.client import ClientData, TrainingClients
-from florana.train.data import Tables, load_tables, texts
+from florana.train.data import load_tables
 from florana.train.evaluate import evaluate
 from florana.train.exam import Exam, exam
 from florana.train.model import Workbench
-from florana.train.partition import Share, deal, table_of
-from florana.train.tasks import Example, encode_classes, encode_language
+from florana.train.rows import rows_of
+from florana.train.tasks import Example
 
 WEIGHTINGS = {"examples": by_examples, "uniform": uniformly}
 
@@ -54,6 +54,7 @@ class Setup:
         clients: client -> its rows. common: the common test set.
         partition: who holds what, as written to setup.json.
         exam: the problems that the global model is scored on by what it writes, where the recipe asks for it.
+        more: further common test sets, by the ending of their figures' names.
     """
 
     bench: Workbench
@@ -63,6 +64,7 @@ class Setup:
     common: tuple[Example, ...]
     partition: Mapping[str, Any]
     exam: Exam | None = None
+    more: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,22 +82,18 @@ def prepare(recipe: r.Recipe) -> Setup:
         InputError: anything about the model or the data that cannot be read or does not fit.
     """
     tables = load_tables(recipe.data, recipe.task, recipe.seed)
-    rows = texts(tables.train, recipe.data.text)
-    lengths = [sum(len(part) for part in row) for row in rows]
-    shares = deal(tables.train, recipe.partition, recipe.data.label, lengths, recipe.seed)
     bench = Workbench(recipe.model, recipe.task, tables.labels, recipe.seed)
-    train = _encode(recipe, bench, tables, rows, training=True)
-    common = _encode(recipe, bench, tables, texts(tables.test, recipe.data.text), training=False)
-    classes = [example.labels[0] for example in train] if tables.labels else None
+    rows = rows_of(recipe, bench, tables)
     start = bench.adapter()
     return Setup(
         bench=bench,
         start=Adapter(start.modules) if recipe.model.head == "personal" else start,
         head=start.extra,
-        clients={client: _client_data(share, train) for client, share in shares.items()},
-        common=tuple(common),
-        partition=table_of(shares, classes, tables.labels),
+        clients=rows.clients,
+        common=rows.common,
+        partition=rows.facts,
         exam=exam(recipe, bench),
+        more=rows.more,
     )
 
 
@@ -187,7 +185,10 @@ def begin(recipe: r.Recipe, setup: Setup, strategy: Strategy) -> Adapter:
 def global_scores(setup: Setup, adapter: Adapter, residual: Adapter | None, batch_size: int) -> dict[str, float]:
     """The scores of a server state on the common test set."""
     setup.bench.load(adapter, residual)
-    return evaluate(setup.bench, setup.common, batch_size)
+    scores = evaluate(setup.bench, setup.common, batch_size)
+    for ending, rows in setup.more.items():
+        scores |= {f"{name}_{ending}": value for name, value in evaluate(setup.bench, rows, batch_size).items()}
+    return scores
 
 
 def federation_of(recipe: r.Recipe, setup: Setup) -> Federation:
@@ -220,19 +221,6 @@ def federation_of(recipe: r.Recipe, setup: Setup) -> Federation:
         minimum=recipe.federation.min_clients,
         examples={client: len(data.train) for client, data in setup.clients.items()},
     )
-
-
-def _encode(
-    recipe: r.Recipe, bench: Workbench, tables: Tables, rows: list[tuple[str, ...]], *, training: bool
-) -> list[Example]:
-    if recipe.task == "causal-lm":
-        return encode_language(rows, bench.tokenizer, recipe.data.max_length)
-    table = tables.train if training else tables.test
-    return encode_classes(rows, list(table["class_index"]), bench.tokenizer, recipe.data.max_length)
-
-
-def _client_data(share: Share, examples: list[Example]) -> ClientData:
-    return ClientData([examples[row] for row in share.train], [examples[row] for row in share.test])
 
 
 def _write_facts(recipe: r.Recipe, folder: Path, setup: Setup) -> None:

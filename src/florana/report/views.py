@@ -10,6 +10,7 @@ from typing import Any
 from florana.errors import InputError
 from florana.federation.records import RoundRecord
 from florana.run_folder import read_run
+from florana.score.glue import GLUE
 
 LOWER_IS_BETTER = {"loss", "perplexity"}
 
@@ -20,7 +21,7 @@ class RunView:
 
     Args:
         name: how the report calls it. recipe, setup: its files. records: its committed rounds.
-        score: the metric that is drawn (accuracy, or loss for language modelling).
+        score: the metric that is drawn (see `headline`).
     """
 
     name: str
@@ -67,8 +68,19 @@ def view(folder: Path, name: str | None = None) -> RunView:
     recipe, setup, records = read_run(folder)
     if not records:
         raise InputError(f"{folder} holds no committed round yet", fix="run it again with --resume")
-    score = "loss" if recipe.get("task") == "causal-lm" else "accuracy"
-    return RunView(name or records[-1].strategy, recipe, setup, records, score)
+    return RunView(name or records[-1].strategy, recipe, setup, records, headline(recipe))
+
+
+def headline(recipe: Mapping[str, Any]) -> str:
+    """The figure of a recipe (as a table) that tables and pictures show; the journal has them all.
+
+    >>> headline({"task": "causal-lm"}), headline({"task": "sequence-classification", "data": {"glue": "cola"}})
+    ('loss', 'matthews')
+    """
+    glue = recipe.get("data", {}).get("glue")
+    if glue is not None:
+        return GLUE[glue].metrics[0]
+    return {"causal-lm": "loss", "sequence-regression": "pearson"}.get(str(recipe.get("task")), "accuracy")
 
 
 def views(folders: Sequence[Path]) -> list[RunView]:

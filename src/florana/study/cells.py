@@ -164,7 +164,7 @@ def recipe_of(base: r.Recipe, cell: Cell) -> r.Recipe:
     if cell.method.strategy["name"] == CENTRALISED:
         table["strategy"] = {"name": "fedit"}
         _pool(table, base)
-    if cell.method.strategy["name"] == "local-only" and base.task == "sequence-classification":
+    if cell.method.strategy["name"] == "local-only" and base.task != "causal-lm":
         table["model"]["head"] = "personal"
     return check(table, f"the study's cell {cell.id}")
 

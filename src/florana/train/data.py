@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,28 @@ import pandas as pd
 from florana import recipe as r
 from florana.errors import FloranaError, InputError, nearest
 from florana.federation.sampling import derive
+from florana.score.glue import GLUE
 from florana.train.docstrings import docstrings
+from florana.train.glue import glue_rows
 
 DOCSTRINGS = "stdlib-docstrings"
+
+_CELLS: dict[str, Any] = {"encoding": "utf-8-sig", "keep_default_na": False, "na_values": [""]}
+"""Of csv and tsv: only an empty cell is missing; `NA`, `null` and `None` are words that sentences have."""
 
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """Training and common test rows, with one class index per row (`label`) where the task has classes."""
+    """Training and common test rows. `target` is the column of class indices or scores, None for language.
+
+    `labels` are the classes' names; `more` are further test sets, by the ending of their figures' names.
+    """
 
     train: datasets.Dataset
     test: datasets.Dataset
     labels: tuple[str, ...]
+    target: str | None = None
+    more: Mapping[str, datasets.Dataset] = field(default_factory=dict)
 
 
 def load_tables(settings: r.Data, task: str, seed: int) -> Tables:
@@ -33,7 +44,7 @@ def load_tables(settings: r.Data, task: str, seed: int) -> Tables:
 
     Raises:
         InputError: a file or hub name that cannot be read, a column that is not there, an empty text column, a test
-            label that the training rows never show.
+            label that the training rows never show, a label that GLUE's task does not have, a score that is no number.
     """
     datasets.disable_progress_bars()  # of its own bookkeeping; florana shows what takes time
     train = _read(settings.train, settings, settings.train_split)
@@ -46,16 +57,33 @@ def load_tables(settings: r.Data, task: str, seed: int) -> Tables:
     else:
         parts = train.train_test_split(test_size=settings.test_share, seed=derive(seed, "test") % 2**32)
         train, test = parts["train"], parts["test"]
-    train = _limited(train, settings.train_limit, derive(seed, "train limit"))
-    test = _limited(test, settings.test_limit, derive(seed, "test limit"))
+    more = {}
+    if settings.test_mismatched is not None:
+        split = GLUE["mnli"].mismatched or ""
+        more["mismatched"] = _read(settings.test_mismatched, settings, split)
+    sources = [settings.train, settings.test or settings.train, settings.test_mismatched or ""]
+    every = [
+        _limited(train, settings.train_limit, derive(seed, "train limit")),
+        *(_limited(table, settings.test_limit, derive(seed, "test limit")) for table in (test, *more.values())),
+    ]
     columns = [settings.text] if isinstance(settings.text, str) else list(settings.text)
-    for table, name in ((train, settings.train), (test, settings.test or settings.train)):
+    if settings.glue is not None:
+        own = (tuple(columns), settings.label or "label")
+        every = [glue_rows(table, settings.glue, own, source) for table, source in zip(every, sources, strict=False)]
+    for table, source in zip(every, sources, strict=False):
         for column in columns + ([settings.label] if settings.label else []):
-            _require_column(table, column, name)
+            _require_column(table, column, source)
         if len(table) == 0:
-            raise InputError(f"{name} holds no rows")
+            raise InputError(f"{source} holds no rows")
+    train, test, *others = every
+    more = dict(zip(more, others, strict=True))
     if task == "causal-lm" or settings.label is None:
         return Tables(train, test, ())
+    if settings.glue is not None:
+        return Tables(train, test, GLUE[settings.glue].labels, settings.label, more)
+    if task == "sequence-regression":
+        scored = [_with_scores(table, settings.label, source) for table, source in zip(every, sources, strict=False)]
+        return Tables(scored[0], scored[1], (), settings.label)
     return _with_classes(train, test, settings)
 
 
@@ -87,7 +115,25 @@ def _with_classes(train: datasets.Dataset, test: datasets.Dataset, settings: r.D
             table = table.remove_columns("class_index")
         return table.add_column("class_index", values)
 
-    return Tables(add(train), add(test), tuple(str(value) for value in labels))
+    return Tables(add(train), add(test), tuple(str(value) for value in labels), "class_index")
+
+
+def _with_scores(table: datasets.Dataset, column: str, source: str) -> datasets.Dataset:
+    """The table with that column as finite numbers."""
+    scores = []
+    for row, value in enumerate(table[column], 1):
+        try:
+            score = float(value)
+        except (TypeError, ValueError):
+            score = math.nan
+        if not math.isfinite(score):
+            raise InputError(
+                f"{source}, row {row}: {value!r} in column '{column}' is no finite number",
+                why="sequence-regression learns a number",
+                fix="mend the row, or set task = 'sequence-classification'",
+            )
+        scores.append(score)
+    return table.remove_columns(column).add_column(column, scores)
 
 
 def _read(name: str, settings: r.Data, split: str) -> datasets.Dataset:
@@ -113,8 +159,8 @@ def _read_file(path: Path) -> pd.DataFrame:
     suffixes = [suffix for suffix in path.suffixes if suffix.lower() != ".gz"]
     kind = suffixes[-1].lower() if suffixes else ""
     readers: dict[str, Any] = {
-        ".csv": lambda: pd.read_csv(path, encoding="utf-8-sig"),
-        ".tsv": lambda: pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, encoding="utf-8-sig"),
+        ".csv": lambda: pd.read_csv(path, **_CELLS),
+        ".tsv": lambda: pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, **_CELLS),
         ".jsonl": lambda: pd.read_json(path, lines=True, dtype=False),
         ".json": lambda: _read_json(path),
         ".parquet": lambda: pd.read_parquet(path),

@@ -18,6 +18,7 @@ from florana.errors import InputError, RecipeError, nearest
 
 _AUTO = {
     "sequence-classification": (transformers.AutoModelForSequenceClassification, TaskType.SEQ_CLS),
+    "sequence-regression": (transformers.AutoModelForSequenceClassification, TaskType.SEQ_CLS),
     "causal-lm": (transformers.AutoModelForCausalLM, TaskType.CAUSAL_LM),
 }
 
@@ -68,10 +69,16 @@ def load_tokenizer(place: str, base: str) -> Any:
 
 
 def load_base(place: str, settings: r.Model, task: str, labels: int, device: torch.device) -> Any:
-    """The base model with a fresh head for `labels` classes. Raises InputError (RecipeError for quantisation)."""
+    """The base model with a fresh head for `labels` classes, or for one score.
+
+    Raises:
+        InputError: it cannot be loaded. RecipeError: the quantisation is not to be had here.
+    """
     loader, _ = _AUTO[task]
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
-    if labels:
+    if task == "sequence-regression":
+        options |= {"num_labels": 1, "problem_type": "regression"}  # Transformers then takes the mean squared error
+    elif labels:
         options["num_labels"] = labels
     if settings.quantization != "none":
         options |= _quantization(settings.quantization, device)

@@ -31,8 +31,8 @@ class Workbench:
 
     Args:
         settings: the recipe's model section.
-        task: `sequence-classification` or `causal-lm`.
-        labels: class names, empty for causal-lm.
+        task: `sequence-classification`, `sequence-regression` or `causal-lm`.
+        labels: class names, empty for the last two.
         seed: of the new head and the initial factors.
 
     Raises:
@@ -58,6 +58,7 @@ class Workbench:
             with renamings_ignored():
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.enable_input_require_grads()
+        _widen_heads(self.model)
         self._layers = _lora_layers(self.model)
         self._extra = _whole_parameters(self.model)
         self._inputs = set(inspect.signature(base.forward).parameters)
@@ -165,6 +166,19 @@ def _lora_layers(model: Any) -> dict[str, Any]:
 
 def _factors(layer: Any) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
+def _widen_heads(model: Any) -> None:
+    """Heads are trained in float32 whatever the base is held in: small steps would be lost in half precision."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            head = module.modules_to_save["default"]
+            head.float()
+            head.register_forward_pre_hook(_in_float32)
+
+
+def _in_float32(module: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
 
 
 def _whole_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
