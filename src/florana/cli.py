@@ -113,13 +113,15 @@ def run(
 
     check_folder(resolved, folder, resume)
     from florana.report.page import write_report
-    from florana.report.views import summary, views
+    from florana.report.views import rows_note, summary, views
     from florana.run import execute, prepare
     from florana.screen import Screen, summary_table
 
     if console:
         console.print(f"loading {resolved.model.base} and {resolved.data.train}", highlight=False, soft_wrap=True)
     setup = prepare(resolved)
+    if console and rows_note(setup.partition):
+        console.print(rows_note(setup.partition), highlight=False)
     with Screen(console, resolved.strategy["name"], steps=_steps(resolved, setup)) as screen:
         execute(resolved, folder, setup=setup, resume=resume, show=screen.show, step=screen.step)
     report = write_report([folder], folder / "report.html")

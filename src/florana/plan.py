@@ -24,6 +24,7 @@ class Plan:
         trainable_parameters, base_parameters: numbers that are trained; that are frozen.
         bytes_up, bytes_down: in the first round, all clients; methods with a frozen part send more down as it grows.
         memory: peak of this process after one training step, bytes; None where the system does not tell.
+        left_out, cut_responses: of instructions, rows without room for a response, and those that lost their end.
         seconds_per_step, seconds: one measured step; the whole run, scoring included (an estimate from both).
     """
 
@@ -41,6 +42,8 @@ class Plan:
     memory: int | None
     seconds_per_step: float
     seconds: float
+    left_out: dict[str, int]
+    cut_responses: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON's own types."""
@@ -81,6 +84,8 @@ def plan(recipe: r.Recipe, setup: Setup, *, timed_steps: int = 3) -> Plan:
         memory=peak_memory(),
         seconds_per_step=per_step,
         seconds=recipe.federation.rounds * per_round * steps * per_step + scorings * scoring,
+        left_out=dict(setup.partition.get("left_out", {})),
+        cut_responses=dict(setup.partition.get("cut_responses", {})),
     )
 
 

@@ -131,6 +131,8 @@ class Recipe(Section):
         if self.task != "causal-lm" and self.data.label is None:
             what = "class" if self.task == "sequence-classification" else "score"
             raise ValueError(f"data.label is missing: {self.task} needs the column with the {what}")
+        if self.data.instructions is not None and self.task != "causal-lm":
+            raise ValueError(f"data.instructions needs task = 'causal-lm': {self.task} gives no responses")
         if self.data.glue is not None:
             wanted = "sequence-classification" if GLUE[self.data.glue].labels else "sequence-regression"
             if self.task != wanted:

@@ -28,6 +28,13 @@ class Data(Section):
     test_share: float = Field(0.2, gt=0, lt=1)
     text: str | list[str] = "text"
     """The column with the text, or two columns (a pair; prompt and continuation for causal-lm)."""
+    instructions: Literal["alpaca", "dolly", "prompt-response", "messages"] | None = None
+    """causal-lm: rows of prompts and responses in the place of `text`; only responses count in the loss. Columns:
+    instruction, input, output; instruction, context, response; prompt, response; a list of messages."""
+    template: Literal["plain", "chat"] = "plain"
+    """How instructions become one text: florana's own template (docs/tasks.md), or the tokenizer's chat template."""
+    too_long: Literal["error", "drop"] = "error"
+    """What becomes of an instruction that fills `max_length`: an error, or a row left out and counted in setup.json."""
     label: str | None = None
     """The column with the class (sequence-classification) or the number (sequence-regression); required for both."""
     test_mismatched: str | None = None
@@ -60,7 +67,9 @@ class Data(Section):
         return known | given
 
     @model_validator(mode="after")
-    def _only_mnli(self) -> Data:
+    def _only_where_it_means_something(self) -> Data:
+        if self.instructions is None and (self.template, self.too_long) != ("plain", "error"):
+            raise ValueError("data.template and data.too_long are of data.instructions, which is not given")
         if self.test_mismatched is not None and self.glue != "mnli":
             raise ValueError("data.test_mismatched is of data.glue = 'mnli' alone")
         return self

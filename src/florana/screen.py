@@ -22,6 +22,7 @@ from rich.table import Table
 from florana.federation.loop import Event
 from florana.federation.records import RoundRecord
 from florana.report.page import number, seconds, size
+from florana.report.views import rows_note
 
 if TYPE_CHECKING:
     from florana.inspection import Inspection
@@ -229,6 +230,7 @@ def plan_table(plan: Plan) -> Table:
             for client, rows in list(plan.clients.items())[:20]
         ),
         ("common test set", f"{plan.common_test} rows"),
+        *([("long rows", long_rows)] if (long_rows := rows_note(plan.to_json())) else []),
         ("trained parameters", f"{plan.trainable_parameters} on a base of {plan.base_parameters}"),
         ("bytes per round", f"{size(plan.bytes_up)} up, {size(plan.bytes_down)} down, all clients"),
         ("memory", size(plan.memory) + " (peak after one step)" if plan.memory else "unknown"),

@@ -16,7 +16,7 @@ import jinja2
 from florana.adapter_files import replace_file
 from florana.federation.journal import explained
 from florana.report import figures
-from florana.report.views import LOWER_IS_BETTER, RunView, summary, views
+from florana.report.views import LOWER_IS_BETTER, RunView, rows_note, summary, views
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def render(runs: Sequence[RunView], title: str) -> str:
         best=better(measured) if measured else None,
         score=runs[0].score,
         pictures=[unique(picture, index) for index, picture in enumerate(_pictures(runs))],
-        settings=_settings(runs[0].recipe),
+        settings=_settings(runs[0].recipe, runs[0].setup),
         refused=[(run.name, *entry) for run in runs for entry in run.refused],
     )
 
@@ -121,7 +121,7 @@ def unique(picture: Picture, index: int) -> Picture:
     return Picture(picture.title, picture.caption, svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
 
 
-def _settings(recipe: Any) -> list[tuple[str, str]]:
+def _settings(recipe: Any, setup: Any) -> list[tuple[str, str]]:
     model, data, parts, train, rounds = (recipe[k] for k in ("model", "data", "partition", "train", "federation"))
     length = f"{train['steps']} steps" if "steps" in train else f"{train['epochs']} epochs"
     return [
@@ -138,6 +138,7 @@ def _settings(recipe: Any) -> list[tuple[str, str]]:
         ),
         ("Head", "averaged by the server" if model["head"] == "average" else "kept by each client"),
         ("Data", Path(data["train"]).name),
+        *([("Long rows", rows_note(setup))] if rows_note(setup) else []),
         ("Partition", parts["kind"] + (f", alpha {parts['alpha']:g}" if parts["kind"] == "dirichlet" else "")),
         ("Local training", f"{length} of {train['batch_size']} rows, learning rate {train['learning_rate']:g}"),
         ("Weights", "by number of examples" if rounds["weighting"] == "examples" else "uniform"),

@@ -15,6 +15,20 @@ from florana.score.glue import GLUE
 LOWER_IS_BETTER = {"loss", "perplexity"}
 
 
+def rows_note(setup: Mapping[str, Any]) -> str:
+    """What became of instructions too long for the window, of setup.json; empty where nothing did.
+
+    >>> rows_note({"left_out": {"train": 2, "test": 0}, "cut_responses": {"train": 1, "test": 0}})
+    '2 training and 0 test rows left out: no room for a response; 1 training and 0 test responses cut'
+    """
+    parts = []
+    for key, what in (("left_out", "rows left out: no room for a response"), ("cut_responses", "responses cut")):
+        count = setup.get(key, {})
+        if any(count.values()):
+            parts.append(f"{count['train']} training and {count['test']} test {what}")
+    return "; ".join(parts)
+
+
 @dataclass(frozen=True)
 class RunView:
     """One run, ready to draw.

@@ -18,6 +18,7 @@ from florana.federation.sampling import derive
 from florana.score.glue import GLUE
 from florana.train.docstrings import docstrings
 from florana.train.glue import glue_rows
+from florana.train.instructions import required
 
 DOCSTRINGS = "stdlib-docstrings"
 
@@ -47,9 +48,9 @@ def load_tables(settings: r.Data, task: str, seed: int) -> Tables:
             label that the training rows never show, a label that GLUE's task does not have, a score that is no number.
     """
     datasets.disable_progress_bars()  # of its own bookkeeping; florana shows what takes time
-    train = _read(settings.train, settings, settings.train_split)
+    train = _source(settings.train, settings.train_split, settings, task)
     if settings.test is not None:
-        test = _read(settings.test, settings, settings.test_split)
+        test = _source(settings.test, settings.test_split, settings, task)
     elif settings.train == DOCSTRINGS:
         held_out = [bool(value) for value in train["held_out"]]
         test = train.select([i for i, out in enumerate(held_out) if out])
@@ -57,34 +58,46 @@ def load_tables(settings: r.Data, task: str, seed: int) -> Tables:
     else:
         parts = train.train_test_split(test_size=settings.test_share, seed=derive(seed, "test") % 2**32)
         train, test = parts["train"], parts["test"]
-    more = {}
-    if settings.test_mismatched is not None:
-        split = GLUE["mnli"].mismatched or ""
-        more["mismatched"] = _read(settings.test_mismatched, settings, split)
-    sources = [settings.train, settings.test or settings.train, settings.test_mismatched or ""]
-    every = [
-        _limited(train, settings.train_limit, derive(seed, "train limit")),
-        *(_limited(table, settings.test_limit, derive(seed, "test limit")) for table in (test, *more.values())),
-    ]
-    columns = [settings.text] if isinstance(settings.text, str) else list(settings.text)
-    if settings.glue is not None:
-        own = (tuple(columns), settings.label or "label")
-        every = [glue_rows(table, settings.glue, own, source) for table, source in zip(every, sources, strict=False)]
-    for table, source in zip(every, sources, strict=False):
-        for column in columns + ([settings.label] if settings.label else []):
-            _require_column(table, column, source)
+    train = _limited(train, settings.train_limit, derive(seed, "train limit"))
+    test = _limited(test, settings.test_limit, derive(seed, "test limit"))
+    for table, name in ((train, settings.train), (test, settings.test or settings.train)):
+        for column in _columns(settings) + ([settings.label] if settings.label else []):
+            _require_column(table, column, name)
         if len(table) == 0:
-            raise InputError(f"{source} holds no rows")
-    train, test, *others = every
-    more = dict(zip(more, others, strict=True))
+            raise InputError(f"{name} holds no rows")
     if task == "causal-lm" or settings.label is None:
         return Tables(train, test, ())
-    if settings.glue is not None:
-        return Tables(train, test, GLUE[settings.glue].labels, settings.label, more)
     if task == "sequence-regression":
-        scored = [_with_scores(table, settings.label, source) for table, source in zip(every, sources, strict=False)]
-        return Tables(scored[0], scored[1], (), settings.label)
+        return Tables(train, test, (), settings.label)
+    if settings.glue is not None:
+        return Tables(train, test, GLUE[settings.glue].labels, settings.label, _more(settings, seed))
     return _with_classes(train, test, settings)
+
+
+def _columns(settings: r.Data) -> list[str]:
+    """The columns whose text is learnt."""
+    if settings.instructions is not None:
+        return required(settings.instructions)
+    return [settings.text] if isinstance(settings.text, str) else list(settings.text)
+
+
+def _source(name: str, split: str, settings: r.Data, task: str) -> datasets.Dataset:
+    """A file or split with the labels of GLUE's task, or the scores, in order; rows as they come."""
+    table = _read(name, settings, split)
+    if settings.glue is not None:
+        return glue_rows(table, settings.glue, (tuple(_columns(settings)), settings.label or "label"), name)
+    if task == "sequence-regression" and settings.label is not None:
+        _require_column(table, settings.label, name)
+        return _with_scores(table, settings.label, name)
+    return table
+
+
+def _more(settings: r.Data, seed: int) -> dict[str, datasets.Dataset]:
+    """MNLI's second test set, where it is asked for."""
+    if settings.test_mismatched is None:
+        return {}
+    table = _source(settings.test_mismatched, GLUE["mnli"].mismatched or "", settings, "sequence-classification")
+    return {"mismatched": _limited(table, settings.test_limit, derive(seed, "test limit"))}
 
 
 def texts(table: datasets.Dataset, columns: str | Sequence[str]) -> list[tuple[str, ...]]:
