@@ -6,6 +6,7 @@ is written. Relative paths count from the recipe's own folder. `to_toml` writes 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 import tomli_w
@@ -24,8 +25,17 @@ class Model(Section):
 
     base: str
     """A folder, a hub name, or `package:NAME[/sub/folder]` for a model that an installed Python package carries."""
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    target_modules: list[str] | str = "all-linear"
+    """The last parts of module names; or a regular expression that matches whole names; or `all-linear`."""
+    variant: Literal["lora", "dora"] = "lora"
+    """dora: each row of W + scaling B A is given a trained length (arXiv 2402.09353)."""
+    magnitude: Literal["average", "personal"] = "average"
+    """DoRA's lengths: averaged by the server with the clients' weights, or kept by each client. As `head`."""
     rank: int = Field(8, ge=1)
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field({})
+    """Other ranks for some modules, as in PEFT: a regular expression that ends the module's name at a dot -> rank."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({})
+    """The same for alpha."""
     client_ranks: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=1)
     """Lower ranks for some clients: dealt out in turn to the clients by name; none above `rank`."""
     alpha: float = Field(16.0, gt=0)
@@ -45,7 +55,35 @@ class Model(Section):
     def _ranks(self) -> Model:
         if self.client_ranks is not None and max(self.client_ranks) > self.rank:
             raise ValueError(f"model.client_ranks has {max(self.client_ranks)}, above model.rank = {self.rank}")
+        if self.client_ranks is not None and (self.rank_pattern or self.alpha_pattern):
+            raise ValueError(
+                "model.client_ranks does not go with model.rank_pattern or model.alpha_pattern: a client's rank is one "
+                "for all modules"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _names(self) -> Model:
+        if self.target_modules == []:
+            raise ValueError("model.target_modules is empty")
+        regular = [self.target_modules] if isinstance(self.target_modules, str) else []
+        for pattern in (*regular, *self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} in [model] is not a regular expression: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _magnitudes(self) -> Model:
+        if self.variant != "dora" and self.magnitude != "average":
+            raise ValueError("model.magnitude is of model.variant = 'dora'")
+        return self
+
+    @property
+    def personal(self) -> bool:
+        """Whether tensors beside the factors stay with the clients: then the server has no model of its own."""
+        return "personal" in (self.head, self.magnitude)
 
     def scaling_of(self, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) under rsLoRA."""
@@ -139,6 +177,14 @@ class Recipe(Section):
                 raise ValueError(f"data.glue = '{self.data.glue}' needs task = '{wanted}', not '{self.task}'")
         if self.task == "causal-lm" and self.model.head == "personal":
             raise ValueError("model.head = 'personal' has no meaning for causal-lm: no tensor is trained whole")
+        if self.model.variant == "dora" and self.task != "causal-lm" and self.model.magnitude != self.model.head:
+            magnitude, head = self.model.magnitude, self.model.head
+            raise ValueError(
+                f"model.magnitude = '{magnitude}' does not go with model.head = '{head}': what is trained beside the "
+                "factors is averaged together, or stays with the clients together"
+            )
+        if self.model.personal and self.generation is not None:
+            raise ValueError("[generation] needs a model at the server: nothing may be personal")
         if self.task != "causal-lm" and self.generation is not None:
             raise ValueError("[generation] needs task = 'causal-lm': a classifier writes no text")
         if self.partition.kind in ("dirichlet", "pathological", "column") and not (

@@ -20,6 +20,7 @@ from florana.errors import RecipeError, nearest
 from florana.recipe import Recipe
 from florana.strategy import STRATEGIES, builder
 from florana.strategy.base import Strategy
+from florana.strategy.own import is_own
 from florana.strategy.ranks import with_ranks
 
 
@@ -63,6 +64,19 @@ def _check_combinations(recipe: Recipe, strategy: Strategy) -> None:
     """What the strategy's own declarations exclude. Raises RecipeError."""
     if recipe.model.client_ranks is not None:
         with_ranks(strategy, {}, recipe.model.scaling_of)
+    if recipe.model.variant == "dora" and strategy.facts.base != "stays":
+        raise RecipeError(
+            f"the strategy '{strategy.name}' does not go with model.variant = 'dora'",
+            why="it moves the base by a frozen part beside the pair; DoRA divides by the norm of W + scaling B A, in "
+            "which that part would be missing",
+            fix="set model.variant = 'lora', or choose another strategy (of a study: leave it out of the controls)",
+        )
+    if recipe.model.rank_pattern and (is_own(recipe.strategy["name"]) or strategy.facts.shape(7)[0] != 7):
+        raise RecipeError(
+            f"the strategy '{strategy.name}' does not go with model.rank_pattern",
+            why="it is told one rank for all modules",
+            fix="leave the pattern out, or choose another strategy",
+        )
     if recipe.generation is not None and not strategy.facts.one_model:
         raise RecipeError(
             f"the strategy '{strategy.name}' does not go with [generation]",

@@ -87,7 +87,7 @@ def prepare(recipe: r.Recipe) -> Setup:
     start = bench.adapter()
     return Setup(
         bench=bench,
-        start=Adapter(start.modules) if recipe.model.head == "personal" else start,
+        start=Adapter(start.modules) if recipe.model.personal else start,
         head=start.extra,
         clients=rows.clients,
         common=rows.common,
@@ -156,7 +156,7 @@ def engine_of(
         setup.common[: recipe.evaluate.personal_limit],
         recipe.train,
         recipe.evaluate,
-        recipe.model.head,
+        "personal" if recipe.model.personal else "average",
         step,
     )
     return LocalEngine(clients.fit, memories)
@@ -215,7 +215,7 @@ def federation_of(recipe: r.Recipe, setup: Setup) -> Federation:
         seed=recipe.seed,
         weights=WEIGHTINGS[recipe.federation.weighting],
         # A personal head leaves the server without one, so there is no global model to measure.
-        evaluate=None if recipe.model.head == "personal" else scores,
+        evaluate=None if recipe.model.personal else scores,
         measured=lambda round_: round_ % every == 0 or round_ == rounds or asked(round_),
         personal=personal[recipe.evaluate.personal],
         minimum=recipe.federation.min_clients,
@@ -225,7 +225,7 @@ def federation_of(recipe: r.Recipe, setup: Setup) -> Federation:
 
 def _write_facts(recipe: r.Recipe, folder: Path, setup: Setup) -> None:
     scores = None
-    if recipe.model.head != "personal":
+    if not recipe.model.personal:
         scores = global_scores(setup, setup.start, None, recipe.evaluate.batch_size)
     facts = {
         **setup.partition,

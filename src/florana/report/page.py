@@ -129,13 +129,17 @@ def _settings(recipe: Any, setup: Any) -> list[tuple[str, str]]:
         ("Base model", Path(model["base"]).name if model["base"].startswith("/") else model["base"]),
         (
             "LoRA",
-            f"rank {model['rank']}, alpha {model['alpha']:g}{', rsLoRA' if model['rslora'] else ''}, on "
+            f"rank {model['rank']}, alpha {model['alpha']:g}{', rsLoRA' if model['rslora'] else ''}"
+            + (", other ranks for " + ", ".join(model["rank_pattern"]) if model.get("rank_pattern") else "")
+            + (", other alphas for " + ", ".join(model["alpha_pattern"]) if model.get("alpha_pattern") else "")
+            + ", on "
             + (
                 model["target_modules"]
                 if isinstance(model["target_modules"], str)
                 else ", ".join(model["target_modules"])
             ),
         ),
+        *([("DoRA", _dora(model["magnitude"]))] if model.get("variant") == "dora" else []),
         ("Head", "averaged by the server" if model["head"] == "average" else "kept by each client"),
         ("Data", Path(data["train"]).name),
         *([("Long rows", rows_note(setup))] if rows_note(setup) else []),
@@ -144,6 +148,11 @@ def _settings(recipe: Any, setup: Any) -> list[tuple[str, str]]:
         ("Weights", "by number of examples" if rounds["weighting"] == "examples" else "uniform"),
         ("Seed", str(recipe["seed"])),
     ]
+
+
+def _dora(magnitude: str) -> str:
+    rule = "averaged with the clients' weights" if magnitude == "average" else "kept by each client"
+    return f"magnitudes {rule}; the aggregation error is that of B A alone"
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from florana.aggregate.pad import norm_weighted_mean
 from florana.factors import Contribution
 from florana.strategy import facts
-from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, rank_of, start
+from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, ranks_of, start
 from florana.strategy.ranks import first_terms
 
 FACTS = facts.Facts(
@@ -33,4 +33,4 @@ def build() -> Strategy:
 
 
 def _step(state: State, parts: Sequence[Contribution]) -> Outcome:
-    return Outcome(advance(state, norm_weighted_mean(parts, rank_of(state.adapter))))
+    return Outcome(advance(state, norm_weighted_mean(parts, ranks_of(state.adapter))))
