@@ -294,3 +294,15 @@ def test_a_run_learns_the_responses_and_splits_by_a_column(tiny_llama: Path, tmp
     assert set(last["personal"]) == {"loss", "perplexity"}
     setup = prepare(check(table, "r"))
     assert train_locally(setup.bench, setup.clients["client-0"].train, check(table, "r").train, 0, lambda: None) > 0
+
+
+def test_prompt_and_response_may_have_other_names(tiny_llama: Path, tmp_path: Path) -> None:
+    rows = [{"question": "Add 1.", "answer": "It is 1"}] * 4
+    table = table_of(tiny_llama, tmp_path, "prompt-response", rows, text=["question", "answer"])
+    assert parts_of(tiny_llama, prepare(check(table, "r")).common[0]) == PLAIN["prompt-response"]
+    table["data"]["text"] = ["question", "anser"]
+    with pytest.raises(InputError, match="did you mean 'answer'"):
+        prepare(check(table, "r"))
+    table["data"]["text"] = ["question"]
+    with pytest.raises(RecipeError, match="it names two columns"):
+        check(table, "r")

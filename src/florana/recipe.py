@@ -169,6 +169,8 @@ class Recipe(Section):
         if self.task != "causal-lm" and self.data.label is None:
             what = "class" if self.task == "sequence-classification" else "score"
             raise ValueError(f"data.label is missing: {self.task} needs the column with the {what}")
+        if self.data.instructions == "prompt-response" and len(self.data.text) != 2 and self.data.text != "text":
+            raise ValueError(f"data.text is {self.data.text!r}: of prompt-response it names two columns")
         if self.data.instructions is not None and self.task != "causal-lm":
             raise ValueError(f"data.instructions needs task = 'causal-lm': {self.task} gives no responses")
         if self.data.glue is not None:

@@ -30,7 +30,8 @@ class Data(Section):
     """The column with the text, or two columns (a pair; prompt and continuation for causal-lm)."""
     instructions: Literal["alpaca", "dolly", "prompt-response", "messages"] | None = None
     """causal-lm: rows of prompts and responses in the place of `text`; only responses count in the loss. Columns:
-    instruction, input, output; instruction, context, response; prompt, response; a list of messages."""
+    instruction, input, output; instruction, context, response; prompt, response (or the two that `text` names); a list
+    of messages."""
     template: Literal["plain", "chat"] = "plain"
     """How instructions become one text: florana's own template (docs/tasks.md), or the tokenizer's chat template."""
     too_long: Literal["error", "drop"] = "error"
@@ -46,6 +47,7 @@ class Data(Section):
     test_limit: int | None = Field(None, ge=1)
     hub_config: str | None = None
     train_split: str = "train"
+    """Of a hub name. Rows by number may follow, of a file too: `train[600:974]` are the 601st to the 974th."""
     test_split: str = "test"
 
     @model_validator(mode="before")

@@ -42,6 +42,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"the recipe {path} is not valid TOML", why=str(error)) from None
     for override in overrides:
         _override(table, override)
+    _find_own_methods(table, path.resolve().parent)
     return resolve(check(table, str(path)), path.resolve().parent)
 
 
@@ -118,6 +119,22 @@ def resolve(recipe: Recipe, folder: Path) -> Recipe:
             update={k: str((folder / Path(v).expanduser()).resolve()) for k, v in paths.items() if v is not None}
         )
     return recipe.model_copy(update={"data": data, "model": model, "generation": written})
+
+
+def _find_own_methods(table: dict[str, Any], folder: Path) -> None:
+    """FILE.py:FUNCTION counts from the recipe's folder too, as a strategy's name and among a study's methods."""
+
+    def found(name: Any) -> Any:
+        if not isinstance(name, str) or not is_own(name):
+            return name
+        file, _, function = name.rpartition(":")
+        return f"{(folder / Path(file.strip()).expanduser()).resolve()}:{function}"
+
+    strategy, study = table.get("strategy"), table.get("study")
+    if isinstance(strategy, dict) and "name" in strategy:
+        strategy["name"] = found(strategy["name"])
+    if isinstance(study, dict) and isinstance(study.get("methods"), list):
+        study["methods"] = [found(name) for name in study["methods"]]
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

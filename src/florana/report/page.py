@@ -55,6 +55,7 @@ def render(runs: Sequence[RunView], title: str) -> str:
         score=runs[0].score,
         pictures=[unique(picture, index) for index, picture in enumerate(_pictures(runs))],
         settings=_settings(runs[0].recipe, runs[0].setup),
+        figures=list(dict.fromkeys(name for run in runs for name in run.figures)),
         refused=[(run.name, *entry) for run in runs for entry in run.refused],
     )
 
@@ -146,8 +147,15 @@ def _settings(recipe: Any, setup: Any) -> list[tuple[str, str]]:
         ("Partition", parts["kind"] + (f", alpha {parts['alpha']:g}" if parts["kind"] == "dirichlet" else "")),
         ("Local training", f"{length} of {train['batch_size']} rows, learning rate {train['learning_rate']:g}"),
         ("Weights", "by number of examples" if rounds["weighting"] == "examples" else "uniform"),
+        *([("Written", _written(recipe["generation"]))] if "generation" in recipe else []),
         ("Seed", str(recipe["seed"])),
     ]
+
+
+def _written(own: Any) -> str:
+    limit = f"the first {own['limit']} problems" if "limit" in own else "all problems"
+    greedy = "greedy" if own["temperature"] == 0 else f"{own['samples']} samples at temperature {own['temperature']:g}"
+    return f"{own['task']}, {limit}, {own['shots']} worked examples, {greedy}, {own['max_new_tokens']} tokens at most"
 
 
 def _dora(magnitude: str) -> str:

@@ -11,8 +11,23 @@ from florana.errors import InputError
 from florana.federation.records import RoundRecord
 from florana.run_folder import read_run
 from florana.score.glue import GLUE
+from florana.score.tasks import figure_names
 
 LOWER_IS_BETTER = {"loss", "perplexity"}
+
+
+def shown_figures(recipe: Mapping[str, Any]) -> tuple[str, ...]:
+    """The figures of a recipe (as a table) that its lines and tables show: the task's own, loss, what was written.
+
+    >>> shown_figures({"task": "sequence-classification", "data": {"glue": "mrpc"}})
+    ('accuracy', 'f1', 'loss')
+    """
+    glue = recipe.get("data", {}).get("glue")
+    own = {"causal-lm": ("perplexity",), "sequence-regression": ("pearson", "spearman")}
+    names = GLUE[glue].metrics if glue is not None else own.get(str(recipe.get("task")), ("accuracy",))
+    asked = recipe.get("generation")
+    written = (*figure_names(asked["task"], asked.get("k", [1])), "cut_prompts") if asked else ()
+    return (*names, "loss", *written)
 
 
 def rows_note(setup: Mapping[str, Any]) -> str:
@@ -56,6 +71,15 @@ class RunView:
             for record in self.records
             if (value := record.eval.get(figure, {}).get(self.score)) is not None
         ]
+
+    @property
+    def figures(self) -> dict[str, tuple[float | None, float | None]]:
+        """Name -> (the starting model's, the global model's last) of the `shown_figures` that a round has."""
+        start: Mapping[str, float] = self.setup.get("start") or {}
+        last: dict[str, float] = {}
+        for record in self.records:
+            last |= record.eval.get("global", {})
+        return {name: (start.get(name), last[name]) for name in shown_figures(self.recipe) if name in last}
 
     def final(self, figure: str) -> float | None:
         """The last measured value."""
@@ -122,6 +146,7 @@ def summary(runs: Sequence[RunView]) -> list[dict[str, Any]]:
                 "personal": run.final("personal"),
                 "gap": run.final("gap"),
                 "clients_on_common": run.final("clients_on_common"),
+                "figures": {name: last for name, (_, last) in run.figures.items()},
                 "error": last.error["overall"],
                 "optimum": last.error["optimum"],
                 "bytes_up": sum(record.bytes_up for record in run.records),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +78,7 @@ def load_tables(settings: r.Data, task: str, seed: int) -> Tables:
 def _columns(settings: r.Data) -> list[str]:
     """The columns whose text is learnt."""
     if settings.instructions is not None:
-        return required(settings.instructions)
+        return required(settings)
     return [settings.text] if isinstance(settings.text, str) else list(settings.text)
 
 
@@ -154,7 +155,7 @@ def _read(name: str, settings: r.Data, split: str) -> datasets.Dataset:
         return _docstrings()
     path = Path(name)
     if path.is_absolute():
-        frame = _read_file(path)
+        frame = _sliced(_read_file(path), split, path)
         return datasets.Dataset.from_pandas(frame, preserve_index=False)
     try:
         return datasets.load_dataset(name, settings.hub_config, split=split)
@@ -189,6 +190,23 @@ def _read_file(path: Path) -> pd.DataFrame:
     if not isinstance(frame, pd.DataFrame) or frame.empty:
         raise InputError(f"{path} holds no rows")
     return frame
+
+
+def _sliced(frame: pd.DataFrame, split: str, path: Path) -> pd.DataFrame:
+    """The rows that a split's brackets name; all without brackets. Raises InputError."""
+    if "[" not in split:
+        return frame
+    found = re.fullmatch(r"[^\[\]]*\[(\d*):(\d*)\]", split)
+    if found is None:
+        raise InputError(
+            f"the split {split!r} of {path} cannot be read",
+            why="of a file, rows are named by number: the first one counts as 0, the last one is left out",
+            fix="for example train[600:974]",
+        )
+    rows = frame.iloc[int(found[1] or 0) : int(found[2]) if found[2] else None].reset_index(drop=True)
+    if rows.empty:
+        raise InputError(f"the split {split!r} of {path} holds no rows", why=f"the file has {len(frame)}")
+    return rows
 
 
 def _read_json(path: Path) -> pd.DataFrame:

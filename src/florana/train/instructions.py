@@ -50,8 +50,11 @@ class Encoded:
     cut: int = 0
 
 
-def required(kind: str) -> list[str]:
-    """The columns that a kind of rows must have."""
+def required(settings: r.Data) -> list[str]:
+    """The columns that the rows must have: the prompt's first."""
+    kind = settings.instructions or ""
+    if kind == "prompt-response" and not isinstance(settings.text, str):
+        return list(settings.text)
     return ["messages"] if kind == "messages" else list(COLUMNS[kind][0])
 
 
@@ -62,7 +65,7 @@ def encode_instructions(table: datasets.Dataset, settings: r.Data, tokenizer: An
         InputError: a row without prompt or response, messages in no proper order, a tokenizer without the chat template
             that is asked for, a template that refuses a row, prompts that fill the window (`too_long = "error"`).
     """
-    kind = settings.instructions
+    kind, columns = settings.instructions, required(settings)
     assert kind is not None
     chat = settings.template == "chat"
     if chat and not getattr(tokenizer, "chat_template", None):
@@ -75,7 +78,9 @@ def encode_instructions(table: datasets.Dataset, settings: r.Data, tokenizer: An
     long: list[tuple[str, int]] = []
     cut = 0
     for number, row in enumerate(table):
-        place = f"{source}, the row that begins {str(row[required(kind)[0]])[:40]!r}"  # its number may be another
+        place = f"{source}, the row that begins {str(row[columns[0]])[:40]!r}"  # its number may be another
+        if kind == "prompt-response":
+            row = {"prompt": row[columns[0]], "response": row[columns[1]]}
         turns = turns_of(row, kind, place, plain=not chat)
         pieces = _chat_pieces(turns, tokenizer, place) if chat else _pieces(turns, tokenizer)
         ids = [token for piece, _ in pieces for token in piece]
