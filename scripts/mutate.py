@@ -37,7 +37,7 @@ MUTATIONS = [
     ("train/model.py", "| _magnitudes(self._layers)", "", "test_variants"),
     ("adapter_files.py", "\"use_dora\": card.dora", "\"use_dora\": False", "test_variants"),
     ("recipe_file.py", "strategy.facts.base != \"stays\"", "False", "test_variants"),
-    ("aggregate/inputs.py", "rank if isinstance(rank, int) else rank[module]", "rank if isinstance(rank, int) else 2", "test_variants"),
+    ("aggregate/inputs.py", "rank if isinstance(rank, int) else rank[module]", "max(rank.values())", "test_variants"),
     ("strategy/flora_na.py", "ranks_of(state.adapter)", "max(ranks_of(state.adapter).values())", "test_variants"),
     ("train/data.py", "frame.iloc[int(found[1] or 0) :", "frame.iloc[0 :", "test_train"),
     ("aggregate/mean.py", "alpha=weight * (pair.scaling / scaling)", "alpha=weight", "test_contract"),
