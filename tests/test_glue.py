@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -310,3 +311,29 @@ def test_binary_labels_follow_the_tables_order_whatever_the_file_begins_with() -
     for name in BINARY:
         for index, label in enumerate(GLUE[name].labels):
             assert glue_label(name, label) == glue_label(name, str(index)) == glue_label(name, index) == index
+
+
+def test_the_hub_is_asked_for_the_tasks_own_configuration_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network here: what would be asked is recorded, and rows of the hub's columns are given."""
+    asked = []
+
+    def load(name: str, config: str, split: str) -> datasets.Dataset:
+        asked.append((name, config, split))
+        task = GLUE[config]
+        rows = cycle(config, 6)
+        return datasets.Dataset.from_dict(
+            {**{column: [f"a {i}" for i in range(6)] for column in task.columns[0]}, task.columns[1]: rows}
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for name, task in GLUE.items():
+        asked.clear()
+        tables = load_tables(
+            Data.model_validate({"glue": name}),
+            "sequence-classification" if task.labels else "sequence-regression",
+            0,
+        )
+        splits = ["train", task.test, *([task.mismatched] if task.mismatched else [])]
+        assert asked == [("nyu-mll/glue", name, split) for split in splits]
+        assert list(tables.more) == (["mismatched"] if name == "mnli" else [])
+        assert list(tables.test[task.columns[1]]) == cycle(name, 6)
