@@ -30,7 +30,6 @@ MUTATIONS = [
     ("train/partition.py", "(score - least) / width", "score / width", "test_glue"),
     ("train/model.py", "            head.float()\n", "", "test_glue"),
     ("train/instructions.py", "token if counts else IGNORED", "token", "test_instructions"),
-    ("train/instructions.py", "labels[0] = IGNORED", "pass", "test_instructions"),
     ("train/instructions.py", "text) + end, True", "text), True", "test_instructions"),
     ("train/instructions.py", "if first >= settings.max_length:", "if False:", "test_instructions"),
     ("train/rows.py", "table = table.select(train.kept)", "pass", "test_instructions"),

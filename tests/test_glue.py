@@ -272,6 +272,7 @@ def test_heads_are_learnt_in_float32_on_a_half_precision_base(
 
 def test_scores_are_dealt_out_by_bins_of_equal_width(regression: Recipe) -> None:
     assert binned([2.0, 2.0], 5) == ([0, 0], ("2",))
+    assert binned([-2.0, 6.0, -0.1, 0.0, 5.9], 4) == ([0, 3, 0, 1, 3], ("-2 to 0", "0 to 2", "2 to 4", "4 to 6"))
     bins, names = binned([0.0, 1.2, 2.4, 3.6, 4.99, 5.0], 5)
     assert bins == [0, 1, 2, 3, 4, 4]
     assert names == ("0 to 1", "1 to 2", "2 to 3", "3 to 4", "4 to 5")

@@ -85,7 +85,6 @@ def encode_instructions(table: datasets.Dataset, settings: r.Data, tokenizer: An
         pieces = _chat_pieces(turns, tokenizer, place) if chat else _pieces(turns, tokenizer)
         ids = [token for piece, _ in pieces for token in piece]
         labels = [token if counts else IGNORED for piece, counts in pieces for token in piece]
-        labels[0] = IGNORED  # nothing stands before it
         first = next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
         if first >= settings.max_length:
             long.append((place, first))
