@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from florana.errors import RecipeError
 from florana.recipe_file import check, differences, read_recipe, resolve
+from florana.study.cells import method_of
 from tests.conftest import ROOT
 
 BASE: dict[str, Any] = {
@@ -65,7 +67,7 @@ def test_a_misspelt_key_names_the_nearest_right_one(path: str, nearest: str) -> 
         ("model.rank", 0, "greater than or equal to 1"),
         ("model.rank", "eight", "valid integer"),
         ("model.alpha", -1, "greater than 0"),
-        ("task", "regression", "'sequence-classification' or 'causal-lm'"),
+        ("task", "regression", "'sequence-classification', 'sequence-regression' or 'causal-lm'"),
         ("train.epochs", 1, "give either steps or epochs"),
         ("train.steps", None, "give either steps or epochs"),
         ("data.label", None, "data.label is missing"),
@@ -196,7 +198,33 @@ def test_differences_name_the_key_and_both_values() -> None:
     assert differences(check(BASE, "r"), check(changed("train.steps", 3), "r")) == ["train.steps: 2 -> 3"]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda path: path.stem)
 def test_the_recipes_of_this_repository_are_valid(path: Path) -> None:
     assert read_recipe(path).title
     assert tomllib.loads(path.read_text())
+
+
+def test_methods_in_a_file_count_from_the_recipes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the command is given: as the strategy, and among a study's methods."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.py").write_text("def rule(parts, rank):\n    return parts[0].adapter\n")
+    table = changed("strategy.name", "mine.py:rule")
+    table["study"] = {"methods": ["fedit", "mine.py:rule", "best-rank[memory=2]"]}
+    text = tomli_w.dumps(table)
+    path = tmp_path / "recipes" / "r.toml"
+    path.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    own = f"{tmp_path.resolve()}/recipes/mine.py:rule"
+    recipe = read_recipe(path)
+    assert recipe.strategy["name"] == own
+    assert recipe.study is not None
+    assert recipe.study.methods == ["fedit", own, "best-rank[memory=2]"]
+    assert method_of(recipe.study.methods[1]).strategy["name"] == own
+    path.write_text(text.replace("mine.py", "../recipes/mine.py"))
+    assert read_recipe(path) == recipe
+    path.write_text(text.replace("mine.py", "none.py"))
+    with pytest.raises(RecipeError, match=r"there is no file .*recipes/none\.py"):
+        read_recipe(path)
+    path.write_text('study = 3\nstrategy = "fedit"\n')
+    with pytest.raises(RecipeError, match="study"):
+        read_recipe(path)

@@ -283,5 +283,5 @@ def test_the_recipes_run_on_real_data(name: str, tmp_path: Path) -> None:
     if name == "gsm8k-tiny-llama":  # eight steps are enough for the small model to show it
         assert result.records[-1].eval["global"]["loss"] < setup["start"]["loss"] - 1
     else:
-        assert {"accuracy", "macro_f1", "matthews", "loss"} == set(result.records[-1].eval["global"])
+        assert {"accuracy", "macro_f1", "f1", "matthews", "loss"} == set(result.records[-1].eval["global"])
     assert result.records[0].error["optimum"] <= result.records[0].error["overall"] < 1

@@ -495,3 +495,28 @@ def test_a_diverging_client_says_so(recipe: Recipe, setup: Setup) -> None:
     wild = recipe.train.model_copy(update={"learning_rate": 1e30, "steps": 6, "max_grad_norm": None})
     with pytest.raises(FloranaError, match=r"lower train\.learning_rate"):
         train_locally(setup.bench, setup.clients["client-0"].train, wild, 0, lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("split", "rows"), [("train", [0, 1, 2, 3]), ("train[1:3]", [1, 2]), ("x[:1]", [0]), ("x[2:]", [2, 3])]
+)
+def test_rows_of_a_file_by_number(split: str, rows: list[int], tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("text,label\n" + "".join(f"row {i},{i % 2}\n" for i in range(4)))
+    data = Data(train=str(path), train_split=split, test=str(path), test_split="test[3:4]")
+    tables = load_tables(data, "causal-lm", 0)
+    assert list(tables.train["text"]) == [f"row {i}" for i in rows]
+    assert list(tables.test["text"]) == ["row 3"]
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [("train[10%:]", "rows are named by number"), ("train[1]", "cannot be read"), ("train[4:9]", "the file has 4")],
+)
+def test_a_split_of_a_file_that_cannot_be(split: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("text\n" + "".join(f"row {i}\n" for i in range(4)))
+    with pytest.raises(InputError) as caught:
+        load_tables(Data(train=str(path), train_split=split), "causal-lm", 0)
+    assert words in str(caught.value)
+    assert "x.csv" in str(caught.value)

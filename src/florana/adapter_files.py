@@ -121,6 +121,6 @@ def _config(adapter: Adapter, card: AdapterCard) -> dict[str, Any]:
         "rank_pattern": {name: pair.rank for name, pair in others.items()},
         "target_modules": sorted(card.target_modules),
         "task_type": card.task_type,
-        "use_dora": False,
+        "use_dora": card.dora,
         "use_rslora": card.rslora,
     }

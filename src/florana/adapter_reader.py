@@ -45,6 +45,8 @@ class AdapterCard:
         rslora: the scaling is alpha / sqrt(r).
         embeddings: the adapted modules that are embeddings (their factors have other names in the file).
         lora_bias: the adapter holds a bias beside each B.
+        dora: each module has a magnitude among the tensors trained whole, `<module>.lora_magnitude_vector`. Written,
+            never read: such an update is no plain product.
     """
 
     base_model: str
@@ -55,6 +57,7 @@ class AdapterCard:
     rslora: bool = False
     embeddings: tuple[str, ...] = ()
     lora_bias: bool = False
+    dora: bool = False
 
 
 @dataclass(frozen=True)

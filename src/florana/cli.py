@@ -115,14 +115,17 @@ def run(
 
     check_folder(resolved, folder, resume)
     from florana.report.page import write_report
-    from florana.report.views import summary, views
+    from florana.report.views import rows_note, shown_figures, summary, views
     from florana.run import execute, prepare
-    from florana.screen import Screen, summary_table
+    from florana.screen import Screen, figures_table, summary_table
 
     if console:
         console.print(f"loading {resolved.model.base} and {resolved.data.train}", highlight=False, soft_wrap=True)
     setup = prepare(resolved)
-    with Screen(console, resolved.strategy["name"], steps=_steps(resolved, setup)) as screen:
+    if console and rows_note(setup.partition):
+        console.print(rows_note(setup.partition), highlight=False)
+    shown = shown_figures(resolved.model_dump())
+    with Screen(console, resolved.strategy["name"], steps=_steps(resolved, setup), figures=shown) as screen:
         execute(resolved, folder, setup=setup, resume=resume, show=screen.show, step=screen.step)
     report = write_report([folder], folder / "report.html")
     rows = summary(views([folder]))
@@ -130,6 +133,8 @@ def run(
         typer.echo(json.dumps({**rows[0], "run": str(folder), "report": str(report)}, indent=1))
     elif console:
         console.print(summary_table(rows, resolved.title or recipe.stem, console.width))
+        if (more := figures_table(views([folder]))) is not None:
+            console.print(more)
         console.print(
             f"run: {folder}\nadapter: {folder / 'adapter'}\nreport: {report}", highlight=False, soft_wrap=True
         )
@@ -148,7 +153,7 @@ def report(
     """
     from florana.report.page import write_report
     from florana.report.views import summary, views
-    from florana.screen import console_of, summary_table
+    from florana.screen import console_of, figures_table, summary_table
 
     path = write_report(runs, out, title)
     rows = summary(views(runs))
@@ -157,6 +162,8 @@ def report(
         typer.echo(json.dumps({"runs": rows, "report": str(path)}, indent=1))
     elif console:
         console.print(summary_table(rows, title or "runs", console.width))
+        if (more := figures_table(views(runs))) is not None:
+            console.print(more)
         console.print(f"report: {path}", highlight=False, soft_wrap=True)
 
 

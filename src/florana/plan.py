@@ -11,9 +11,30 @@ from florana import recipe as r
 from florana.factors import kind_of
 from florana.federation.messages import pack, travelling
 from florana.run import Setup, begin, strategy_of
+from florana.score.tasks import figure_names
 from florana.strategy.base import Payload
 from florana.train.client import steps_per_round, train_locally
 from florana.train.evaluate import evaluate
+from florana.train.generate import cut_prompts, generate
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What the model will be asked to write.
+
+    Args:
+        task, problems, samples: as the recipe has them. times: how often in the run.
+        cut_prompts: how many are too long for the model.
+        figures: their names. seconds: in all, from a few measured tokens; an upper bound, as answers may end early.
+    """
+
+    task: str
+    problems: int
+    samples: int
+    times: int
+    cut_prompts: int
+    figures: tuple[str, ...]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -26,6 +47,8 @@ class Plan:
         trainable_parameters, base_parameters: numbers that are trained; that are frozen.
         bytes_up, bytes_down: in the first round, all clients; methods with a frozen part send more down as it grows.
         memory: peak of this process after one training step, bytes; None where the system does not tell.
+        writing: what [generation] asks for, or None.
+        left_out, cut_responses: of instructions, rows without room for a response, and those that lost their end.
         seconds_per_step, seconds: one measured step; the whole run, scoring included (an estimate from both).
     """
 
@@ -43,6 +66,9 @@ class Plan:
     memory: int | None
     seconds_per_step: float
     seconds: float
+    writing: Writing | None
+    left_out: dict[str, int]
+    cut_responses: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON's own types."""
@@ -64,6 +90,7 @@ def plan(recipe: r.Recipe, setup: Setup, *, timed_steps: int = 3) -> Plan:
     started = time.perf_counter()
     evaluate(setup.bench, sample, recipe.evaluate.batch_size)
     scoring = (time.perf_counter() - started) / len(sample) * len(setup.common)
+    writing = _writing(recipe, setup)
     setup.bench.load(setup.start)
     down, up, trained = _traffic(recipe, setup)
     steps = sum(steps_per_round(recipe.train, count) for count in rows.values()) / len(rows)
@@ -82,7 +109,40 @@ def plan(recipe: r.Recipe, setup: Setup, *, timed_steps: int = 3) -> Plan:
         bytes_down=round(per_round * down),
         memory=peak_memory(),
         seconds_per_step=per_step,
-        seconds=recipe.federation.rounds * per_round * steps * per_step + scorings * scoring,
+        seconds=recipe.federation.rounds * per_round * steps * per_step
+        + scorings * scoring
+        + (writing.seconds if writing is not None else 0.0),
+        writing=writing,
+        left_out=dict(setup.partition.get("left_out", {})),
+        cut_responses=dict(setup.partition.get("cut_responses", {})),
+    )
+
+
+def _writing(recipe: r.Recipe, setup: Setup, measured: int = 4) -> Writing | None:
+    """One batch writes a token, then a few more, and is taken for all: every batch, every token, every time."""
+    exam, own = setup.exam, recipe.generation
+    if exam is None or own is None:
+        return None
+    rounds = recipe.federation.rounds
+    times = sum(exam.due(round_, rounds) for round_ in range(1, rounds + 1))
+
+    def timed(tokens: int) -> float:
+        started = time.perf_counter()
+        generate(setup.bench, exam.prompts[: own.batch_size], max_new_tokens=tokens, batch_size=own.batch_size)
+        return time.perf_counter() - started
+
+    timed(1)  # warm-up
+    first = timed(1)
+    per_token = max(0.0, timed(1 + measured) - first) / measured if own.max_new_tokens > measured else first
+    batches = -(-len(exam.prompts) * own.samples // own.batch_size)
+    return Writing(
+        task=own.task,
+        problems=len(exam.rows),
+        samples=own.samples,
+        times=times,
+        cut_prompts=cut_prompts(setup.bench, exam.prompts, own.max_new_tokens),
+        figures=(*figure_names(own.task, own.k), "cut_prompts"),
+        seconds=times * batches * (first + (own.max_new_tokens - 1) * per_token),
     )
 
 

@@ -6,20 +6,18 @@ is written. Relative paths count from the recipe's own folder. `to_toml` writes 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from florana.score.tasks import TaskName
+from florana.recipe_data import Data, Generation, Partition, Section
+from florana.score.glue import GLUE
 from florana.strategy import builder
 from florana.strategy.base import Strategy
 
-
-class Section(BaseModel):
-    """One table of the recipe: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+__all__ = ["Data", "Evaluate", "Generation", "Model", "Partition", "Recipe", "Rounds", "Section", "Study", "Train"]
 
 
 class Model(Section):
@@ -27,8 +25,17 @@ class Model(Section):
 
     base: str
     """A folder, a hub name, or `package:NAME[/sub/folder]` for a model that an installed Python package carries."""
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    target_modules: list[str] | str = "all-linear"
+    """The last parts of module names; or a regular expression that matches whole names; or `all-linear`."""
+    variant: Literal["lora", "dora"] = "lora"
+    """dora: each row of W + scaling B A is given a trained length (arXiv 2402.09353)."""
+    magnitude: Literal["average", "personal"] = "average"
+    """DoRA's lengths: averaged by the server with the clients' weights, or kept by each client. As `head`."""
     rank: int = Field(8, ge=1)
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field({})
+    """Other ranks for some modules, as in PEFT: a regular expression that ends the module's name at a dot -> rank."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({})
+    """The same for alpha."""
     client_ranks: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=1)
     """Lower ranks for some clients: dealt out in turn to the clients by name; none above `rank`."""
     alpha: float = Field(16.0, gt=0)
@@ -48,56 +55,39 @@ class Model(Section):
     def _ranks(self) -> Model:
         if self.client_ranks is not None and max(self.client_ranks) > self.rank:
             raise ValueError(f"model.client_ranks has {max(self.client_ranks)}, above model.rank = {self.rank}")
+        if self.client_ranks is not None and (self.rank_pattern or self.alpha_pattern):
+            raise ValueError(
+                "model.client_ranks does not go with model.rank_pattern or model.alpha_pattern: a client's rank is one "
+                "for all modules"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _names(self) -> Model:
+        if self.target_modules == []:
+            raise ValueError("model.target_modules is empty")
+        regular = [self.target_modules] if isinstance(self.target_modules, str) else []
+        for pattern in (*regular, *self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} in [model] is not a regular expression: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _magnitudes(self) -> Model:
+        if self.variant != "dora" and self.magnitude != "average":
+            raise ValueError("model.magnitude is of model.variant = 'dora'")
+        return self
+
+    @property
+    def personal(self) -> bool:
+        """Whether tensors beside the factors stay with the clients: then the server has no model of its own."""
+        return "personal" in (self.head, self.magnitude)
 
     def scaling_of(self, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) under rsLoRA."""
         return float(self.alpha / (rank**0.5 if self.rslora else rank))
-
-
-class Data(Section):
-    """Where the examples are: files (csv, tsv, jsonl, json, parquet), a hub name, or `stdlib-docstrings`."""
-
-    train: str
-    """For `partition.kind = "sites"`: a folder with one file per client, named after it."""
-    test: str | None = None
-    """The common test set; None sets `test_share` of the training rows apart, by the seed (of sites: there is none)."""
-    test_share: float = Field(0.2, gt=0, lt=1)
-    text: str | list[str] = "text"
-    """The column with the text, or two columns (a pair; prompt and continuation for causal-lm)."""
-    label: str | None = None
-    """The column with the class; required for sequence-classification."""
-    labels: list[str] | None = Field(None, min_length=2)
-    """All classes, in order; required where each site has its own file, which may not show every class."""
-    max_length: int = Field(128, ge=4)
-    """Tokens; longer texts are cut."""
-    train_limit: int | None = Field(None, ge=1)
-    """Use only this many training rows, chosen by the seed."""
-    test_limit: int | None = Field(None, ge=1)
-    hub_config: str | None = None
-    train_split: str = "train"
-    test_split: str = "test"
-
-
-class Partition(Section):
-    """How the training rows are dealt out to the clients."""
-
-    kind: Literal[
-        "iid", "dirichlet", "pathological", "column", "length", "linear", "square", "exponential", "sites"
-    ] = "iid"
-    """dirichlet: shares of each class by Dirichlet(alpha). pathological: `classes` classes each. column: one client per
-    value of `by`. length: rows sorted by text length. linear, square, exponential: unequal sizes. sites: each client
-    has a file of its own."""
-    clients: int | None = Field(None, ge=1)
-    """How many; given by the data for `column` and `sites`."""
-    alpha: float = Field(0.5, gt=0)
-    classes: int = Field(2, ge=1)
-    by: str | None = None
-    """The column to split by; the label where it is not given."""
-    smallest: int = Field(2, ge=1)
-    """The fewest rows a client may get."""
-    holdout: float = Field(0.1, ge=0, lt=1)
-    """The share of a client's rows kept as its own test share, for the personal score."""
 
 
 class Train(Section):
@@ -144,69 +134,16 @@ class Evaluate(Section):
 class Study(Section):
     """What `florana compare` varies; the command line's options come before these."""
 
-    methods: list[str] = []
+    methods: list[str] = Field([])
     """Names of strategies, with options in brackets (`best-rank[memory=8]`), or FILE.py:FUNCTION."""
     seeds: int = Field(3, ge=1)
-    alphas: list[Annotated[float, Field(gt=0)]] = []
+    alphas: list[Annotated[float, Field(gt=0)]] = Field([])
     """Dirichlet parameters to compare at; empty: the recipe's partition."""
-    ranks: list[Annotated[int, Field(ge=1)]] = []
+    ranks: list[Annotated[int, Field(ge=1)]] = Field([])
     """LoRA ranks to compare at, alpha / rank kept; empty: the recipe's."""
-    controls: list[Literal["oracle", "centralised", "local-only"]] = ["oracle", "centralised", "local-only"]
-    swap_rounds: list[Annotated[int, Field(ge=1)]] = []
+    controls: list[Literal["oracle", "centralised", "local-only"]] = Field(["oracle", "centralised", "local-only"])
+    swap_rounds: list[Annotated[int, Field(ge=1)]] = Field([])
     """Rounds whose client adapters are given to every rule in turn (the swap test); empty: the first and the last."""
-
-
-class Generation(Section):
-    """Scoring by what the global model writes: after the last round, and every so many rounds."""
-
-    task: TaskName
-    """Its prompts and figures are those of lm-eval's task of that name (`math`: hendrycks_math)."""
-    file: str
-    """The problems: jsonl or json, also gzipped. Of MBPP, the ids 11 to 510 are scored, as published."""
-    limit: int | None = Field(None, ge=1)
-    """Only the first so many problems."""
-    every: int | None = Field(None, ge=1)
-    """None: after the last round alone."""
-    prompt: str | None = None
-    """A prompt of one's own, with columns in braces: for a model trained on another form."""
-    shots: int = Field(0, ge=0)
-    """Worked examples before each question, the same for all, chosen by the seed (of MBPP: the ids 2, 3, ...)."""
-    examples: str | None = None
-    """The file the worked examples come from; None takes data.train (of MBPP: `file`)."""
-    max_new_tokens: int = Field(256, ge=1)
-    batch_size: int = Field(16, ge=1)
-    temperature: float = Field(0.0, ge=0)
-    """0 is greedy."""
-    samples: int = Field(1, ge=1)
-    """Completions per problem; exact_match is their mean."""
-    k: list[Annotated[int, Field(ge=1)]] = Field([1], min_length=1)
-    """pass@k for each of these, of `samples` programs."""
-    run_programs: bool = False
-    """Required for humaneval and mbpp: programs that a model wrote run on this machine."""
-    program_seconds: int = Field(5, ge=1)
-    """Processor time of one program with its tests; by the clock, three times as much."""
-    program_memory: int = Field(1024, ge=64)
-    """MiB of address space."""
-
-    @model_validator(mode="after")
-    def _code(self) -> Generation:
-        if self.task in ("humaneval", "mbpp"):
-            if not self.run_programs:
-                raise ValueError(
-                    f"generation.task = '{self.task}' runs programs that a model wrote on this machine: set "
-                    "generation.run_programs = true if you want that (they are shut in, see florana.score.programs)"
-                )
-            if max(self.k) > self.samples:
-                raise ValueError(f"generation.k asks for pass@{max(self.k)}, but generation.samples = {self.samples}")
-        elif self.k != [1] or self.run_programs:
-            raise ValueError(f"generation.k and generation.run_programs are of humaneval and mbpp, not {self.task}")
-        if self.samples > 1 and self.temperature == 0:
-            raise ValueError("generation.samples above 1 needs generation.temperature above 0: greedy ones are alike")
-        if self.shots and self.task == "humaneval":
-            raise ValueError("generation.shots has no meaning for humaneval: its prompts stand alone")
-        if self.examples is not None and not self.shots:
-            raise ValueError("generation.examples is given, but generation.shots = 0")
-        return self
 
 
 class Recipe(Section):
@@ -214,7 +151,8 @@ class Recipe(Section):
 
     title: str = ""
     seed: int = Field(0, ge=0)
-    task: Literal["sequence-classification", "causal-lm"]
+    task: Literal["sequence-classification", "sequence-regression", "causal-lm"]
+    """sequence-regression: one output, trained by the mean squared error."""
     model: Model
     data: Data
     partition: Partition = Partition()
@@ -228,17 +166,35 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
-        if self.task == "sequence-classification" and self.data.label is None:
-            raise ValueError("data.label is missing: sequence-classification needs the column with the class")
+        if self.task != "causal-lm" and self.data.label is None:
+            what = "class" if self.task == "sequence-classification" else "score"
+            raise ValueError(f"data.label is missing: {self.task} needs the column with the {what}")
+        if self.data.instructions == "prompt-response" and len(self.data.text) != 2 and self.data.text != "text":
+            raise ValueError(f"data.text is {self.data.text!r}: of prompt-response it names two columns")
+        if self.data.instructions is not None and self.task != "causal-lm":
+            raise ValueError(f"data.instructions needs task = 'causal-lm': {self.task} gives no responses")
+        if self.data.glue is not None:
+            wanted = "sequence-classification" if GLUE[self.data.glue].labels else "sequence-regression"
+            if self.task != wanted:
+                raise ValueError(f"data.glue = '{self.data.glue}' needs task = '{wanted}', not '{self.task}'")
         if self.task == "causal-lm" and self.model.head == "personal":
             raise ValueError("model.head = 'personal' has no meaning for causal-lm: no tensor is trained whole")
+        if self.model.variant == "dora" and self.task != "causal-lm" and self.model.magnitude != self.model.head:
+            magnitude, head = self.model.magnitude, self.model.head
+            raise ValueError(
+                f"model.magnitude = '{magnitude}' does not go with model.head = '{head}': what is trained beside the "
+                "factors is averaged together, or stays with the clients together"
+            )
+        if self.model.personal and self.generation is not None:
+            raise ValueError("[generation] needs a model at the server: nothing may be personal")
         if self.task != "causal-lm" and self.generation is not None:
             raise ValueError("[generation] needs task = 'causal-lm': a classifier writes no text")
         if self.partition.kind in ("dirichlet", "pathological", "column") and not (
             self.partition.by or self.data.label
         ):
             raise ValueError(f"partition.by is missing: {self.partition.kind} needs a column to split by")
-        if self.partition.kind == "sites" and self.task != "causal-lm" and self.data.labels is None:
+        unnamed = self.data.labels is None and self.data.glue is None
+        if self.partition.kind == "sites" and self.task == "sequence-classification" and unnamed:
             raise ValueError("data.labels is missing: a site's own file may not show every class")
         if self.partition.kind not in ("column", "sites") and self.partition.clients is None:
             raise ValueError(f"partition.clients is missing: {self.partition.kind} needs the number of clients")

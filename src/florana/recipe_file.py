@@ -20,6 +20,7 @@ from florana.errors import RecipeError, nearest
 from florana.recipe import Recipe
 from florana.strategy import STRATEGIES, builder
 from florana.strategy.base import Strategy
+from florana.strategy.own import is_own
 from florana.strategy.ranks import with_ranks
 
 
@@ -41,6 +42,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"the recipe {path} is not valid TOML", why=str(error)) from None
     for override in overrides:
         _override(table, override)
+    _find_own_methods(table, path.resolve().parent)
     return resolve(check(table, str(path)), path.resolve().parent)
 
 
@@ -63,6 +65,19 @@ def _check_combinations(recipe: Recipe, strategy: Strategy) -> None:
     """What the strategy's own declarations exclude. Raises RecipeError."""
     if recipe.model.client_ranks is not None:
         with_ranks(strategy, {}, recipe.model.scaling_of)
+    if recipe.model.variant == "dora" and strategy.facts.base != "stays":
+        raise RecipeError(
+            f"the strategy '{strategy.name}' does not go with model.variant = 'dora'",
+            why="it moves the base by a frozen part beside the pair; DoRA divides by the norm of W + scaling B A, in "
+            "which that part would be missing",
+            fix="set model.variant = 'lora', or choose another strategy (of a study: leave it out of the controls)",
+        )
+    if recipe.model.rank_pattern and (is_own(recipe.strategy["name"]) or strategy.facts.shape(7)[0] != 7):
+        raise RecipeError(
+            f"the strategy '{strategy.name}' does not go with model.rank_pattern",
+            why="it is told one rank for all modules",
+            fix="leave the pattern out, or choose another strategy",
+        )
     if recipe.generation is not None and not strategy.facts.one_model:
         raise RecipeError(
             f"the strategy '{strategy.name}' does not go with [generation]",
@@ -94,7 +109,8 @@ def resolve(recipe: Recipe, folder: Path) -> Recipe:
         place = (folder / Path(name).expanduser()).resolve()
         return str(place) if looks or place.exists() else name
 
-    data = recipe.data.model_copy(update={"train": absolute(recipe.data.train), "test": absolute(recipe.data.test)})
+    files = ("train", "test", "test_mismatched")
+    data = recipe.data.model_copy(update={key: absolute(getattr(recipe.data, key)) for key in files})
     model = recipe.model.model_copy(update={"base": absolute(recipe.model.base)})
     written = recipe.generation
     if written is not None:  # always files: there is no hub here
@@ -103,6 +119,22 @@ def resolve(recipe: Recipe, folder: Path) -> Recipe:
             update={k: str((folder / Path(v).expanduser()).resolve()) for k, v in paths.items() if v is not None}
         )
     return recipe.model_copy(update={"data": data, "model": model, "generation": written})
+
+
+def _find_own_methods(table: dict[str, Any], folder: Path) -> None:
+    """FILE.py:FUNCTION counts from the recipe's folder too, as a strategy's name and among a study's methods."""
+
+    def found(name: Any) -> Any:
+        if not isinstance(name, str) or not is_own(name):
+            return name
+        file, _, function = name.rpartition(":")
+        return f"{(folder / Path(file.strip()).expanduser()).resolve()}:{function}"
+
+    strategy, study = table.get("strategy"), table.get("study")
+    if isinstance(strategy, dict) and "name" in strategy:
+        strategy["name"] = found(strategy["name"])
+    if isinstance(study, dict) and isinstance(study.get("methods"), list):
+        study["methods"] = [found(name) for name in study["methods"]]
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

@@ -9,7 +9,7 @@ RUN/adapter/          the global adapter, as PEFT loads it      RUN/log.txt  war
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ from florana.strategy.base import State, Strategy
 from florana.strategy.ranks import with_ranks
 from florana.train import beginnings
 from florana.train.client import ClientData, TrainingClients
-from florana.train.data import Tables, load_tables, site_files, texts
+from florana.train.data import load_tables
 from florana.train.evaluate import evaluate
 from florana.train.exam import Exam, exam
 from florana.train.model import Workbench
-from florana.train.partition import Share, deal, table_of
-from florana.train.tasks import Example, encode_classes, encode_language
+from florana.train.rows import rows_of
+from florana.train.sites import load_sites, site_files
+from florana.train.tasks import Example
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,7 @@ class Setup:
         clients: client -> its rows. common: the common test set.
         partition: who holds what, as written to setup.json.
         exam: the problems that the global model is scored on by what it writes, where the recipe asks for it.
+        more: further common test sets, by the ending of their figures' names.
     """
 
     bench: Workbench
@@ -52,6 +54,7 @@ class Setup:
     common: tuple[Example, ...]
     partition: Mapping[str, Any]
     exam: Exam | None = None
+    more: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
 
     @property
     def examples(self) -> dict[str, int]:
@@ -70,23 +73,22 @@ def prepare(recipe: r.Recipe, files: Mapping[str, Path] | None = None) -> Setup:
     """
     if recipe.partition.kind == "sites" and files is None:
         files = site_files(recipe.data)
-    tables = load_tables(recipe.data, recipe.task, recipe.seed, files)
-    rows = texts(tables.train, recipe.data.text)
-    lengths = [sum(len(part) for part in row) for row in rows]
-    shares = deal(tables.train, recipe.partition, recipe.data.label, lengths, recipe.seed)
+    if files is None:
+        tables = load_tables(recipe.data, recipe.task, recipe.seed)
+    else:
+        tables = load_sites(recipe.data, recipe.task, recipe.seed, files)
     bench = Workbench(recipe.model, recipe.task, tables.labels, recipe.seed)
-    train = _encode(recipe, bench, tables, rows, training=True)
-    common = _encode(recipe, bench, tables, texts(tables.test, recipe.data.text), training=False)
-    classes = [example.labels[0] for example in train] if tables.labels else None
+    rows = rows_of(recipe, bench, tables)
     start = bench.adapter()
     return Setup(
         bench=bench,
-        start=Adapter(start.modules) if recipe.model.head == "personal" else start,
+        start=Adapter(start.modules) if recipe.model.personal else start,
         head=start.extra,
-        clients={client: _client_data(share, train) for client, share in shares.items()},
-        common=tuple(common),
-        partition=table_of(shares, classes, tables.labels),
+        clients=rows.clients,
+        common=rows.common,
+        partition=rows.facts,
         exam=exam(recipe, bench),
+        more=rows.more,
     )
 
 
@@ -149,7 +151,7 @@ def clients_of(
         setup.common[: recipe.evaluate.personal_limit],
         recipe.train,
         recipe.evaluate,
-        recipe.model.head,
+        "personal" if recipe.model.personal else "average",
         step,
     )
 
@@ -176,7 +178,10 @@ def begin(recipe: r.Recipe, setup: Setup, strategy: Strategy) -> Adapter:
 def global_scores(setup: Setup, adapter: Adapter, residual: Adapter | None, batch_size: int) -> dict[str, float]:
     """The scores of a server state on the common test set."""
     setup.bench.load(adapter, residual)
-    return evaluate(setup.bench, setup.common, batch_size)
+    scores = evaluate(setup.bench, setup.common, batch_size)
+    for ending, rows in setup.more.items():
+        scores |= {f"{name}_{ending}": value for name, value in evaluate(setup.bench, rows, batch_size).items()}
+    return scores
 
 
 def federation_of(recipe: r.Recipe, setup: Setup | None, examples: Mapping[str, int]) -> Federation:
@@ -207,7 +212,7 @@ def federation_of(recipe: r.Recipe, setup: Setup | None, examples: Mapping[str, 
         seed=recipe.seed,
         weights=WEIGHTINGS[recipe.federation.weighting],
         # A personal head leaves the server without one, so there is no global model to measure.
-        evaluate=None if recipe.model.head == "personal" or setup is None or not setup.common else scores,
+        evaluate=None if recipe.model.personal or setup is None or not setup.common else scores,
         measured=lambda round_: round_ % every == 0 or round_ == rounds or asked(round_),
         personal=personal[recipe.evaluate.personal],
         minimum=recipe.federation.min_clients,
@@ -215,22 +220,9 @@ def federation_of(recipe: r.Recipe, setup: Setup | None, examples: Mapping[str, 
     )
 
 
-def _encode(
-    recipe: r.Recipe, bench: Workbench, tables: Tables, rows: list[tuple[str, ...]], *, training: bool
-) -> list[Example]:
-    if recipe.task == "causal-lm":
-        return encode_language(rows, bench.tokenizer, recipe.data.max_length)
-    table = tables.train if training else tables.test
-    return encode_classes(rows, list(table["class_index"]), bench.tokenizer, recipe.data.max_length)
-
-
-def _client_data(share: Share, examples: list[Example]) -> ClientData:
-    return ClientData([examples[row] for row in share.train], [examples[row] for row in share.test])
-
-
 def facts_of(recipe: r.Recipe, setup: Setup, partition: Mapping[str, Any]) -> dict[str, Any]:
     """What setup.json says: who holds what, the starting model's scores, sizes."""
-    measured = recipe.model.head != "personal" and setup.common
+    measured = not recipe.model.personal and setup.common
     return {
         **partition,
         "start": global_scores(setup, setup.start, None, recipe.evaluate.batch_size) if measured else None,

@@ -22,11 +22,13 @@ from rich.table import Table
 from florana.federation.loop import Event
 from florana.federation.records import RoundRecord
 from florana.report.page import number, seconds, size
+from florana.report.views import rows_note
 
 if TYPE_CHECKING:
     from florana.inspection import Inspection
     from florana.merged import Merged
     from florana.plan import Plan
+    from florana.report.views import RunView
 
 
 def console_of(as_json: bool, width: int = 140) -> Console | None:
@@ -41,10 +43,13 @@ class Screen:
         console: where to draw; None for silence (`--json`).
         name: the run's name in front of every line.
         steps: all optimizer steps of the run, for the bar's length.
+        figures: which figures of the global model a round's line shows, where the round has them.
     """
 
-    def __init__(self, console: Console | None, name: str, steps: int) -> None:
-        self._console, self._name = console, name
+    def __init__(
+        self, console: Console | None, name: str, steps: int, figures: Sequence[str] = ("accuracy", "loss")
+    ) -> None:
+        self._console, self._name, self._figures = console, name, figures
         self._progress: Progress | None = None
         self._round = ""
         if console is not None and console.is_terminal:
@@ -99,14 +104,14 @@ class Screen:
         elif event.kind == "mended":
             self._console.print(event.detail, style="yellow", highlight=False)
         elif event.kind == "committed" and event.record is not None:
-            self._console.print(f"{self._name}  {_round_line(event.record)}", highlight=False)
+            self._console.print(f"{self._name}  {_round_line(event.record, self._figures)}", highlight=False)
 
 
-def _round_line(record: RoundRecord) -> str:
+def _round_line(record: RoundRecord, figures: Sequence[str]) -> str:
     parts = [f"round {record.round:>3}", f"{len(record.clients)} clients"]
     if record.train_loss is not None:
         parts.append(f"train loss {record.train_loss:.3f}")
-    for name in ("accuracy", "perplexity", "loss"):
+    for name in figures:
         if name in record.eval.get("global", {}):
             parts.append(f"global {name} {record.eval['global'][name]:.4f}")
     if record.error["overall"] is not None:
@@ -216,6 +221,21 @@ def summary_table(rows: Sequence[dict[str, Any]], title: str, width: int = 120) 
     return table
 
 
+def figures_table(runs: Sequence[RunView]) -> Table | None:
+    """Every figure of the global models, the start beside the last one; None where the summary shows all there is."""
+    if not any(len(run.figures) > 2 for run in runs):
+        return None
+    table = Table(title="The global model's figures: start, last", title_justify="left")
+    table.add_column("strategy")
+    names = list(dict.fromkeys(name for run in runs for name in run.figures))
+    for name in names:
+        table.add_column(name, justify="right")
+    for run in runs:
+        pairs = [run.figures.get(name, (None, None)) for name in names]
+        table.add_row(run.name, *(f"{number(first)}, {number(last)}" for first, last in pairs))
+    return table
+
+
 def plan_table(plan: Plan) -> Table:
     """The plan of a run, one fact a line."""
     table = Table(show_header=False, title="Plan: nothing was written", title_justify="left")
@@ -231,6 +251,8 @@ def plan_table(plan: Plan) -> Table:
             for client, rows in list(plan.clients.items())[:20]
         ),
         ("common test set", f"{plan.common_test} rows"),
+        *([("long rows", long_rows)] if (long_rows := rows_note(plan.to_json())) else []),
+        *([("written", _writing(plan))] if plan.writing is not None else []),
         ("trained parameters", f"{plan.trainable_parameters} on a base of {plan.base_parameters}"),
         ("bytes per round", f"{size(plan.bytes_up)} up, {size(plan.bytes_down)} down, all clients"),
         ("memory", size(plan.memory) + " (peak after one step)" if plan.memory else "unknown"),
@@ -243,6 +265,17 @@ def plan_table(plan: Plan) -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def _writing(plan: Plan) -> str:
+    own = plan.writing
+    assert own is not None
+    return (
+        f"{own.task}: {own.problems} problems, {own.samples} each, {own.times} times in the run"
+        + (f"; {own.cut_prompts} prompts lose their beginning" if own.cut_prompts else "")
+        + f"; up to {duration(own.seconds)} (in the time below, without running programs)\nfigures: "
+        + ", ".join(own.figures)
+    )
 
 
 def duration(value: float) -> str:

@@ -11,6 +11,18 @@ from torch import Tensor
 from florana.errors import InputError
 from florana.factors import Contribution, LoraFactors
 
+Rank = int | Mapping[str, int]
+"""One rank for all modules, or each module's own."""
+
+
+def rank_in(rank: Rank, module: str) -> int:
+    """The rank of a module.
+
+    >>> rank_in(4, "q"), rank_in({"q": 2, "v": 8}, "v")
+    (4, 8)
+    """
+    return rank if isinstance(rank, int) else rank[module]
+
 
 def shares(parts: Sequence[Contribution]) -> list[float]:
     """The weights, scaled to sum 1 over the contributions. Raises InputError for none, negative or zero weights."""

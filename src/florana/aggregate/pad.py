@@ -37,17 +37,18 @@ def widen(tensor: Tensor, rank: int, dim: int) -> Tensor:
     return torch.cat([tensor, torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)], dim=dim)
 
 
-def padded(adapter: Adapter, rank: int) -> Adapter:
-    """Every module padded to one rank, same products.
+def padded(adapter: Adapter, rank: inputs.Rank) -> Adapter:
+    """Every module padded to one rank (or to its own), same products.
 
     Raises:
         InputError: a module has a higher rank already.
     """
     modules = {}
     for name, pair in adapter.modules.items():
-        if pair.rank > rank:
-            raise InputError(f"module '{name}' has rank {pair.rank}, which cannot be padded to {rank}")
-        modules[name] = LoraFactors(widen(pair.B, rank, dim=1), widen(pair.A, rank, dim=0), pair.scaling)
+        own = inputs.rank_in(rank, name)
+        if pair.rank > own:
+            raise InputError(f"module '{name}' has rank {pair.rank}, which cannot be padded to {own}")
+        modules[name] = LoraFactors(widen(pair.B, own, dim=1), widen(pair.A, own, dim=0), pair.scaling)
     return Adapter(modules, adapter.extra, adapter.cores)
 
 
@@ -77,12 +78,12 @@ def tail(modules: Mapping[str, LoraFactors], rank: int) -> Tensor:
     return torch.stack([norm(pair.B[:, rank:]) * norm(pair.A[rank:]) for pair in modules.values()]).sum()
 
 
-def all_padded(parts: Sequence[Contribution], rank: int) -> list[Contribution]:
-    """Every contribution padded to one rank."""
+def all_padded(parts: Sequence[Contribution], rank: inputs.Rank) -> list[Contribution]:
+    """Every contribution padded to one rank, or each module to its own."""
     return [replace(part, adapter=padded(part.adapter, rank)) for part in parts]
 
 
-def norm_weighted_mean(parts: Sequence[Contribution], rank: int) -> Adapter:
+def norm_weighted_mean(parts: Sequence[Contribution], rank: inputs.Rank) -> Adapter:
     """HetLoRA's answer: padded factors averaged with weights in proportion to the size of each client's update.
 
     Where no client moved at all, the given weights count. Extra tensors are averaged with the given weights.

@@ -121,7 +121,7 @@ def pass_cost(task: Task, size: int) -> float:
 
 def best_rank(
     parts: Sequence[Contribution],
-    rank: int,
+    rank: inputs.Rank,
     *,
     start: Adapter | None = None,
     tolerance: float = 5e-3,
@@ -131,7 +131,8 @@ def best_rank(
 
     Args:
         parts: one contribution per client; ranks and scalings may differ.
-        rank: at least 1; where the sum has a lower rank, the factors are padded with zeros.
+        rank: at least 1, one for all modules or each module's own; where the sum has a lower rank, the factors are
+            padded with zeros.
         start: an adapter near the answer (the last broadcast) to start an iteration from; the clients' mean if None.
         tolerance: where a module is large enough to be iterated, its error may exceed the optimum by this share; an
             estimate ends the iteration, see `power`. Small modules are exact whatever it is.
@@ -146,23 +147,24 @@ def best_rank(
     >>> round(float((merged.B @ merged.A).norm()), 4)
     0.75
     """
-    if rank < 1:
-        raise InputError(f"the rank {rank} is not at least 1")
+    lowest = rank if isinstance(rank, int) else min(rank.values())
+    if lowest < 1:
+        raise InputError(f"the rank {lowest} is not at least 1")
     if any(part.residual is not None for part in parts):
         return _with_carried(parts, rank)
     weights = inputs.shares(parts)
     modules: dict[str, LoraFactors] = {}
     for name, pairs in inputs.matched(parts).items():
-        task = Task(parts, name, pairs, weights, rank, _start(name, pairs, start), tolerance)
+        task = Task(parts, name, pairs, weights, inputs.rank_in(rank, name), _start(name, pairs, start), tolerance)
         part = way(task) or by_qr(task)
         modules[name] = linalg.balanced(part, inputs.output_scaling(pairs), pairs[0].A.dtype)
     return Adapter(modules, inputs.average_extra(parts))
 
 
-def _with_carried(parts: Sequence[Contribution], rank: int) -> Adapter:
+def _with_carried(parts: Sequence[Contribution], rank: inputs.Rank) -> Adapter:
     """The same where clients carried something frozen, which belongs to the sum: by QR."""
     modules = {
-        name: linalg.balanced(linalg.kept(linalg.decompose(target), rank), scaling, dtype)
+        name: linalg.balanced(linalg.kept(linalg.decompose(target), inputs.rank_in(rank, name)), scaling, dtype)
         for name, (target, scaling, dtype) in targets(parts).items()
     }
     return Adapter(modules, inputs.average_extra(parts))

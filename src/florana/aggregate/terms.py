@@ -41,9 +41,9 @@ class Division:
     rest: Adapter | None
 
 
-def by_rank(rank: int) -> Choose:
-    """The same number of terms for every module."""
-    return lambda wholes: dict.fromkeys(wholes, rank)
+def by_rank(rank: inputs.Rank) -> Choose:
+    """The same number of terms for every module, or each module's own."""
+    return lambda wholes: {name: inputs.rank_in(rank, name) for name in wholes}
 
 
 def everything(wholes: Mapping[str, linalg.Decomposition]) -> Mapping[str, int]:
@@ -79,7 +79,7 @@ def by_error(error: float) -> Choose:
     return by_energy(1 - error * error)
 
 
-def by_budget(numbers: int, rank: int) -> Choose:
+def by_budget(numbers: int, rank: inputs.Rank) -> Choose:
     """Terms beyond the first `rank` of each module, where they take away most error per number sent, while they fit.
 
     Args:
@@ -92,14 +92,14 @@ def by_budget(numbers: int, rank: int) -> Choose:
     """
 
     def choose(wholes: Mapping[str, linalg.Decomposition]) -> Mapping[str, int]:
-        chosen = dict.fromkeys(wholes, rank)
+        chosen = {name: inputs.rank_in(rank, name) for name in wholes}
         costs = {name: len(whole.left) + whole.right.shape[1] for name, whole in wholes.items()}
-        left = numbers - sum(rank * cost for cost in costs.values())
+        left = numbers - sum(chosen[name] * cost for name, cost in costs.items())
         offers = [
             (-(float(value) ** 2) / costs[name], name, index)
             for name, whole in wholes.items()
             for index, value in enumerate(whole.values)
-            if index >= rank and value > 0
+            if index >= inputs.rank_in(rank, name) and value > 0
         ]
         closed: set[str] = set()  # a module whose next term did not fit takes no later one: terms go in order
         for _, name, _ in sorted(offers):
@@ -116,7 +116,12 @@ def by_budget(numbers: int, rank: int) -> Choose:
 
 
 def divided(
-    parts: Sequence[Contribution], rank: int, choose: Choose, *, added: Adapter | None = None, keep: int | None = None
+    parts: Sequence[Contribution],
+    rank: inputs.Rank,
+    choose: Choose,
+    *,
+    added: Adapter | None = None,
+    keep: int | None = None,
 ) -> Division:
     """The exact weighted sum as the pair of rank `rank`, the frozen terms that go out beside it, and the rest.
 
@@ -141,11 +146,12 @@ def divided(
     residuals: dict[str, LoraFactors] = {}
     rests: dict[str, LoraFactors] = {}
     for name, whole in wholes.items():
-        adapters[name] = linalg.balanced(linalg.kept(whole, rank), scalings[name], dtype)
+        own = inputs.rank_in(rank, name)
+        adapters[name] = linalg.balanced(linalg.kept(whole, own), scalings[name], dtype)
         significant = int((whole.values > NEGLIGIBLE * whole.values[0]).sum())
-        end = min(max(rank, outgoing[name]), significant)
+        end = min(max(own, outgoing[name]), significant)
         last = significant if keep is None else min(end + keep, significant)
-        for place, begin, stop in ((residuals, rank, end), (rests, max(rank, end), last)):
+        for place, begin, stop in ((residuals, own, end), (rests, max(own, end), last)):
             if begin < stop:
                 place[name] = linalg.balanced(linalg.between(whole, begin, stop), 1.0, dtype)
     return Division(

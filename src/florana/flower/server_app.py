@@ -136,7 +136,7 @@ def _beginning(recipe: r.Recipe, strategy: Strategy, here: Setup | None, roll: R
         )
     client = min(roll.connected()[0])
     start = unpack_whole(roll.start_of(client), roll.cards[client]["scalings"])
-    return Adapter(start.modules) if recipe.model.head == "personal" else start
+    return Adapter(start.modules) if recipe.model.personal else start
 
 
 def _simulated(grid: Grid, recipe: r.Recipe) -> int:

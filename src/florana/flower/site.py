@@ -23,7 +23,10 @@ from florana.flower.briefs import failure_frame, read_brief, reply_frame
 from florana.flower.frames import Frame
 from florana.run import Setup, begin, clients_of, strategy_of
 
-PLACES = {"model": {"base", "device"}, "data": {"train", "test", "test_split", "test_limit", "hub_config"}}
+PLACES = {
+    "model": {"base", "device"},
+    "data": {"train", "test", "test_mismatched", "test_split", "test_limit", "hub_config"},
+}
 """Keys of the recipe that may differ between the sites: where things are, not what they are."""
 
 log = logging.getLogger("florana")

@@ -16,7 +16,7 @@ import jinja2
 from florana.adapter_files import replace_file
 from florana.federation.journal import explained
 from florana.report import figures
-from florana.report.views import LOWER_IS_BETTER, RunView, summary, views
+from florana.report.views import LOWER_IS_BETTER, RunView, rows_note, summary, views
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def render(runs: Sequence[RunView], title: str) -> str:
         best=better(measured) if measured else None,
         score=runs[0].score,
         pictures=[unique(picture, index) for index, picture in enumerate(_pictures(runs))],
-        settings=_settings(runs[0].recipe),
+        settings=_settings(runs[0].recipe, runs[0].setup),
+        figures=list(dict.fromkeys(name for run in runs for name in run.figures)),
         refused=[(run.name, *entry) for run in runs for entry in run.refused],
     )
 
@@ -121,7 +122,7 @@ def unique(picture: Picture, index: int) -> Picture:
     return Picture(picture.title, picture.caption, svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
 
 
-def _settings(recipe: Any) -> list[tuple[str, str]]:
+def _settings(recipe: Any, setup: Any) -> list[tuple[str, str]]:
     model, data, parts, train, rounds = (recipe[k] for k in ("model", "data", "partition", "train", "federation"))
     length = f"{train['steps']} steps" if "steps" in train else f"{train['epochs']} epochs"
     return [
@@ -129,20 +130,37 @@ def _settings(recipe: Any) -> list[tuple[str, str]]:
         ("Base model", Path(model["base"]).name if model["base"].startswith("/") else model["base"]),
         (
             "LoRA",
-            f"rank {model['rank']}, alpha {model['alpha']:g}{', rsLoRA' if model['rslora'] else ''}, on "
+            f"rank {model['rank']}, alpha {model['alpha']:g}{', rsLoRA' if model['rslora'] else ''}"
+            + (", other ranks for " + ", ".join(model["rank_pattern"]) if model.get("rank_pattern") else "")
+            + (", other alphas for " + ", ".join(model["alpha_pattern"]) if model.get("alpha_pattern") else "")
+            + ", on "
             + (
                 model["target_modules"]
                 if isinstance(model["target_modules"], str)
                 else ", ".join(model["target_modules"])
             ),
         ),
+        *([("DoRA", _dora(model["magnitude"]))] if model.get("variant") == "dora" else []),
         ("Head", "averaged by the server" if model["head"] == "average" else "kept by each client"),
         ("Data", Path(data["train"]).name),
+        *([("Long rows", rows_note(setup))] if rows_note(setup) else []),
         ("Partition", parts["kind"] + (f", alpha {parts['alpha']:g}" if parts["kind"] == "dirichlet" else "")),
         ("Local training", f"{length} of {train['batch_size']} rows, learning rate {train['learning_rate']:g}"),
         ("Weights", "by number of examples" if rounds["weighting"] == "examples" else "uniform"),
+        *([("Written", _written(recipe["generation"]))] if "generation" in recipe else []),
         ("Seed", str(recipe["seed"])),
     ]
+
+
+def _written(own: Any) -> str:
+    limit = f"the first {own['limit']} problems" if "limit" in own else "all problems"
+    greedy = "greedy" if own["temperature"] == 0 else f"{own['samples']} samples at temperature {own['temperature']:g}"
+    return f"{own['task']}, {limit}, {own['shots']} worked examples, {greedy}, {own['max_new_tokens']} tokens at most"
+
+
+def _dora(magnitude: str) -> str:
+    rule = "averaged with the clients' weights" if magnitude == "average" else "kept by each client"
+    return f"magnitudes {rule}; the aggregation error is that of B A alone"
 
 
 def number(value: float | None, digits: int = 4) -> str:

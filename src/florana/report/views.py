@@ -10,8 +10,38 @@ from typing import Any
 from florana.errors import InputError
 from florana.federation.records import RoundRecord
 from florana.run_folder import read_run
+from florana.score.glue import GLUE
+from florana.score.tasks import figure_names
 
 LOWER_IS_BETTER = {"loss", "perplexity"}
+
+
+def shown_figures(recipe: Mapping[str, Any]) -> tuple[str, ...]:
+    """The figures of a recipe (as a table) that its lines and tables show: the task's own, loss, what was written.
+
+    >>> shown_figures({"task": "sequence-classification", "data": {"glue": "mrpc"}})
+    ('accuracy', 'f1', 'loss')
+    """
+    glue = recipe.get("data", {}).get("glue")
+    own = {"causal-lm": ("perplexity",), "sequence-regression": ("pearson", "spearman")}
+    names = GLUE[glue].metrics if glue is not None else own.get(str(recipe.get("task")), ("accuracy",))
+    asked = recipe.get("generation")
+    written = (*figure_names(asked["task"], asked.get("k", [1])), "cut_prompts") if asked else ()
+    return (*names, "loss", *written)
+
+
+def rows_note(setup: Mapping[str, Any]) -> str:
+    """What became of instructions too long for the window, of setup.json; empty where nothing did.
+
+    >>> rows_note({"left_out": {"train": 2, "test": 0}, "cut_responses": {"train": 1, "test": 0}})
+    '2 training and 0 test rows left out: no room for a response; 1 training and 0 test responses cut'
+    """
+    parts = []
+    for key, what in (("left_out", "rows left out: no room for a response"), ("cut_responses", "responses cut")):
+        count = setup.get(key, {})
+        if any(count.values()):
+            parts.append(f"{count['train']} training and {count['test']} test {what}")
+    return "; ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -20,7 +50,7 @@ class RunView:
 
     Args:
         name: how the report calls it. recipe, setup: its files. records: its committed rounds.
-        score: the metric that is drawn (accuracy, or loss for language modelling).
+        score: the metric that is drawn (see `headline`).
     """
 
     name: str
@@ -41,6 +71,15 @@ class RunView:
             for record in self.records
             if (value := record.eval.get(figure, {}).get(self.score)) is not None
         ]
+
+    @property
+    def figures(self) -> dict[str, tuple[float | None, float | None]]:
+        """Name -> (the starting model's, the global model's last) of the `shown_figures` that a round has."""
+        start: Mapping[str, float] = self.setup.get("start") or {}
+        last: dict[str, float] = {}
+        for record in self.records:
+            last |= record.eval.get("global", {})
+        return {name: (start.get(name), last[name]) for name in shown_figures(self.recipe) if name in last}
 
     def final(self, figure: str) -> float | None:
         """The last measured value."""
@@ -67,8 +106,19 @@ def view(folder: Path, name: str | None = None) -> RunView:
     recipe, setup, records = read_run(folder)
     if not records:
         raise InputError(f"{folder} holds no committed round yet", fix="run it again with --resume")
-    score = "loss" if recipe.get("task") == "causal-lm" else "accuracy"
-    return RunView(name or records[-1].strategy, recipe, setup, records, score)
+    return RunView(name or records[-1].strategy, recipe, setup, records, headline(recipe))
+
+
+def headline(recipe: Mapping[str, Any]) -> str:
+    """The figure of a recipe (as a table) that tables and pictures show; the journal has them all.
+
+    >>> headline({"task": "causal-lm"}), headline({"task": "sequence-classification", "data": {"glue": "cola"}})
+    ('loss', 'matthews')
+    """
+    glue = recipe.get("data", {}).get("glue")
+    if glue is not None:
+        return GLUE[glue].metrics[0]
+    return {"causal-lm": "loss", "sequence-regression": "pearson"}.get(str(recipe.get("task")), "accuracy")
 
 
 def views(folders: Sequence[Path]) -> list[RunView]:
@@ -96,6 +146,7 @@ def summary(runs: Sequence[RunView]) -> list[dict[str, Any]]:
                 "personal": run.final("personal"),
                 "gap": run.final("gap"),
                 "clients_on_common": run.final("clients_on_common"),
+                "figures": {name: last for name, (_, last) in run.figures.items()},
                 "error": last.error["overall"],
                 "optimum": last.error["optimum"],
                 "bytes_up": sum(record.bytes_up for record in run.records),

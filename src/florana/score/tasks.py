@@ -143,6 +143,17 @@ def figures(
     return {figure: _mean(_mean(one[figure] for one in texts) for texts in marks) for figure in marks[0][0]}
 
 
+def figure_names(name: str, ks: Sequence[int] = (1,)) -> tuple[str, ...]:
+    """The names that `figures` gives for a task.
+
+    >>> figure_names("mbpp", [1, 10])
+    ('pass@1', 'pass@10', 'stopped', 'shut_in')
+    """
+    if TASKS[name].program is not None:
+        return (*(f"pass@{k}" for k in ks), "stopped", "shut_in")
+    return tuple(_marks(name, {"answer": "#### 0", "solution": ""}, ""))
+
+
 def _marks(name: str, row: Row, text: str) -> dict[str, float]:
     if name == "gsm8k":
         strict, flexible = answers.marked_number(text), answers.last_number(text)

@@ -150,6 +150,11 @@ def advance(state: State, adapter: Adapter, residual: Adapter | None = None) -> 
     return State(state.round + 1, alive(adapter, state.adapter), residual, state.memory)
 
 
+def ranks_of(adapter: Adapter) -> dict[str, int]:
+    """Module name -> its rank."""
+    return {name: pair.rank for name, pair in adapter.modules.items()}
+
+
 def rank_of(adapter: Adapter) -> int:
     """The rank of the adapter's modules (the largest, where they differ)."""
     return max(pair.rank for pair in adapter.modules.values())

@@ -19,12 +19,13 @@ from typing import Literal
 from torch import Tensor
 
 from florana.aggregate import gauge as gauges
+from florana.aggregate.inputs import Rank
 from florana.aggregate.project import best_rank
 from florana.aggregate.terms import Choose, by_budget, by_error, by_rank, divided
 from florana.errors import RecipeError
 from florana.factors import Adapter, Contribution, adapter_from_tensors
 from florana.strategy import facts
-from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, rank_of, start
+from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, ranks_of, start
 from florana.strategy.ranks import best_and_rest, best_terms
 from florana.strategy.residuals import residual_note
 
@@ -77,7 +78,7 @@ def build(
     return Strategy("best-rank", "Eckart-Young 1936; arXiv 2402.11505", made_of, start, broadcast, step, cut=cut)
 
 
-def _chooser(rank: int | None, error: float | None, budget: int | None) -> Callable[[int], Choose] | None:
+def _chooser(rank: int | None, error: float | None, budget: int | None) -> Callable[[Rank], Choose] | None:
     """The clients' rank -> how many terms go out; None where only that many do."""
     given = {"broadcast_rank": rank, "broadcast_error": error, "broadcast_bytes": budget}
     named = [f"strategy.{name}" for name, value in given.items() if value is not None]
@@ -102,10 +103,10 @@ def _chooser(rank: int | None, error: float | None, budget: int | None) -> Calla
 class _Step:
     gauge: gauges.Gauge
     memory: int
-    wide: Callable[[int], Choose] | None
+    wide: Callable[[Rank], Choose] | None
 
     def __call__(self, state: State, parts: Sequence[Contribution]) -> Outcome:
-        rank = rank_of(state.adapter)
+        rank = ranks_of(state.adapter)
         if self.wide is None and self.memory == 0:
             return Outcome(advance(state, self.gauge(best_rank(parts, rank), state.adapter)))
         choose = self.wide(rank) if self.wide is not None else by_rank(rank)

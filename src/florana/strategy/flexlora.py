@@ -15,7 +15,7 @@ from florana.aggregate.gauge import orthonormal
 from florana.aggregate.project import best_rank
 from florana.factors import Contribution
 from florana.strategy import facts
-from florana.strategy.base import Outcome, Payload, State, Strategy, advance, broadcast, rank_of, start
+from florana.strategy.base import Outcome, Payload, State, Strategy, advance, broadcast, ranks_of, start
 from florana.strategy.ranks import best_terms
 
 FACTS = facts.Facts(
@@ -40,4 +40,4 @@ def _cut(payload: Payload, rank: int, scaling: float) -> Payload:
 
 
 def _step(state: State, parts: Sequence[Contribution]) -> Outcome:
-    return Outcome(advance(state, orthonormal(best_rank(parts, rank_of(state.adapter)), state.adapter)))
+    return Outcome(advance(state, orthonormal(best_rank(parts, ranks_of(state.adapter)), state.adapter)))

@@ -15,7 +15,7 @@ from florana.aggregate import als, gradient, mix
 from florana.aggregate.pad import all_padded
 from florana.factors import Adapter, Contribution
 from florana.strategy import facts
-from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, rank_of, start
+from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, ranks_of, start
 from florana.strategy.ranks import first_terms
 
 FITS: dict[str, mix.Fit] = {"module": mix.per_module, "model": mix.per_model, "model-relative": mix.per_model_relative}
@@ -62,7 +62,7 @@ class _Step:
     base_of: Callable[[State], Adapter | None]
 
     def __call__(self, state: State, parts: Sequence[Contribution]) -> Outcome:
-        alike = all_padded(parts, rank_of(state.adapter))
+        alike = all_padded(parts, ranks_of(state.adapter))
         mixture = mix.mix(alike, solver=self.solver, fit=self.fit, base=self.base_of(state))
         found = list(mixture.coefficients.values())
         notes = {

@@ -15,7 +15,7 @@ from florana.aggregate.terms import by_energy, divided
 from florana.errors import RecipeError
 from florana.factors import Contribution
 from florana.strategy import facts
-from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, rank_of, start
+from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, ranks_of, start
 from florana.strategy.ranks import best_and_rest
 from florana.strategy.residuals import residual_note
 
@@ -48,5 +48,5 @@ class _Step:
     energy: float
 
     def __call__(self, state: State, parts: Sequence[Contribution]) -> Outcome:
-        found = divided(parts, rank_of(state.adapter), by_energy(self.energy), keep=0)
+        found = divided(parts, ranks_of(state.adapter), by_energy(self.energy), keep=0)
         return Outcome(advance(state, found.adapter, found.residual), residual_note(found.residual))

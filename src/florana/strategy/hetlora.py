@@ -26,7 +26,7 @@ from florana.aggregate.pad import leading, norm_weighted_mean
 from florana.errors import RecipeError
 from florana.factors import Adapter, Contribution
 from florana.strategy import facts
-from florana.strategy.base import Outcome, Payload, Pruning, State, Strategy, advance, rank_of, start
+from florana.strategy.base import Outcome, Payload, Pruning, State, Strategy, advance, rank_of, ranks_of, start
 from florana.strategy.ranks import first_terms
 
 FACTS = facts.Facts(
@@ -73,7 +73,7 @@ class _Pruned:
         return replace(sent, pruning=self._leave(sent.adapter))
 
     def step(self, state: State, parts: Sequence[Contribution]) -> Outcome:
-        after = advance(state, norm_weighted_mean(parts, rank_of(state.adapter)))
+        after = advance(state, norm_weighted_mean(parts, ranks_of(state.adapter)))
         if self.gamma == 1:
             return Outcome(after)
         ranks = [rank_of(part.adapter) for part in parts]

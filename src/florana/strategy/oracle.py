@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from florana.aggregate.terms import divided, everything
 from florana.factors import Contribution
 from florana.strategy import facts
-from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, rank_of, start
+from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, ranks_of, start
 from florana.strategy.ranks import best_and_rest
 from florana.strategy.residuals import residual_note
 
@@ -35,5 +35,5 @@ def build() -> Strategy:
 
 
 def _step(state: State, parts: Sequence[Contribution]) -> Outcome:
-    whole = divided(parts, rank_of(state.adapter), everything)
+    whole = divided(parts, ranks_of(state.adapter), everything)
     return Outcome(advance(state, whole.adapter, whole.residual), residual_note(whole.residual))

@@ -157,6 +157,11 @@ def recipe_of(base: r.Recipe, cell: Cell) -> r.Recipe:
     table["seed"] = cell.setting.seed
     if cell.setting.alpha is not None:
         table["partition"] |= {"kind": "dirichlet", "alpha": cell.setting.alpha}
+    if cell.setting.rank is not None and base.model.rank_pattern:
+        raise RecipeError(
+            "ranks are compared, but model.rank_pattern gives some modules ranks of their own",
+            fix="leave out one of them",
+        )
     if cell.setting.rank is not None:
         scale = base.model.alpha / base.model.rank
         table["model"] |= {"rank": cell.setting.rank, "alpha": scale * cell.setting.rank}
@@ -164,8 +169,10 @@ def recipe_of(base: r.Recipe, cell: Cell) -> r.Recipe:
     if cell.method.strategy["name"] == CENTRALISED:
         table["strategy"] = {"name": "fedit"}
         _pool(table, base)
-    if cell.method.strategy["name"] == "local-only" and base.task == "sequence-classification":
+    if cell.method.strategy["name"] == "local-only" and base.task != "causal-lm":
         table["model"]["head"] = "personal"
+    if cell.method.strategy["name"] == "local-only" and base.model.variant == "dora":
+        table["model"]["magnitude"] = "personal"
     return check(table, f"the study's cell {cell.id}")
 
 
@@ -180,7 +187,7 @@ def _pool(table: dict[str, Any], base: r.Recipe) -> None:
     table["partition"] = {"kind": "iid", "clients": 1, "holdout": base.partition.holdout}
     table["federation"] |= {"min_clients": 1}
     table["federation"].pop("clients_per_round", None)
-    table["model"] |= {"head": "average"}
+    table["model"] |= {"head": "average", "magnitude": "average"}
     table["model"].pop("client_ranks", None)
     if base.train.steps is not None and reached is not None:
         table["train"]["steps"] = base.train.steps * reached

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,55 +16,42 @@ import pandas as pd
 from florana import recipe as r
 from florana.errors import FloranaError, InputError, nearest
 from florana.federation.sampling import derive
+from florana.score.glue import GLUE
 from florana.train.docstrings import docstrings
+from florana.train.glue import glue_rows
+from florana.train.instructions import required
 
 DOCSTRINGS = "stdlib-docstrings"
+
+_CELLS: dict[str, Any] = {"encoding": "utf-8-sig", "keep_default_na": False, "na_values": [""]}
+"""Of csv and tsv: only an empty cell is missing; `NA`, `null` and `None` are words that sentences have."""
 
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """Training and common test rows, with one class index per row (`label`) where the task has classes."""
+    """Training and common test rows. `target` is the column of class indices or scores, None for language.
+
+    `labels` are the classes' names; `more` are further test sets, by the ending of their figures' names.
+    """
 
     train: datasets.Dataset
     test: datasets.Dataset
     labels: tuple[str, ...]
+    target: str | None = None
+    more: Mapping[str, datasets.Dataset] = field(default_factory=dict)
 
 
-SITE = "florana_site"
-"""The column that says whose row it is, where each client has a file of its own."""
-
-
-def site_files(settings: r.Data) -> dict[str, Path]:
-    """Client -> its file, where `data.train` is a folder with one file per client. Raises InputError."""
-    folder = Path(settings.train)
-    if not folder.is_dir():
-        raise InputError(
-            f"data.train = '{folder}' is not a folder",
-            why="partition.kind = 'sites' takes one file per client from it",
-            fix="give a folder with files such as hospital-a.csv, or choose another partition.kind",
-        )
-    files = {path.name.partition(".")[0]: path for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
-    if not files:
-        raise InputError(f"the folder {folder} holds no file")
-    return files
-
-
-def load_tables(settings: r.Data, task: str, seed: int, files: Mapping[str, Path] | None = None) -> Tables:
+def load_tables(settings: r.Data, task: str, seed: int) -> Tables:
     """The rows of a recipe.
-
-    Args:
-        files: client -> its own file, where each has one (none at all at a server); `data.train` is not read then.
 
     Raises:
         InputError: a file or hub name that cannot be read, a column that is not there, an empty text column, a test
-            label that the training rows never show.
+            label that the training rows never show, a label that GLUE's task does not have, a score that is no number.
     """
     datasets.disable_progress_bars()  # of its own bookkeeping; florana shows what takes time
-    if files is not None:
-        return _with_labels(*_of_sites(settings, files, seed), settings, task)
-    train = _read(settings.train, settings, settings.train_split)
+    train = source(settings.train, settings.train_split, settings, task)
     if settings.test is not None:
-        test = _read(settings.test, settings, settings.test_split)
+        test = source(settings.test, settings.test_split, settings, task)
     elif settings.train == DOCSTRINGS:
         held_out = [bool(value) for value in train["held_out"]]
         test = train.select([i for i, out in enumerate(held_out) if out])
@@ -70,37 +59,56 @@ def load_tables(settings: r.Data, task: str, seed: int, files: Mapping[str, Path
     else:
         parts = train.train_test_split(test_size=settings.test_share, seed=derive(seed, "test") % 2**32)
         train, test = parts["train"], parts["test"]
-    train = _limited(train, settings.train_limit, derive(seed, "train limit"))
-    test = _limited(test, settings.test_limit, derive(seed, "test limit"))
-    return _with_labels(train, test, settings, task)
-
-
-def _of_sites(settings: r.Data, files: Mapping[str, Path], seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    columns = [settings.text] if isinstance(settings.text, str) else list(settings.text)
-    wanted = columns + ([settings.label] if settings.label else [])
-    tables = []
-    for client, path in files.items():
-        table = datasets.Dataset.from_pandas(_read_file(path.resolve()), preserve_index=False)
-        for column in wanted:
-            _require_column(table, column, str(path))
-        table = _limited(table.select_columns(wanted), settings.train_limit, derive(seed, "train limit", client))
-        tables.append(table.add_column(SITE, [client] * len(table)))
-    empty = datasets.Dataset.from_dict({column: [] for column in (*wanted, SITE)})
-    train = datasets.concatenate_datasets(tables) if tables else empty
-    test = empty if settings.test is None else _read(settings.test, settings, settings.test_split)
-    return train, _limited(test, settings.test_limit, derive(seed, "test limit"))
-
-
-def _with_labels(train: datasets.Dataset, test: datasets.Dataset, settings: r.Data, task: str) -> Tables:
-    columns = [settings.text] if isinstance(settings.text, str) else list(settings.text)
+    train = limited(train, settings.train_limit, derive(seed, "train limit"))
+    test = limited(test, settings.test_limit, derive(seed, "test limit"))
     for table, name in ((train, settings.train), (test, settings.test or settings.train)):
-        for column in columns + ([settings.label] if settings.label else []):
-            _require_column(table, column, name)
-        if len(table) == 0 and SITE not in train.column_names:
+        for column in wanted(settings):
+            require_column(table, column, name)
+        if len(table) == 0:
             raise InputError(f"{name} holds no rows")
+    return labelled(train, test, settings, task, seed)
+
+
+def labelled(train: datasets.Dataset, test: datasets.Dataset, settings: r.Data, task: str, seed: int) -> Tables:
+    """Checked rows with what is to be learnt of them: classes, scores, or nothing but the text."""
     if task == "causal-lm" or settings.label is None:
         return Tables(train, test, ())
+    if task == "sequence-regression":
+        return Tables(train, test, (), settings.label)
+    if settings.glue is not None:
+        return Tables(train, test, GLUE[settings.glue].labels, settings.label, _more(settings, seed))
     return _with_classes(train, test, settings)
+
+
+def wanted(settings: r.Data) -> list[str]:
+    """The columns that a recipe reads."""
+    return _columns(settings) + ([settings.label] if settings.label else [])
+
+
+def _columns(settings: r.Data) -> list[str]:
+    """The columns whose text is learnt."""
+    if settings.instructions is not None:
+        return required(settings)
+    return [settings.text] if isinstance(settings.text, str) else list(settings.text)
+
+
+def source(name: str, split: str, settings: r.Data, task: str) -> datasets.Dataset:
+    """A file or split with the labels of GLUE's task, or the scores, in order; rows as they come."""
+    table = _read(name, settings, split)
+    if settings.glue is not None:
+        return glue_rows(table, settings.glue, (tuple(_columns(settings)), settings.label or "label"), name)
+    if task == "sequence-regression" and settings.label is not None:
+        require_column(table, settings.label, name)
+        return _with_scores(table, settings.label, name)
+    return table
+
+
+def _more(settings: r.Data, seed: int) -> dict[str, datasets.Dataset]:
+    """MNLI's second test set, where it is asked for."""
+    if settings.test_mismatched is None:
+        return {}
+    table = source(settings.test_mismatched, GLUE["mnli"].mismatched or "", settings, "sequence-classification")
+    return {"mismatched": limited(table, settings.test_limit, derive(seed, "test limit"))}
 
 
 def texts(table: datasets.Dataset, columns: str | Sequence[str]) -> list[tuple[str, ...]]:
@@ -133,7 +141,7 @@ def _with_classes(train: datasets.Dataset, test: datasets.Dataset, settings: r.D
             table = table.remove_columns("class_index")
         return table.add_column("class_index", values)
 
-    return Tables(add(train), add(test), tuple(str(value) for value in labels))
+    return Tables(add(train), add(test), tuple(str(value) for value in labels), "class_index")
 
 
 def _with_given_classes(train: datasets.Dataset, test: datasets.Dataset, column: str, labels: Sequence[str]) -> Tables:
@@ -141,7 +149,7 @@ def _with_given_classes(train: datasets.Dataset, test: datasets.Dataset, column:
 
     def add(table: datasets.Dataset) -> datasets.Dataset:
         values = [str(value) for value in table[column]]
-        for row, value in enumerate(values):
+        for row, value in enumerate(values, 1):
             if value not in index:
                 raise InputError(
                     f"row {row} has the label '{value}' in column '{column}'",
@@ -150,7 +158,25 @@ def _with_given_classes(train: datasets.Dataset, test: datasets.Dataset, column:
                 )
         return table.add_column("class_index", [index[value] for value in values])
 
-    return Tables(add(train), add(test), tuple(labels))
+    return Tables(add(train), add(test), tuple(labels), "class_index")
+
+
+def _with_scores(table: datasets.Dataset, column: str, source: str) -> datasets.Dataset:
+    """The table with that column as finite numbers."""
+    scores = []
+    for row, value in enumerate(table[column], 1):
+        try:
+            score = float(value)
+        except (TypeError, ValueError):
+            score = math.nan
+        if not math.isfinite(score):
+            raise InputError(
+                f"{source}, row {row}: {value!r} in column '{column}' is no finite number",
+                why="sequence-regression learns a number",
+                fix="mend the row, or set task = 'sequence-classification'",
+            )
+        scores.append(score)
+    return table.remove_columns(column).add_column(column, scores)
 
 
 def _read(name: str, settings: r.Data, split: str) -> datasets.Dataset:
@@ -158,7 +184,7 @@ def _read(name: str, settings: r.Data, split: str) -> datasets.Dataset:
         return _docstrings()
     path = Path(name)
     if path.is_absolute():
-        frame = _read_file(path)
+        frame = _sliced(_read_file(path), split, path)
         return datasets.Dataset.from_pandas(frame, preserve_index=False)
     try:
         return datasets.load_dataset(name, settings.hub_config, split=split)
@@ -176,8 +202,8 @@ def _read_file(path: Path) -> pd.DataFrame:
     suffixes = [suffix for suffix in path.suffixes if suffix.lower() != ".gz"]
     kind = suffixes[-1].lower() if suffixes else ""
     readers: dict[str, Any] = {
-        ".csv": lambda: pd.read_csv(path, encoding="utf-8-sig"),
-        ".tsv": lambda: pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, encoding="utf-8-sig"),
+        ".csv": lambda: pd.read_csv(path, **_CELLS),
+        ".tsv": lambda: pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, **_CELLS),
         ".jsonl": lambda: pd.read_json(path, lines=True, dtype=False),
         ".json": lambda: _read_json(path),
         ".parquet": lambda: pd.read_parquet(path),
@@ -193,6 +219,23 @@ def _read_file(path: Path) -> pd.DataFrame:
     if not isinstance(frame, pd.DataFrame) or frame.empty:
         raise InputError(f"{path} holds no rows")
     return frame
+
+
+def _sliced(frame: pd.DataFrame, split: str, path: Path) -> pd.DataFrame:
+    """The rows that a split's brackets name; all without brackets. Raises InputError."""
+    if "[" not in split:
+        return frame
+    found = re.fullmatch(r"[^\[\]]*\[(\d*):(\d*)\]", split)
+    if found is None:
+        raise InputError(
+            f"the split {split!r} of {path} cannot be read",
+            why="of a file, rows are named by number: the first one counts as 0, the last one is left out",
+            fix="for example train[600:974]",
+        )
+    rows = frame.iloc[int(found[1] or 0) : int(found[2]) if found[2] else None].reset_index(drop=True)
+    if rows.empty:
+        raise InputError(f"the split {split!r} of {path} holds no rows", why=f"the file has {len(frame)}")
+    return rows
 
 
 def _read_json(path: Path) -> pd.DataFrame:
@@ -214,13 +257,13 @@ def _docstrings() -> datasets.Dataset:
     )
 
 
-def _limited(table: datasets.Dataset, limit: int | None, seed: int) -> datasets.Dataset:
+def limited(table: datasets.Dataset, limit: int | None, seed: int) -> datasets.Dataset:
     if limit is None or limit >= len(table):
         return table
     return table.shuffle(seed=seed % 2**32).select(range(limit))
 
 
-def _require_column(table: datasets.Dataset, column: str, source: str) -> None:
+def require_column(table: datasets.Dataset, column: str, source: str) -> None:
     if column not in table.column_names:
         raise InputError(f"{source} has no column '{column}'", fix=nearest(column, table.column_names))
     missing = sum(1 for value in table[column] if value is None or value != value)

@@ -64,6 +64,12 @@ def generate(
     )
 
 
+def cut_prompts(bench: Workbench, prompts: Sequence[str], max_new_tokens: int) -> int:
+    """How many of the prompts are too long for the model's context when that many tokens are to follow."""
+    room = room_for_prompts(bench, max_new_tokens)
+    return sum(len(_encode(bench.tokenizer, text)) > room for text in prompts)
+
+
 def room_for_prompts(bench: Workbench, new: int) -> int:
     """The tokens a prompt may have when `new` ones are to follow. Raises InputError where none is left."""
     context = getattr(bench.model.config, "max_position_embeddings", None) or 2**31

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,17 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 from florana import recipe as r
 from florana.errors import InputError, RecipeError, nearest
 
+PREFIX = "base_model.model."
+"""What PEFT puts before a module's name."""
+
 _AUTO = {
     "sequence-classification": (transformers.AutoModelForSequenceClassification, TaskType.SEQ_CLS),
+    "sequence-regression": (transformers.AutoModelForSequenceClassification, TaskType.SEQ_CLS),
     "causal-lm": (transformers.AutoModelForCausalLM, TaskType.CAUSAL_LM),
 }
 
@@ -68,10 +74,16 @@ def load_tokenizer(place: str, base: str) -> Any:
 
 
 def load_base(place: str, settings: r.Model, task: str, labels: int, device: torch.device) -> Any:
-    """The base model with a fresh head for `labels` classes. Raises InputError (RecipeError for quantisation)."""
+    """The base model with a fresh head for `labels` classes, or for one score.
+
+    Raises:
+        InputError: it cannot be loaded. RecipeError: the quantisation is not to be had here.
+    """
     loader, _ = _AUTO[task]
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
-    if labels:
+    if task == "sequence-regression":
+        options |= {"num_labels": 1, "problem_type": "regression"}  # Transformers then takes the mean squared error
+    elif labels:
         options["num_labels"] = labels
     if settings.quantization != "none":
         options |= _quantization(settings.quantization, device)
@@ -101,13 +113,21 @@ def _quantization(bits: str, device: torch.device) -> dict[str, Any]:
 
 
 def with_lora(base: Any, settings: r.Model, task: str) -> Any:
-    """The base model as a PEFT model with one adapter. Raises InputError naming the nearest right module."""
+    """The base model as a PEFT model with one adapter.
+
+    Raises:
+        InputError: a target or a pattern that matches no module (the nearest right one named), or a kind of module that
+            cannot be adapted so.
+    """
     config = LoraConfig(
         task_type=_AUTO[task][1],
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         use_rslora=settings.rslora,
+        use_dora=settings.variant == "dora",
+        rank_pattern=dict(settings.rank_pattern),
+        alpha_pattern=dict(settings.alpha_pattern),
         target_modules=settings.target_modules,
         fan_in_fan_out=any(isinstance(m, transformers.pytorch_utils.Conv1D) for m in base.modules()),
     )
@@ -118,7 +138,18 @@ def with_lora(base: Any, settings: r.Model, task: str) -> Any:
             if isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D)
         }
     )
-    if settings.target_modules != "all-linear":
+    if isinstance(settings.target_modules, str):
+        pattern = settings.target_modules
+        if pattern != "all-linear" and not any(re.fullmatch(pattern, name) for name, _ in base.named_modules()):
+            raise InputError(
+                f"model.target_modules: no module of the model '{settings.base}' matches the pattern {pattern!r}",
+                why="it must match the whole name, such as "
+                + next(
+                    (repr(name) for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)), ""
+                ),
+                fix=r"for example '.*\.(query|value)'; a list of last parts matches without a pattern",
+            )
+    else:
         suffixes = {name for name, _ in base.named_modules()}
         for target in settings.target_modules:
             if not any(name == target or name.endswith("." + target) for name in suffixes):
@@ -128,13 +159,23 @@ def with_lora(base: Any, settings: r.Model, task: str) -> Any:
                 )
     try:
         with renamings_ignored():
-            return get_peft_model(base, config)
-    except ValueError as error:
+            warnings.filterwarnings("ignore", message=".*keys did not match any targeted module.*")  # an error below
+            model = get_peft_model(base, config)
+    except (ValueError, NotImplementedError) as error:
         raise InputError(
             f"LoRA cannot be put on the model '{settings.base}'",
             why=str(error).splitlines()[0],
             fix=f"choose model.target_modules among {', '.join(linear)}",
         ) from None
+    adapted = [name.removeprefix(PREFIX) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    for key, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
+        for pattern in patterns:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
+                raise InputError(
+                    f"model.{key}: {pattern!r} matches no adapted module of '{settings.base}'",
+                    fix=nearest(pattern, {name.rsplit(".", 1)[-1] for name in adapted}),
+                )
+    return model
 
 
 @contextlib.contextmanager

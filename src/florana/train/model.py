@@ -21,9 +21,7 @@ from florana.errors import InputError
 from florana.factors import Adapter, LoraFactors
 from florana.federation.sampling import derive
 from florana.train.inserts import Core, Residual, copied
-from florana.train.loading import load_base, load_tokenizer, locate, pick_device, renamings_ignored, with_lora
-
-_PREFIX = "base_model.model."
+from florana.train.loading import PREFIX, load_base, load_tokenizer, locate, pick_device, renamings_ignored, with_lora
 
 
 class Workbench:
@@ -31,8 +29,8 @@ class Workbench:
 
     Args:
         settings: the recipe's model section.
-        task: `sequence-classification` or `causal-lm`.
-        labels: class names, empty for causal-lm.
+        task: `sequence-classification`, `sequence-regression` or `causal-lm`.
+        labels: class names, empty for the last two.
         seed: of the new head and the initial factors.
 
     Raises:
@@ -58,8 +56,9 @@ class Workbench:
             with renamings_ignored():
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.enable_input_require_grads()
+        _widen_heads(self.model)
         self._layers = _lora_layers(self.model)
-        self._extra = _whole_parameters(self.model)
+        self._extra = _whole_parameters(self.model) | _magnitudes(self._layers)
         self._inputs = set(inspect.signature(base.forward).parameters)
         self._residual: Adapter | None = None
         self._residual_hooks: list[Any] = []
@@ -68,10 +67,14 @@ class Workbench:
         self.card = AdapterCard(
             base_model=settings.base,
             task_type=str(config.task_type.value),
-            target_modules=tuple(sorted(config.target_modules)),
+            # a regular expression is written out as the names it matched
+            target_modules=tuple(
+                sorted(self._layers if isinstance(config.target_modules, str) else config.target_modules)
+            ),
             modules_to_save=tuple(sorted(config.modules_to_save or ())),
             fan_in_fan_out=bool(config.fan_in_fan_out),
             rslora=settings.rslora,
+            dora=settings.variant == "dora",
         )
 
     @property
@@ -95,7 +98,7 @@ class Workbench:
         return sorted((name, p) for name, p in self.model.named_parameters() if id(p) not in own)
 
     def adapter(self) -> Adapter:
-        """A copy of the adapter as it is now: float32, on the CPU, with the head among the extra tensors."""
+        """A copy of the adapter as it is now: float32, on the CPU, with head and magnitudes among the extra tensors."""
         modules = {n: LoraFactors(copied(p.B), copied(p.A), p.scaling) for n, p in self.factors.items()}
         extra = {name: copied(parameter) for name, parameter in self._extra.items()}
         return Adapter(modules, extra, {name: core.value() for name, core in self._cores.items()})
@@ -174,12 +177,35 @@ def _lora_layers(model: Any) -> dict[str, Any]:
         if isinstance(module, LoraLayer):
             if "default" not in module.lora_A:
                 raise InputError(f"module '{name}' is no linear layer; florana adapts linear layers and Conv1D")
-            layers[name.removeprefix(_PREFIX)] = module
+            layers[name.removeprefix(PREFIX)] = module
     return layers
+
+
+def _magnitudes(layers: Mapping[str, Any]) -> dict[str, torch.nn.Parameter]:
+    """DoRA's length of each row, (out,), by the names that PEFT's files have; trained in float32."""
+    found: dict[str, torch.nn.Parameter] = {}
+    for name, layer in layers.items():
+        if "default" in layer.lora_magnitude_vector:
+            vector = layer.lora_magnitude_vector["default"].float()
+            found[f"{name}.lora_magnitude_vector"] = vector.weight
+    return found
 
 
 def _factors(layer: Any) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
+def _widen_heads(model: Any) -> None:
+    """Heads are trained in float32 whatever the base is held in: small steps would be lost in half precision."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            head = module.modules_to_save["default"]
+            head.float()
+            head.register_forward_pre_hook(_in_float32)
+
+
+def _in_float32(module: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
 
 
 def _whole_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -187,5 +213,5 @@ def _whole_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             for inner, parameter in module.modules_to_save["default"].named_parameters():
-                found[f"{name.removeprefix(_PREFIX)}.{inner}"] = parameter
+                found[f"{name.removeprefix(PREFIX)}.{inner}"] = parameter
     return found

@@ -24,7 +24,9 @@ from flwr_datasets.partitioner import (
 from florana import recipe as r
 from florana.errors import InputError
 from florana.federation.sampling import derive
-from florana.train.data import SITE
+
+SITE = "florana_site"
+"""The column that says whose row it is, where each client has a file of its own."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def deal(
 
     Args:
         table: the training rows. lengths: the length of each row's text, for `kind = "length"`.
-        settings: the recipe's partition. label: the label column, where there is one.
+        settings: the recipe's partition. label: the column of classes (or of `binned` scores), where there is one.
 
     Raises:
         InputError: too few rows for the clients wanted, or a column that cannot be split by.
@@ -85,6 +87,24 @@ def deal(
         f"client-{index:0{width}d}": _share(own, settings, f"client-{index:0{width}d}", seed)
         for index, own in enumerate(rows)
     }
+
+
+def binned(scores: Sequence[float], bins: int) -> tuple[list[int], tuple[str, ...]]:
+    """The bin of each score, and the bins' names: `bins` of equal width from the least score to the greatest.
+
+        bin = min(floor(bins (y - least) / (greatest - least)), bins - 1)
+
+    Splits by label (Dirichlet, pathological) take these for classes, as a score has none; of STS-B's 0 to 5, five bins
+    are the whole numbers. All scores alike: one bin.
+
+    >>> binned([0.0, 0.9, 1.0, 4.9, 5.0], bins=5)[0]
+    [0, 0, 1, 4, 4]
+    """
+    least, width = min(scores), (max(scores) - min(scores)) / bins
+    if width == 0:
+        return [0] * len(scores), (f"{least:g}",)
+    names = tuple(f"{least + index * width:.3g} to {least + (index + 1) * width:.3g}" for index in range(bins))
+    return [min(int((score - least) / width), bins - 1) for score in scores], names
 
 
 def table_of(shares: Mapping[str, Share], classes: Sequence[int] | None, labels: Sequence[str]) -> dict[str, object]:

@@ -17,22 +17,22 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Example:
-    """One row as tokens. `labels` has one class index (classification) or one entry per token (language modelling)."""
+    """One row as tokens. `labels` has one class index, one score, or one entry per token (language modelling)."""
 
     ids: tuple[int, ...]
     kinds: tuple[int, ...]
-    labels: tuple[int, ...]
+    labels: tuple[int, ...] | tuple[float]
 
 
 def encode_classes(
-    texts: Sequence[tuple[str, ...]], classes: Sequence[int], tokenizer: Any, length: int
+    texts: Sequence[tuple[str, ...]], labels: Sequence[int] | Sequence[float], tokenizer: Any, length: int
 ) -> list[Example]:
-    """Texts (or pairs) with the special tokens of the model, cut at `length` tokens."""
+    """Texts (or pairs) with the special tokens of the model, cut at `length` tokens; one class or score each."""
     columns = [list(column) for column in zip(*texts, strict=True)]
     encoded = tokenizer(*columns, truncation=True, max_length=length)
     ids = encoded["input_ids"]
     kinds = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
-    return [Example(tuple(row), tuple(kind), (label,)) for row, kind, label in zip(ids, kinds, classes, strict=True)]
+    return [Example(tuple(row), tuple(kind), (label,)) for row, kind, label in zip(ids, kinds, labels, strict=True)]
 
 
 def encode_language(texts: Sequence[tuple[str, ...]], tokenizer: Any, length: int) -> list[Example]:
@@ -68,7 +68,7 @@ def collate(examples: Sequence[Example], padding: int, device: torch.device) -> 
     """A batch, padded on the right to its longest row: input_ids, attention_mask, token_type_ids (batch, time)."""
     width = max(len(example.ids) for example in examples)
 
-    def padded(rows: Sequence[tuple[int, ...]], fill: int) -> Tensor:
+    def padded(rows: Sequence[tuple[float, ...]], fill: int) -> Tensor:
         return torch.tensor([row + (fill,) * (width - len(row)) for row in rows], device=device)
 
     ids = padded([example.ids for example in examples], padding)
