@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import email.utils
 import importlib.metadata
 import os
 import shutil
 import socket
-import ssl
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from florana import recipe as r
-from florana.errors import FloranaError
-from florana.flower.front import trusting
+from florana.errors import FederationError, FloranaError
 from florana.flower.invitation import Invitation
 from florana.flower.join import prepare_site
 from florana.flower.keys import Certificates, read_private, read_roster
 from florana.flower.processes import program
+from florana.flower.reach import clock_difference
 from florana.flower.serve import check_certificates
 from florana.flower.site import base_digest
 from florana.run import Setup, prepare
@@ -117,30 +114,18 @@ def _common(folder: Path) -> Iterator[Finding]:
 def _server(invitation: Invitation) -> Iterator[Finding]:
     name = f"server {invitation.address}"
     try:
-        with (
-            socket.create_connection((invitation.host, invitation.port), timeout=10) as plain,
-            trusting(invitation.authority).wrap_socket(plain, server_hostname=invitation.host) as secure,
-        ):
-            secure.sendall(f"GET / HTTP/1.1\r\nHost: {invitation.host}\r\nConnection: close\r\n\r\n".encode())
-            head = secure.recv(65_536).decode("latin-1")
-    except ssl.SSLCertVerificationError as error:
-        fix = "is the clock right? else ask the operator for a new invitation"
-        yield Finding(name, False, f"its certificate does not hold: {error.verify_message}", fix)
+        off = clock_difference(invitation)
+    except FederationError as error:
+        yield Finding(name, False, f"{error.what}: {error.why}", error.fix)
         return
     except OSError as error:
-        why = error.strerror or type(error).__name__
-        yield Finding(
-            name, False, f"not reached ({why})", "is it started ('florana serve')? does a firewall forbid it?"
-        )
+        fix = "is it started ('florana serve')? does a firewall forbid it?"
+        yield Finding(name, False, f"not reached ({error.strerror or type(error).__name__})", fix)
         return
     yield Finding(name, True, "reached, and its certificate is the invitation's")
-    date = next((line[5:].strip() for line in head.splitlines() if line.lower().startswith("date:")), "")
-    if date:
-        off = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
-        fine = abs(off) <= CLOCK_SECONDS
-        yield Finding(
-            "clock", fine, f"{abs(off):.0f} s from the server's", "" if fine else "set this machine's clock right"
-        )
+    fine = abs(off) <= CLOCK_SECONDS
+    fix = "" if fine else "set this machine's clock right"
+    yield Finding("clock", fine, f"{abs(off):.0f} s from the server's", fix)
 
 
 def _base(setup: Setup, expected: str) -> Finding:

@@ -14,15 +14,15 @@ from florana.flower.frames import Frame
 from florana.flower.invitation import Invitation
 from florana.flower.keys import read_private
 from florana.flower.processes import Child, free_port, start
+from florana.flower.reach import clock_difference
 from florana.flower.serve import POLL
 from florana.flower.site import Site, site_of
 from florana.flower.trainer import answer_until, listening
 from florana.run import Setup, prepare
 
 SAID = (
-    (" 412 ", "the server does not know this site's key: the operator approves it with 'florana flower approve'"),
     ("2004", "the server does not know this site's key: the operator approves it with 'florana flower approve'"),
-    ("CERTIFICATE_VERIFY_FAILED", "the server's certificate is not the one of the invitation: ask for a new one"),
+    ("412", "the server does not know this site's key: the operator approves it with 'florana flower approve'"),
 )
 """What a SuperNode writes, and what it means."""
 
@@ -68,6 +68,8 @@ def join(
     setup = prepare_site(recipe, who, data)
     site = site_of(recipe, setup, who, keys / "kept", step)
     say(f"{who}: {site.card['holds']['train']} rows to train on; connecting to {invitation.address}")
+    if not _reached(invitation, done, say):
+        return
     with explained(keys, "the site's folder could not be written"):
         (keys / "flower").mkdir(exist_ok=True)
     with listening() as listener:
@@ -85,6 +87,22 @@ def join(
         raise FederationError(
             "Flower's SuperNode ended", why=why or text, fix=f"its log is {node.log}; mend it and join again"
         )
+
+
+def _reached(invitation: Invitation, done: threading.Event, say: Callable[[str], None]) -> bool:
+    """Wait until the server is there; False where `done` was set before. Raises FederationError: see `reach`."""
+    told = False
+    while not done.is_set():
+        try:
+            clock_difference(invitation)
+        except OSError as error:
+            if not told:
+                say(f"the server is not there yet ({error.strerror or type(error).__name__}); waiting for it")
+            told = True
+            done.wait(1.0)
+        else:
+            return True
+    return False
 
 
 def _supernode(invitation: Invitation, key: Path, who: str, trainer: Path, work: Path) -> Child:

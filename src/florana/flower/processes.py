@@ -63,7 +63,7 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str], fol
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **SWITCHED_OFF, **environment},
+            env=_environment(environment),
             cwd=folder,
             start_new_session=True,
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
@@ -82,7 +82,7 @@ def call(command: Sequence[str], environment: Mapping[str, str], seconds: float 
             [program(command[0]), *command[1:]],
             capture_output=True,
             text=True,
-            env={**os.environ, **SWITCHED_OFF, **environment},
+            env=_environment(environment),
             timeout=seconds,
             check=False,
         )
@@ -92,6 +92,12 @@ def call(command: Sequence[str], environment: Mapping[str, str], seconds: float 
         said = " ".join((done.stderr + done.stdout).split())
         raise FederationError(f"'{' '.join(command[:3])}' failed", why=said[-800:])
     return done.stdout
+
+
+def _environment(own: Mapping[str, str]) -> dict[str, str]:
+    """This process's, with Flower's programs on the path: they start one another by name."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, "PATH": path, **SWITCHED_OFF, **own}
 
 
 def program(name: str) -> str:
