@@ -29,7 +29,7 @@ def commands() -> list[tuple[str, str]]:
     """(who, command) of every console line of the page's part for sites."""
     part = PAGE[PAGE.index("## Three sites") : PAGE.index("## In your own Flower app")]
     lines = "\n".join(re.findall(r"```console\n(.*?)```", part, flags=re.DOTALL)).splitlines()
-    return [(who, command) for who, _, command in (line.partition("$ ") for line in lines)]
+    return [(who, command) for who, _, command in (line.partition("$ ") for line in lines if line)]
 
 
 class Place:

@@ -130,12 +130,15 @@ def _one_round(
         weights=dict(weights),
         train_loss=_weighted("train_loss", updates, parts),
         eval=_scores(outcome.state, updates, federation, one_model=strategy.facts.one_model),
-        bytes_up=collected.bytes_up,
+        bytes_up=sum(collected.bytes_up.values()),
         bytes_down=sum(len(brief.payload) for brief in briefs),
         server_seconds=server_seconds,
         client_seconds=collected.client_seconds,
         error=error,
         notes=dict(outcome.notes),
+        traffic={
+            brief.client: {"up": collected.bytes_up[brief.client], "down": len(brief.payload)} for brief in briefs
+        },
     )
     return outcome.state, record
 
@@ -168,20 +171,20 @@ def _briefs(payloads: Mapping[str, Payload], round_: int, federation: Federation
 class _Collected:
     updates: Sequence[Update]
     refused: Mapping[str, str]
-    bytes_up: int
+    bytes_up: Mapping[str, int]
     client_seconds: float
 
 
 def _collect(answers: Iterable[Reply | Failure], expected: Expected, show: Callable[[Event], None]) -> _Collected:
     updates: dict[str, Update] = {}
     refused: dict[str, str] = {}
-    bytes_up, seconds = 0, 0.0
+    bytes_up, seconds = dict.fromkeys(expected.clients, 0), 0.0
     for answer in answers:
         if isinstance(answer, Failure):
             refused[answer.client] = answer.reason
             show(Event("refused", expected.round, answer.client, answer.reason))
             continue
-        bytes_up += len(answer.payload)
+        bytes_up[answer.client] = bytes_up.get(answer.client, 0) + len(answer.payload)
         seconds += answer.seconds
         try:
             updates[answer.client] = admit(answer, expected, updates.keys())

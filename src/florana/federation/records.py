@@ -21,6 +21,7 @@ class RoundRecord:
         server_seconds: the strategy's step alone. client_seconds: the clients' training, summed.
         error: {"overall", "optimum", "per_module": {name: {"error", "optimum"}}}.
         notes: what the strategy says of its step.
+        traffic: client -> {"up", "down"}, its part of the bytes.
     """
 
     round: int
@@ -37,6 +38,7 @@ class RoundRecord:
     client_seconds: float
     error: Mapping[str, Any]
     notes: Mapping[str, Any] = field(default_factory=dict)
+    traffic: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON's own types, in the order of the fields."""

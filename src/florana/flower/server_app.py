@@ -207,7 +207,13 @@ def _run_name(folder: Path) -> str:
 
 def _progress(folder: Path) -> Show:
     def show(event: Event) -> None:
-        line = {"kind": event.kind, "round": event.round, "client": event.client, "detail": event.detail}
+        line = {
+            "time": time.time(),
+            "kind": event.kind,
+            "round": event.round,
+            "client": event.client,
+            "detail": event.detail,
+        }
         with (folder / PROGRESS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
