@@ -106,7 +106,7 @@ def federation(method: str, sites: int, rounds: int, rank: int, folder: Path) ->
 
 def _before_the_rounds(run: Path, proxy: Proxy, serving: subprocess.Popen[bytes]) -> tuple[int, int]:
     progress = run / "progress.jsonl"
-    while serving.poll() is None and not (progress.exists() and '"round"' in progress.read_text()):
+    while serving.poll() is None and not (progress.exists() and '"kind": "round"' in progress.read_text()):
         time.sleep(0.02)
     return proxy.up, proxy.down
 

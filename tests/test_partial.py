@@ -515,7 +515,7 @@ def test_a_real_run_plans_its_bytes_resumes_and_prunes(
     setup = prepare(recipe)
     planned = plan(recipe, setup, timed_steps=1)
     whole = execute(recipe, tmp_path / "one", setup=setup)
-    chosen = strategy_of(recipe, setup)
+    chosen = strategy_of(recipe, sorted(setup.clients))
     begun = chosen.init(begin(recipe, setup, chosen))
     counts = []
     for client in setup.clients:

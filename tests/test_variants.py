@@ -134,7 +134,7 @@ def test_every_method_that_leaves_the_base_trains_dora_and_peft_loads_it(
 def test_magnitudes_are_averaged_with_the_clients_weights(recipe_table: dict[str, Any], tmp_path: Path) -> None:
     recipe = made(recipe_table, model={"variant": "dora"}, federation={"rounds": 1})
     setup = prepare(recipe)
-    strategy = strategy_of(recipe, setup)
+    strategy = strategy_of(recipe, sorted(setup.clients))
     seen: list[Contribution] = []
 
     def watched(state: State, parts: Sequence[Contribution]) -> Outcome:
@@ -146,7 +146,7 @@ def test_magnitudes_are_averaged_with_the_clients_weights(recipe_table: dict[str
         dataclasses.replace(strategy, step=watched),
         begun,
         engine_of(recipe, setup, begun),
-        federation_of(recipe, setup),
+        federation_of(recipe, setup, setup.examples),
         Journal(tmp_path, setup.bench.card),
         lambda event: None,
     )

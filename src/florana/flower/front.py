@@ -26,7 +26,11 @@ PASSED = "/v1/fleet/"
 _KEY_HEADER = b"flwr-public-key"
 _HOP_BY_HOP = {b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade", b"host"}
 _BEGINS_AN_ANSWER = "/push-messages"
+_ASKS_FOR_WORK = "/pull-messages"
 _SPARE = 2**20
+HELD_SECONDS = 2.5
+"""How long a node that asks for work is held where there is none: an idle node asks again only after three seconds."""
+_ASKED_AGAIN = 0.2
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -80,11 +84,9 @@ class Door:
         except TooMuch:
             await _short(send, 413, f"an answer may have {self.limit} bytes".encode())
             return
-        request = self._client[0].build_request(
-            "POST", self.inside + scope["path"], headers=headers, content=body, params=scope["query_string"].decode()
-        )
+        held = HELD_SECONDS if scope["path"].endswith(_ASKS_FOR_WORK) else 0.0
         try:
-            answer = await self._client[0].send(request, stream=True)
+            answer = await self._answer(scope["path"], headers, body, held)
         except httpx.HTTPError:
             await _short(send, 503, b"the SuperLink does not answer")
             return
@@ -97,6 +99,18 @@ class Door:
             await send({"type": "http.response.body", "body": b""})
         finally:
             await answer.aclose()
+
+    async def _answer(self, path: str, headers: list[tuple[bytes, bytes]], body: bytes, held: float) -> httpx.Response:
+        """The SuperLink's answer; where it is empty, asked for again for as long as the node may be held."""
+        until = asyncio.get_running_loop().time() + held
+        while True:
+            request = self._client[0].build_request("POST", self.inside + path, headers=headers, content=body)
+            answer = await self._client[0].send(request, stream=True)
+            empty = answer.status_code == 200 and answer.headers.get("content-length") == "0"
+            if not empty or asyncio.get_running_loop().time() >= until:
+                return answer
+            await answer.aclose()
+            await asyncio.sleep(_ASKED_AGAIN)
 
     async def _body(self, node: str, receive: Receive) -> bytes:
         content = bytearray()
