@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,15 @@ def recipe_table(tiny_bert: Path, sentences: Path) -> dict[str, object]:
         "federation": {"rounds": 3, "clients_per_round": 3},
         "strategy": {"name": "fedit"},
     }
+
+
+@pytest.fixture
+def unlike(recipe_table: dict[str, Any]) -> dict[str, Any]:
+    """Three clients of different ranks with heads of their own: everything that differs from client to client."""
+    table = copy.deepcopy(recipe_table)
+    table["partition"] = {"kind": "dirichlet", "clients": 3, "alpha": 1.0}
+    table["federation"] = {"rounds": 2, "min_clients": 3}
+    table["model"] |= {"client_ranks": [2, 1], "head": "personal"}
+    table["strategy"] = {"name": "best-rank"}
+    table["evaluate"] = {"personal": "never"}
+    return table

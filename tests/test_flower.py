@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import copy
 import json
 import math
 import socket
@@ -43,18 +42,6 @@ from florana.strategy.base import Pruning
 from tests.flower_grid import FakeGrid, trainer_at
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-
-
-@pytest.fixture
-def table(recipe_table: dict[str, Any]) -> dict[str, Any]:
-    """Three clients of different ranks with heads of their own: everything that differs from client to client."""
-    table = copy.deepcopy(recipe_table)
-    table["partition"] = {"kind": "dirichlet", "clients": 3, "alpha": 1.0}
-    table["federation"] = {"rounds": 2, "min_clients": 3}
-    table["model"] |= {"client_ranks": [2, 1], "head": "personal"}
-    table["strategy"] = {"name": "best-rank"}
-    table["evaluate"] = {"personal": "never"}
-    return table
 
 
 # the parts, without a network
@@ -210,9 +197,9 @@ def led(recipe: Recipe, grid: FakeGrid, roster: str, out: Path, **named: Any) ->
 
 
 @pytest.fixture
-def pooled(table: dict[str, Any]) -> Recipe:
-    plain = {**table, "federation": {"rounds": 2, "min_clients": 1}}
-    plain["model"] = {**table["model"], "client_ranks": [2], "head": "average"}
+def pooled(unlike: dict[str, Any]) -> Recipe:
+    plain = {**unlike, "federation": {"rounds": 2, "min_clients": 1}}
+    plain["model"] = {**unlike["model"], "client_ranks": [2], "head": "average"}
     return check(plain, "t")
 
 

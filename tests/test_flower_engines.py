@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -22,24 +21,12 @@ from tests.deployment import end_all, environment, federation, wait_for
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
-@pytest.fixture
-def table(recipe_table: dict[str, Any]) -> dict[str, Any]:
-    """Three clients of different ranks with heads of their own: everything that differs from client to client."""
-    table = copy.deepcopy(recipe_table)
-    table["partition"] = {"kind": "dirichlet", "clients": 3, "alpha": 1.0}
-    table["federation"] = {"rounds": 2, "min_clients": 3}
-    table["model"] |= {"client_ranks": [2, 1], "head": "personal"}
-    table["strategy"] = {"name": "best-rank"}
-    table["evaluate"] = {"personal": "never"}
-    return table
-
-
-def local(recipe: Recipe, table: dict[str, Any], folder: Path) -> Path:
+def local(recipe: Recipe, unlike: dict[str, Any], folder: Path) -> Path:
     execute(recipe, folder / "local")
     return folder / "local"
 
 
-def simulated(recipe: Recipe, table: dict[str, Any], folder: Path) -> Path:
+def simulated(recipe: Recipe, unlike: dict[str, Any], folder: Path) -> Path:
     out, home = folder / "simulated", folder / "home"
     home.mkdir()
     app = export(recipe, folder / "app", Settings(out=str(out), wait=60, deadline=120))
@@ -53,8 +40,8 @@ def simulated(recipe: Recipe, table: dict[str, Any], folder: Path) -> Path:
     return out
 
 
-def deployed(recipe: Recipe, table: dict[str, Any], folder: Path) -> Path:
-    with federation(table, folder, [f"client-{index}" for index in range(3)]) as fed:
+def deployed(recipe: Recipe, unlike: dict[str, Any], folder: Path) -> Path:
+    with federation(unlike, folder, [f"client-{index}" for index in range(3)]) as fed:
         done = fed.serve("--wait", "120", "--deadline", "120")
         assert done.returncode == 0, done.stdout + done.stderr
     return fed.out
@@ -63,20 +50,20 @@ def deployed(recipe: Recipe, table: dict[str, Any], folder: Path) -> Path:
 @pytest.mark.parametrize("engine", [local, simulated, deployed], ids=lambda engine: engine.__name__)
 def test_the_same_recipe_ends_in_the_same_bytes_on_every_engine(
     engine: Callable[[Recipe, dict[str, Any], Path], Path],
-    table: dict[str, Any],
+    unlike: dict[str, Any],
     tmp_path: Path,
     reference: Callable[[dict[str, Any]], bytes],
 ) -> None:
-    out = engine(check(table, "test"), table, tmp_path)
-    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == reference(table)
+    out = engine(check(unlike, "test"), unlike, tmp_path)
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == reference(unlike)
     assert len((out / "rounds.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.fixture
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], bytes]:
-    def run(table: dict[str, Any]) -> bytes:
+    def run(unlike: dict[str, Any]) -> bytes:
         folder = tmp_path_factory.mktemp("reference")
-        execute(check(table, "test"), folder / "run")
+        execute(check(unlike, "test"), folder / "run")
         return (folder / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
 
     return run

@@ -72,13 +72,22 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[RoundRe
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    lock = filelock.FileLock(folder / ".lock")
+    """One florana at a time in a run folder."""
+    with held(
+        folder / ".lock",
+        FederationError(f"another florana is working in {folder}", fix="wait for it, or name another folder"),
+    ):
+        yield
+
+
+@contextmanager
+def held(file: Path, taken: FederationError, seconds: float = 0.0) -> Iterator[None]:
+    """A lock that its holder's death frees; `taken` is raised where somebody else has it for that long."""
+    lock = filelock.FileLock(file)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=seconds)
     except filelock.Timeout:
-        raise FederationError(
-            f"another florana is working in {folder}", fix="wait for it, or name another folder"
-        ) from None
+        raise taken from None
     try:
         yield
     finally:

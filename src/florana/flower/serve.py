@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from florana import recipe as r
 from florana.conduct import Show
 from florana.errors import FederationError, FloranaError, InputError, RecipeError
@@ -26,7 +24,7 @@ from florana.flower.front import Door, OpenDoor, open_door, trusting
 from florana.flower.keys import Certificates, read_certificate, read_roster
 from florana.flower.processes import Child, call, free_port, start, until
 from florana.flower.settings import Settings
-from florana.run_folder import check_folder
+from florana.run_folder import check_folder, held
 
 POLL = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
 _ANSWERS = 60.0
@@ -82,7 +80,10 @@ def serve(
     (folder / "outcome.json").unlink(missing_ok=True)
     guard = work / "guard"
     own = replace(settings, out=str(folder.resolve()), roster=str(files.roster.resolve()), guard=str(guard.resolve()))
-    with _held(guard), superlink(files, work) as link:
+    taken = FederationError(
+        f"another florana serves from {files.folder}", fix="wait for it, or make a folder of its own"
+    )
+    with held(guard, taken, 5.0), superlink(files, work) as link:
         _register(link, approved, work)
         door = Door(f"https://{link.address}", limit or 2**28, trusting(files.authority))
         inside = open_door(door, host, port, files.certificate, files.key)
@@ -93,22 +94,6 @@ def serve(
             _follow(link.child, folder, show)
         finally:
             inside.close()
-
-
-@contextmanager
-def _held(guard: Path) -> Iterator[None]:
-    """The lock by which the run knows that its operator's program lives."""
-    lock = filelock.FileLock(guard)
-    try:
-        lock.acquire(timeout=5)
-    except filelock.Timeout:
-        raise FederationError(
-            f"another florana serves from {guard.parent.parent}", fix="wait for it, or make a folder of its own"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager
