@@ -141,7 +141,7 @@ def test_the_form_is_what_is_written_and_float32_is_todays_message() -> None:
 
 def test_bytes_fall_to_a_half_and_to_little_more_than_a_quarter() -> None:
     pair = LoraFactors(draw(1, 768, 64), draw(2, 64, 768), 2.0)
-    tensors = travelling(Adapter({f"layer.{i}.q": pair for i in range(4)}), ["A", "B"])
+    tensors = travelling(Adapter({"layer.0.q": pair}), ["A", "B"])
     whole, half, quarter = (packed_size(tensors, form) for form in ("float32", *NARROW))  # type: ignore[arg-type]
     assert half / whole == pytest.approx(0.5, abs=0.005)
     assert quarter / whole == pytest.approx((1 + 4 / 64) / 4, abs=0.01)

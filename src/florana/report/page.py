@@ -100,8 +100,8 @@ def _pictures(runs: Sequence[RunView]) -> list[Picture]:
         pictures.append(
             Picture(
                 "Error of the uplink",
-                "How far the updates that the server got are from those the clients made, relative to these, as "
-                "products over all modules; the mean over a round's clients. It is made before the aggregation's own error.",
+                "How far the updates that the server got are from those the clients made, relative to these, "
+                "as products over all modules; the mean over a round's clients. The aggregation's error is another.",
                 figures.uplink_curves(narrow),
             )
         )
