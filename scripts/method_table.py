@@ -66,6 +66,10 @@ def page(built: dict[str, Strategy]) -> str:
             "mixed ranks": facts.mixed_ranks,
             "secure aggregation": facts.secure_aggregation,
             "added noise": facts.noise,
+            "narrow uplink": {
+                "stay": "with error feedback",
+                "move": "without error feedback for the factors: the pair that goes back is chosen anew",
+            }[facts.coordinates],
             "begins at": {
                 "lora": "A random, B zero",
                 "principal": "the singular vectors of the base weights",

@@ -10,6 +10,7 @@ from typing import Any
 from florana import recipe as r
 from florana.factors import kind_of
 from florana.federation.messages import pack, travelling
+from florana.federation.uplink import packed_size
 from florana.run import Setup, begin, strategy_of
 from florana.score.tasks import figure_names
 from florana.strategy.base import Payload
@@ -153,7 +154,7 @@ def _traffic(recipe: r.Recipe, setup: Setup) -> tuple[float, float, int]:
     setup.bench.load(setup.start)
     payloads = [strategy.brief(state, client) for client in sorted(setup.clients)]
     down = [len(pack(p.adapter, p.work.down, p.residual)) for p in payloads]
-    up = [len(pack(p.adapter, p.work.up, blocks=p.blocks)) for p in payloads]
+    up = [packed_size(travelling(p.adapter, p.work.up, p.blocks), recipe.federation.uplink) for p in payloads]
     trained = [_trained(payload) for payload in payloads]
     return sum(down) / len(down), sum(up) / len(up), max(trained)
 

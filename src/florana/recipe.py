@@ -117,6 +117,8 @@ class Rounds(Section):
     min_clients: int = Field(1, ge=1)
     """Fewer usable updates than this end the run with exit code 4."""
     weighting: Literal["examples", "uniform"] = "examples"
+    uplink: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How clients write what they send; the narrow ones write the change since the broadcast, rounded."""
 
 
 class Evaluate(Section):

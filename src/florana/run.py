@@ -217,6 +217,7 @@ def federation_of(recipe: r.Recipe, setup: Setup | None, examples: Mapping[str, 
         personal=personal[recipe.evaluate.personal],
         minimum=recipe.federation.min_clients,
         examples=examples,
+        uplink=recipe.federation.uplink,
     )
 
 

@@ -116,6 +116,8 @@ def _round_line(record: RoundRecord, figures: Sequence[str]) -> str:
             parts.append(f"global {name} {record.eval['global'][name]:.4f}")
     if record.error["overall"] is not None:
         parts.append(f"error {number(record.error['overall'])} (optimum {number(record.error['optimum'])})")
+    if record.error.get("uplink") is not None:
+        parts.append(f"uplink error {number(record.error['uplink'])}")
     return "  ".join(parts)
 
 

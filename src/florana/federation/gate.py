@@ -16,6 +16,7 @@ from florana import linalg
 from florana.aggregate.core import folded
 from florana.aggregate.pad import leading
 from florana.factors import Adapter, Update, kind_of
+from florana.federation import wire
 from florana.federation.messages import Reply, completed, travelling
 from florana.strategy.base import Payload
 
@@ -36,15 +37,17 @@ class Expected:
         clients: client name -> what it was sent; its reply must bring the tensors that come up, in these shapes and
             dtypes (or of the lower rank that was allowed, in all modules), and what does not come up stays as it was.
         examples: client name -> the size of its training share, where the server knows it.
+        uplink: the format of the replies, see `federation.wire`.
     """
 
     round: int
     clients: Mapping[str, Payload]
     examples: Mapping[str, int] = field(default_factory=dict)
+    uplink: wire.Format = "float32"
 
 
 Opened = Callable[[Payload], Mapping[str, Tensor]]
-"""(what the client was sent) -> the tensors of its reply, by the names of `Adapter.tensors`. Raises Refused."""
+"""(what the client was sent) -> the tensors of its reply, named as `federation.wire` has it. Raises Refused."""
 
 
 def admit(reply: Reply, expected: Expected, seen: Collection[str], opened: Opened | None = None) -> Update:
@@ -56,7 +59,7 @@ def admit(reply: Reply, expected: Expected, seen: Collection[str], opened: Opene
 
     Raises:
         Refused: wrong round, unknown or repeated client, senseless number of examples, oversize or damaged bytes, a
-            missing or foreign tensor, a wrong shape or dtype, a value or a product that is not finite.
+            missing or foreign tensor, a wrong shape or dtype, a value or a product that is not finite, a scale below 0.
     """
     if reply.client not in expected.clients:
         raise Refused("was not asked in this round")
@@ -66,7 +69,8 @@ def admit(reply: Reply, expected: Expected, seen: Collection[str], opened: Opene
         raise Refused("has already answered in this round")
     _check_examples(reply, expected.examples.get(reply.client))
     sent = expected.clients[reply.client]
-    adapter = _check_tensors(opened(sent) if opened else _from_bytes(reply.payload, sent), sent)
+    tensors = opened(sent) if opened else _from_bytes(reply.payload, sent, expected.uplink)
+    adapter = _check_tensors(tensors, sent, expected.uplink)
     bad = [name for name, value in reply.metrics.items() if not math.isfinite(value)]
     if bad:
         raise Refused(f"the metric '{bad[0]}' is not finite")
@@ -88,24 +92,31 @@ def check_size(size: int, template: Mapping[str, Tensor]) -> None:
         raise Refused(f"sent {size} bytes, the limit is {limit}")
 
 
-def _from_bytes(content: bytes, sent: Payload) -> Mapping[str, Tensor]:
-    check_size(len(content), travelling(sent.adapter, sent.work.up, sent.blocks))
+def _from_bytes(content: bytes, sent: Payload, uplink: wire.Format) -> Mapping[str, Tensor]:
+    check_size(len(content), wire.form_of(travelling(sent.adapter, sent.work.up, sent.blocks), uplink))
     try:
         return load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise Refused(f"sent bytes that are not a safetensors file ({type(error).__name__})") from None
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], sent: Payload) -> Adapter:
-    template = travelling(sent.adapter, sent.work.up, sent.blocks)
+def _check_tensors(tensors: Mapping[str, Tensor], sent: Payload, uplink: wire.Format) -> Adapter:
+    template = wire.form_of(travelling(sent.adapter, sent.work.up, sent.blocks), uplink)
     for name in sorted(template.keys() - tensors.keys()):
         raise Refused(f"lacks the tensor '{name}'")
     for name in sorted(tensors.keys() - template.keys()):
         raise Refused(f"brings the foreign tensor '{name[:80]}'")
     like = _form(sent, tensors)
-    for name, expected in travelling(like, sent.work.up, sent.blocks).items():
+    before = travelling(like, sent.work.up, sent.blocks)
+    for name, expected in wire.form_of(before, uplink).items():
         _check_tensor(name, tensors[name], expected)
-    adapter = completed(like, tensors, sent.blocks)
+        if uplink == "int8":
+            _check_levels(name, tensors[name])
+    values = wire.read(tensors, before, uplink)
+    if uplink != "float32":  # the sum of two numbers in range may be out of it
+        for name, expected in before.items():
+            _check_tensor(name, values[name], expected)
+    adapter = completed(like, values, sent.blocks)
     for name, pair in folded(adapter).modules.items():
         size = linalg.norm(linalg.stack([pair], [1.0]))
         if not size <= torch.finfo(torch.float32).max:
@@ -136,6 +147,15 @@ def _check_tensor(name: str, tensor: Tensor, expected: Tensor) -> None:
     size = float(torch.linalg.vector_norm(tensor.double()))
     if not size <= torch.finfo(torch.float32).max:
         raise Refused(f"tensor '{name}' overflows (norm {size:.1e})")
+
+
+def _check_levels(name: str, tensor: Tensor) -> None:
+    """What the type of int8 and of its scales does not say."""
+    if name.startswith(wire.SCALE):
+        if bool((tensor < 0).any()):
+            raise Refused(f"tensor '{name}' has a negative scale")
+    elif bool((tensor < -wire.LEVELS).any()):
+        raise Refused(f"tensor '{name}' has a level below -{wire.LEVELS}")
 
 
 def oversized(updates: Sequence[Update], sent: Mapping[str, Payload], factor: float) -> dict[str, str]:

@@ -14,10 +14,14 @@ from florana.federation.journal import Journal
 from florana.federation.messages import Brief, Engine, Failure, Reply, pack
 from florana.federation.records import RoundRecord
 from florana.federation.sampling import derive, sample
+from florana.federation.wire import Format
 from florana.strategy.base import Payload, State, Strategy
 
 OUTLIER = 1000.0
 """An update that changed what it was sent by more than this many times the round's median is refused."""
+
+_CARRIED = {"stay": ["A", "B", "core", "extra"], "move": ["extra"]}
+"""Kinds of tensors whose rounding a client carries over, by `strategy.facts.Facts.coordinates`."""
 
 Scores = Mapping[str, float]
 """Metric name -> value."""
@@ -46,6 +50,7 @@ class Federation:
         evaluate: scores of a state's global model, or None where the server cannot measure.
         measured: whether a round is one that is measured.
         personal: whether a round is one in which clients measure their own models.
+        uplink: how clients write what they send, see `federation.wire`.
     """
 
     clients: Sequence[str]
@@ -58,6 +63,7 @@ class Federation:
     personal: Callable[[int], bool]
     minimum: int = 1
     examples: Mapping[str, int] = field(default_factory=dict)
+    uplink: Format = "float32"
 
 
 def by_examples(updates: Sequence[Update]) -> dict[str, float]:
@@ -98,8 +104,8 @@ def _one_round(
     chosen = sample(federation.clients, federation.per_round, federation.seed, round_)
     show(Event("round", round_, detail=str(len(chosen))))
     payloads = {client: strategy.brief(state, client) for client in chosen}
-    briefs = _briefs(payloads, round_, federation)
-    expected = Expected(round_, payloads, federation.examples)
+    briefs = _briefs(strategy, payloads, round_, federation)
+    expected = Expected(round_, payloads, federation.examples, federation.uplink)
     collected = _collect(engine.fit(briefs), expected, show)
     updates = sorted(collected.updates, key=lambda update: update.client)
     if len(updates) < max(1, federation.minimum):
@@ -121,6 +127,8 @@ def _one_round(
     error: Mapping[str, object] = {"overall": None, "optimum": None, "per_module": {}}
     if strategy.facts.one_model:
         error = _error_json(measure(parts, outcome.state.adapter, outcome.state.residual))
+    if federation.uplink != "float32":
+        error = {**error, "uplink": _weighted("uplink_error", updates, parts)}
     record = RoundRecord(
         round=round_,
         strategy=strategy.name,
@@ -143,7 +151,7 @@ def _one_round(
     return outcome.state, record
 
 
-def _briefs(payloads: Mapping[str, Payload], round_: int, federation: Federation) -> list[Brief]:
+def _briefs(strategy: Strategy, payloads: Mapping[str, Payload], round_: int, federation: Federation) -> list[Brief]:
     packed: dict[tuple[int, int], bytes] = {}  # clients that get the same objects get the same bytes
     briefs = []
     for client, payload in payloads.items():
@@ -162,6 +170,8 @@ def _briefs(payloads: Mapping[str, Payload], round_: int, federation: Federation
                 scalings=payload.adapter.scalings,
                 blocks=payload.blocks,
                 pruning=payload.pruning,
+                uplink=federation.uplink,
+                feedback=[] if federation.uplink == "float32" else _CARRIED[strategy.facts.coordinates],
             )
         )
     return briefs

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from florana.errors import InputError
 from florana.factors import Adapter, adapter_from_tensors, kind_of
+from florana.federation.wire import Format
 from florana.strategy.base import Pruning
 
 _RESIDUAL = "residual/"
@@ -35,6 +36,8 @@ class Brief:
         scalings: module -> scaling of the adapter to train.
         blocks: the blocks of the cores to train and send back; None for all.
         pruning: the lower rank that the client may answer with, if any.
+        uplink: how the tensors of the answer are written, see `federation.wire`.
+        feedback: kinds of tensors of which the client carries over what rounding left out, see `federation.uplink`.
     """
 
     round: int
@@ -47,6 +50,8 @@ class Brief:
     scalings: Mapping[str, float]
     blocks: Collection[int] | None = None
     pruning: Pruning | None = None
+    uplink: Format = "float32"
+    feedback: Collection[str] = ()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ class RoundRecord:
         eval: {"global": {...}, "personal": {...}, "clients_on_common": {...}, "gap": {...}}; empty when not measured.
         bytes_up, bytes_down: what was sent to and from all clients of the round, in bytes.
         server_seconds: the strategy's step alone. client_seconds: the clients' training, summed.
-        error: {"overall", "optimum", "per_module": {name: {"error", "optimum"}}}.
+        error: {"overall", "optimum", "per_module": {name: {"error", "optimum"}}}; with a narrow uplink also "uplink":
+            the mean of the clients' `federation.uplink.uplink_error`, with those weights.
         notes: what the strategy says of its step.
         traffic: client -> {"up", "down"}, its part of the bytes.
     """

@@ -92,6 +92,25 @@ def error_curves(runs: Sequence[RunView]) -> str:
         return svg_of(figure)
 
 
+def uplink_curves(runs: Sequence[RunView]) -> str:
+    """Relative error that the format of the uplink adds to the clients' updates, by round, log scale."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+        axes = figure.subplots()
+        for index, run in enumerate(runs):
+            series = [(round_, max(error, EXACT)) for round_, error in run.uplink_errors]
+            _line(axes, series, index, f"{run.name}, {run.uplink}")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylabel("relative error of the uplink")
+        _legend(axes, len(runs))
+        return svg_of(figure)
+
+
 def error_by_module(run: RunView, top: float) -> str:
     """Relative aggregation error of every module (rows) in every round (columns); `top` is the scale's end."""
     modules = list(run.records[-1].error["per_module"])

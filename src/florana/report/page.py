@@ -53,6 +53,7 @@ def render(runs: Sequence[RunView], title: str) -> str:
         rows=rows,
         best=better(measured) if measured else None,
         score=runs[0].score,
+        narrow=any(run.uplink != "float32" for run in runs),
         pictures=[unique(picture, index) for index, picture in enumerate(_pictures(runs))],
         settings=_settings(runs[0].recipe, runs[0].setup),
         figures=list(dict.fromkeys(name for run in runs for name in run.figures)),
@@ -92,6 +93,16 @@ def _pictures(runs: Sequence[RunView]) -> list[Picture]:
                 + (f" Exact, so not drawn: {exact}." if exact else "")
                 + (f" Without a global product: {personal}." if personal else ""),
                 figures.error_curves(runs),
+            )
+        )
+    narrow = [run for run in runs if run.uplink_errors]
+    if narrow:
+        pictures.append(
+            Picture(
+                "Error of the uplink",
+                "How far the updates that the server got are from those the clients made, relative to these, "
+                "as products over all modules; the mean over a round's clients. The aggregation's error is another.",
+                figures.uplink_curves(narrow),
             )
         )
     if any(run.scores("global") for run in runs):
@@ -147,6 +158,7 @@ def _settings(recipe: Any, setup: Any) -> list[tuple[str, str]]:
         ("Partition", parts["kind"] + (f", alpha {parts['alpha']:g}" if parts["kind"] == "dirichlet" else "")),
         ("Local training", f"{length} of {train['batch_size']} rows, learning rate {train['learning_rate']:g}"),
         ("Weights", "by number of examples" if rounds["weighting"] == "examples" else "uniform"),
+        *([("Uplink", rounds["uplink"])] if rounds.get("uplink", "float32") != "float32" else []),
         *([("Written", _written(recipe["generation"]))] if "generation" in recipe else []),
         ("Seed", str(recipe["seed"])),
     ]

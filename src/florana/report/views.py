@@ -87,6 +87,16 @@ class RunView:
         return series[-1][1] if series else None
 
     @property
+    def uplink(self) -> str:
+        """The format of what clients send; runs made before there was a choice sent float32."""
+        return str(self.recipe["federation"].get("uplink", "float32"))
+
+    @property
+    def uplink_errors(self) -> list[tuple[int, float]]:
+        """(round, what the format of the uplink changed of the clients' updates, relative), where it is narrow."""
+        return [(r.round, r.error["uplink"]) for r in self.records if r.error.get("uplink") is not None]
+
+    @property
     def bytes_so_far(self) -> dict[int, int]:
         """Round -> bytes sent both ways up to and including it."""
         total, result = 0, {}
@@ -149,6 +159,8 @@ def summary(runs: Sequence[RunView]) -> list[dict[str, Any]]:
                 "figures": {name: last for name, (_, last) in run.figures.items()},
                 "error": last.error["overall"],
                 "optimum": last.error["optimum"],
+                "uplink": run.uplink,
+                "uplink_error": last.error.get("uplink"),
                 "bytes_up": sum(record.bytes_up for record in run.records),
                 "bytes_down": sum(record.bytes_down for record in run.records),
                 "server_seconds": sum(record.server_seconds for record in run.records),

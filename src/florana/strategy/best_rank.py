@@ -38,6 +38,7 @@ FACTS = facts.Facts(
     exact="the optimum of rank r (Eckart-Young)",
     mixed_ranks="the best adapter of its own rank",
     noise="in both factors: a product of noises; the rest is post-processing",
+    coordinates="move",
 )
 WIDE = replace(
     FACTS,

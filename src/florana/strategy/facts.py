@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Facts:
         residual: (clients, rank, rounds) -> the most terms the frozen part can have by then, before the module's own
             sides bound it.
         shape: the recipe's rank -> (the rank of the pair, the blocks of its core).
+        coordinates: `stay` where the pair that goes back continues the clients' pairs entry by entry; `move` where it
+            is chosen anew, so that what rounding left out of the last pair says nothing about the next.
         one_model: False for methods without a global product; they have no global score and no aggregation error.
     """
 
@@ -84,4 +87,5 @@ class Facts:
     trained: Callable[[Size], int] = PAIR.of
     residual: Callable[[int, int, int], int] = lambda clients, rank, rounds: 0
     shape: Callable[[int], tuple[int, int]] = lambda rank: (rank, 1)
+    coordinates: Literal["stay", "move"] = "stay"
     one_model: bool = True

@@ -26,6 +26,7 @@ FACTS = facts.Facts(
     exact="the optimum of rank r",
     mixed_ranks="the best adapter of its own rank",
     noise="in both factors: a product of noises; the rest is post-processing",
+    coordinates="move",
 )
 
 

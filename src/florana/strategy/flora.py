@@ -33,6 +33,7 @@ FACTS = facts.Facts(
     mixed_ranks="the first rows of the fresh A",
     noise="in both factors, and in the base for good",
     residual=lambda clients, rank, rounds: clients * rank * rounds,
+    coordinates="move",
 )
 WORK = work(trains=["A", "B"], up=["A", "B"], down=["A"])
 

@@ -29,6 +29,7 @@ FACTS = facts.Facts(
     mixed_ranks="the best adapter of its own rank; the terms beyond it frozen beside it",
     noise="in both factors: a product of noises; the rest is post-processing",
     residual=lambda clients, rank, rounds: (clients * rounds - 1) * rank,
+    coordinates="move",
 )
 
 

@@ -26,6 +26,7 @@ FACTS = facts.Facts(
     base="a frozen part beside the pair, new in every round",
     mixed_ranks="the best adapter of its own rank; all the rest frozen beside it",
     residual=lambda clients, rank, rounds: (clients * rounds - 1) * rank,
+    coordinates="move",
 )
 
 

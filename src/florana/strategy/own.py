@@ -27,6 +27,7 @@ FACTS = facts.Facts(
     down=facts.PAIR,
     exact="not declared",
     mixed_ranks="refused: not declared",
+    coordinates="move",  # nobody knows
 )
 
 

@@ -185,7 +185,7 @@ def _pool(table: dict[str, Any], base: r.Recipe) -> None:
             fix="give federation.clients_per_round, or leave the control out (study.controls)",
         )
     table["partition"] = {"kind": "iid", "clients": 1, "holdout": base.partition.holdout}
-    table["federation"] |= {"min_clients": 1}
+    table["federation"] |= {"min_clients": 1, "uplink": "float32"}  # nothing is sent
     table["federation"].pop("clients_per_round", None)
     table["model"] |= {"head": "average", "magnitude": "average"}
     table["model"].pop("client_ranks", None)

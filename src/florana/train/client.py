@@ -15,7 +15,8 @@ from florana import recipe as r
 from florana.aggregate.pad import leading, tail
 from florana.errors import FloranaError
 from florana.factors import Adapter, LoraFactors, kind_of
-from florana.federation.messages import Brief, Reply, pack, unpack
+from florana.federation.messages import Brief, Reply, unpack
+from florana.federation.uplink import FEEDBACK, outgoing, uplink_error
 from florana.strategy.base import Pruning
 from florana.train.evaluate import evaluate
 from florana.train.model import Workbench
@@ -52,10 +53,10 @@ class TrainingClients:
     _last: tuple[Brief, tuple[Adapter, Adapter | None]] | None = field(default=None, repr=False)
 
     def fit(self, brief: Brief, memory: Mapping[str, Tensor]) -> tuple[Reply, Mapping[str, Tensor]]:
-        """One round of one client: the reply, and what it keeps (what it trains and does not send)."""
+        """One round of one client: the reply, and what it keeps (what it trains and does not send; remainders)."""
         started = time.perf_counter()
         own = self.data[brief.client]
-        adapter, residual = self._unpacked(brief, memory)
+        adapter, residual = self._unpacked(brief, {n: t for n, t in memory.items() if not n.startswith(FEEDBACK)})
         self.bench.load(adapter, residual, brief.trains, brief.blocks)
         term = penalty_of(self.bench.factors, brief.pruning) if brief.pruning is not None else None
         loss = train_locally(self.bench, own.train, self.train, brief.seed, lambda: self.step(brief.client), term)
@@ -73,14 +74,17 @@ class TrainingClients:
         stays = set(brief.trains) - set(brief.returns) | ({"extra"} if self.head == "personal" else set())
         kept = {name: tensor for name, tensor in trained.tensors().items() if kind_of(name) in stays}
         sent = Adapter(trained.modules, {} if "extra" in stays else trained.extra, trained.cores)
-        content = pack(sent, brief.returns, blocks=brief.blocks)
-        return Reply(brief.client, brief.round, len(own.train), metrics, content, seconds), kept
+        out = outgoing(sent, adapter, brief, memory)
+        if brief.uplink != "float32":
+            metrics["uplink_error"] = uplink_error(out.arrives, sent, adapter)
+        reply = Reply(brief.client, brief.round, len(own.train), metrics, out.content, seconds)
+        return reply, kept | dict(out.feedback)
 
-    def _unpacked(self, brief: Brief, memory: Mapping[str, Tensor]) -> tuple[Adapter, Adapter | None]:
+    def _unpacked(self, brief: Brief, own: Mapping[str, Tensor]) -> tuple[Adapter, Adapter | None]:
         """One broadcast is decoded once for all clients that keep nothing of their own."""
-        if memory or self._last is None or self._last[0].payload is not brief.payload:
-            unpacked = unpack(brief.payload, self.first, memory, brief.scalings)
-            if memory:
+        if own or self._last is None or self._last[0].payload is not brief.payload:
+            unpacked = unpack(brief.payload, self.first, own, brief.scalings)
+            if own:
                 return unpacked
             self._last = (brief, unpacked)
         return self._last[1]
