@@ -7,7 +7,7 @@ bytes a network would, so the bytes counted are the bytes sent, and no client ca
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from safetensors import SafetensorError
@@ -51,7 +51,7 @@ class Brief:
     blocks: Collection[int] | None = None
     pruning: Pruning | None = None
     uplink: Format = "float32"
-    feedback: Collection[str] = ()
+    feedback: Collection[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
