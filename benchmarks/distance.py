@@ -4,11 +4,12 @@
 
 Clients train from a shared start under FedIT; at the wanted rounds the very updates its server got are given to every
 rule (`florana.study.swap`), so that nothing but the rule differs. Printed as Markdown: the relative aggregation error
-over all modules, mean ± half the 95 % interval over seeds (Student's t), and the share of the distance from FedIT to the
-best adapter of that rank which FLoRA-NA closes, each seed by itself. A seed gives a partition, a start and an order.
+over all modules, mean ± half the 95 % interval over seeds (Student's t), and how much of the way from FedIT to the best
+adapter of that rank FLoRA-NA goes, each seed by itself. A seed gives a partition, a start and an order.
 
 The base point is followed for `--rounds`; `--score` also scores its merged models there, on the recipe's test rows;
-`--out ROWS.json` keeps all rows, for `benchmarks/findings.py`. Learning rates are the recipes'; alpha / rank stays as rank varies.
+`--out ROWS.json` keeps all rows, for `benchmarks/findings.py`. Learning rates are the recipes'; as rank varies,
+alpha / rank stays.
 """
 
 from __future__ import annotations
@@ -60,10 +61,11 @@ def sizes(steps: Sequence[int], ranks: Sequence[int], clients: Sequence[int]) ->
 
 CLASSES = {
     "alpha": {str(a): [f"partition.alpha={a}"] for a in (0.1, 10)},
-    **sizes(steps=(2, 20), ranks=(2, 16), clients=(4, 12)),
+    **sizes(steps=(2, 20), ranks=(2, 16), clients=(3, 12)),
 }
 BY_LENGTH, IID = {"by length": ["partition.kind=length"]}, {"iid": ["partition.kind=iid"]}
-CUT = ["train.batch_size=8", "partition.smallest=12", "data.train_limit=3000", "data.test_limit=400"]
+CUT = ["train.batch_size=8", "train.steps=5", "partition.clients=6", "partition.smallest=12", "data.train_limit=3000",
+       "data.test_limit=200"]  # fmt: skip
 TINY = ["data.train_limit=1500"]
 SOURCES = {
     "sst2": Source("sst2-minilm.toml", CUT, CLASSES),
@@ -76,7 +78,7 @@ SOURCES = {
 def rows_of(
     source: Source, factor: str, value: str, seed: int, followed: Sequence[int], *, score: bool
 ) -> list[dict[str, Any]]:
-    """Every rule at one point of the grid: at the rounds `followed` of the base point (no factor), else at the first."""
+    """Every rule at one point of the grid: at all rounds `followed` of the base point, at the first of the others."""
     rounds = followed if not factor else followed[:1]
     changes = [*source.base, *(source.varied[factor][value] if factor else []), f"seed={seed}"]
     recipe = read_recipe(RECIPES / source.recipe, [*changes, "strategy.name=fedit", f"federation.rounds={max(rounds)}"])

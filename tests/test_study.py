@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
+from florana.aggregate.mean import mean
 from florana.errors import RecipeError
 from florana.federation.journal import read_records
 from florana.recipe_file import check
@@ -22,7 +24,7 @@ from florana.strategy.contract import check_rule
 from florana.study import work
 from florana.study.cells import Cell, Plan, Setting, method_of, plan_of, recipe_of, split_methods
 from florana.study.publish import publish, summarise
-from florana.study.swap import swap
+from florana.study.swap import exchange, hold, swap
 from florana.study.table import as_csv, compare, estimate, latex, markdown, paired
 from florana.study.work import execute_study, folder_of, rounds_left, swap_file
 from tests.test_cli import florana
@@ -177,6 +179,40 @@ def test_a_study_shares_partitions_marks_gaps_and_is_not_done_twice(
     assert ran == ["ravan", "ravan"]
 
 
+def test_another_swap_test_is_done_again_and_the_same_is_not(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file of the first question once stood for the second: no rows of the rules or rounds that came later."""
+
+    def rows_after(methods: list[str], rounds: list[int]) -> list[dict[str, Any]]:
+        small["study"] = {"controls": [], "methods": methods, "swap_rounds": rounds}
+        plan = plan_of(check(small, "t"), seeds=1)
+        assert execute_study(plan, tmp_path / "s", 1, lambda count, name: None) == {}
+        rows: list[dict[str, Any]] = json.loads(swap_file(tmp_path / "s", plan.settings[0]).read_text())["rows"]
+        return rows
+
+    assert {row["method"] for row in rows_after(["fedit"], [1])} == {"fedit"}
+    assert {row["method"] for row in rows_after(["fedit", "best-rank"], [1])} == {"fedit", "best-rank"}
+    assert {row["round"] for row in rows_after(["fedit", "best-rank"], [1, 2])} == {1, 2}
+    monkeypatch.setattr("florana.study.swap.swap", lambda *rest: pytest.fail("the same test was done again"))
+    rows_after(["fedit", "best-rank"], [1, 2])
+
+
+def test_a_study_takes_no_more_threads_than_it_was_given(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OMP_NUM_THREADS, which torch has read, is the most; a machine's cores shared by groups are the next."""
+    asked: list[int] = []
+    monkeypatch.setattr(work.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    monkeypatch.setattr("torch.set_num_threads", asked.append)
+    monkeypatch.setattr("florana.run.execute", lambda *given, **rest: None)
+    monkeypatch.setattr("florana.study.swap.swap", lambda *given: [])
+    plan = plan_of(check(small, "t"), seeds=1)
+    execute_study(plan, tmp_path / "s", 1, lambda count, name: None)
+    assert asked == [3]
+
+
 def test_the_tables_figures_are_those_of_the_runs(done: tuple[Plan, Path, dict[str, str]]) -> None:
     plan, out, failures = done
     comparison, swapped, page = publish(plan, out, failures)
@@ -242,6 +278,22 @@ def test_the_swap_test_gives_every_rule_the_same_clients(small: dict[str, Any]) 
         assert found["fedit"]["optimum"] == pytest.approx(found["best-rank"]["error"], rel=0.02)
         assert len({row["optimum"] for row in found.values()}) == 1
         assert {"accuracy", "loss"} <= set(found["fedit"])
+
+
+def test_held_updates_are_those_of_the_run_and_only_asked_rounds_are_scored(small: dict[str, Any]) -> None:
+    from florana.run import prepare
+
+    recipe = check({**small, "strategy": {"name": "fedit"}}, "t")
+    setup = prepare(recipe)
+    held = hold(recipe, setup, [2, 1])
+    assert list(held) == [1, 2]
+    before, parts = held[2]
+    assert before.round == 1
+    assert sum(part.weight for part in parts) == pytest.approx(1)
+    merged = mean(held[1][1]).modules
+    assert all(torch.equal(merged[name].B, pair.B) for name, pair in before.adapter.modules.items())
+    rows = exchange(recipe, setup, [method_of("best-rank")], held, scored=[2])
+    assert ["accuracy" in row for row in rows] == [False, True]
 
 
 def test_the_swap_tests_correlation_is_signed_so_that_plus_means_lower_error_is_better() -> None:

@@ -21,7 +21,6 @@ from florana.run import Setup, begin, engine_of, federation_of, global_scores, s
 from florana.strategy.base import PAIR, Outcome, State, Strategy
 from florana.study.cells import Method
 
-
 Held = Mapping[int, tuple[State, Sequence[Contribution]]]
 """Round -> the state that was broadcast at its start, and what the clients sent back, weighted."""
 
