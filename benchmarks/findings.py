@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from florana.report.views import LOWER_IS_BETTER, RunView, view
+from florana.report.views import RunView, view
+from florana.study.cells import Cell, Setting, method_of
+from florana.study.publish import rank_correlation
 from florana.study.table import Estimate, estimate, paired
 
 Row = Mapping[str, Any]
@@ -48,15 +48,6 @@ def shown(found: Estimate | None, digits: int = 3, *, sign: str = "") -> str:
     return f"{found.mean:{sign}.{digits}f}{half}"
 
 
-def rho(pairs: Sequence[tuple[float, float]], metric: str) -> float | None:
-    """Spearman's of (error, score), +1 where lower errors have better scores; None where one of them never varies."""
-    errors, scores = np.array(pairs, dtype=float).T
-    if len(pairs) < 3 or np.ptp(errors) == 0 or np.ptp(scores) == 0:
-        return None
-    value = float(stats.spearmanr(errors, scores).statistic)
-    return value if metric in LOWER_IS_BETTER else -value
-
-
 def bootstrap(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:
     """The 95 % percentile interval of the mean, whole seeds drawn with replacement by a fixed generator."""
     means = np.random.default_rng(0).choice(np.array(values), (draws, len(values))).mean(axis=1)
@@ -67,10 +58,8 @@ def bootstrap(values: Sequence[float], draws: int = 10_000) -> tuple[float, floa
 def correlation(label: Sequence[str], by_seed: Mapping[int, float | None], rules: int) -> str:
     known = [value for value in by_seed.values() if value is not None]
     found = estimate(known)
-    low, high = bootstrap(known) if len(known) > 1 else (math.nan, math.nan)
-    return line(
-        [*label, rules, shown(found, 2, sign="+"), f"{low:+.2f} to {high:+.2f}", f"{len(known)}/{len(by_seed)}"]
-    )
+    between = "{:+.2f} to {:+.2f}".format(*bootstrap(known)) if len(known) > 1 else "-"
+    return line([*label, rules, shown(found, 2, sign="+"), between, f"{len(known)}/{len(by_seed)}"])
 
 
 def swapped(rows: Sequence[Row], name: str, metric: str) -> list[str]:
@@ -82,7 +71,7 @@ def swapped(rows: Sequence[Row], name: str, metric: str) -> list[str]:
     rules = len({row["method"] for row in rows})
     for round_ in rounds:
         own = {s: [(r["error"], r[metric]) for r in rows if (r["seed"], r["round"]) == (s, round_)] for s in seeds}
-        found = {seed: rho(pairs, metric) for seed, pairs in own.items()}
+        found = {seed: rank_correlation(pairs, metric) for seed, pairs in own.items()}
         for seed, value in found.items():
             every[seed] += [] if value is None else [value]
         lines.append(correlation([name, metric, f"round {round_}"], found, rules))
@@ -90,20 +79,23 @@ def swapped(rows: Sequence[Row], name: str, metric: str) -> list[str]:
     return [*lines, correlation([name, metric, "mean of rounds"], means, rules)] if len(rounds) > 1 else lines
 
 
-def exchanged(rows: Sequence[Row], name: str, metric: str, digits: int) -> list[str]:
-    """Error and score per round and rule, and the score's difference from FedIT's merge of the same updates."""
-    lines = []
-    for round_, method in dict.fromkeys((row["round"], row["method"]) for row in rows if metric in row):
-        own = [row for row in rows if (row["round"], row["method"]) == (round_, method)]
-        fedit = {r["seed"]: r[metric] for r in rows if (r["round"], r["method"]) == (round_, "fedit")}
-        difference, p_value = paired({r["seed"]: r[metric] for r in own}, fedit)
-        cells = [name, round_, f"`{method}`", shown(estimate([r["error"] for r in own]))]
-        cells.append(shown(estimate([r[metric] for r in own]), digits))
-        other = method != "fedit"
-        cells.append(shown(difference, digits, sign="+") if other else "")
-        cells.append("" if p_value is None or not other else f"{p_value:.2f}")
+def exchanged(rows: Sequence[Row], metric: str, digits: int) -> str:
+    """Per rule and round: the error, and the score's difference from FedIT's merge of the same updates."""
+    rounds = sorted({row["round"] for row in rows if metric in row})
+    names = [text for n in rounds for text in (f"error, round {n}", f"{metric} minus FedIT's (p)")]
+    lines = [head(["rule", *names])]
+    fedit = {(r["seed"], r["round"]): r[metric] for r in rows if r["method"] == "fedit" and metric in r}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [f"`{method}`"]
+        for round_ in rounds:
+            own = [row for row in rows if (row["round"], row["method"]) == (round_, method)]
+            scores, others = {r["seed"]: r[metric] for r in own}, {s: v for (s, n), v in fedit.items() if n == round_}
+            difference, p_value = paired(scores, others)
+            cells.append(shown(estimate([r["error"] for r in own])))
+            change = shown(difference, digits, sign="+") + ("" if p_value is None else f" ({p_value:.2f})")
+            cells.append(f"its {metric}: {shown(estimate(list(others.values())))}" if method == "fedit" else change)
         lines.append(line(cells))
-    return lines
+    return "\n".join(lines)
 
 
 def runs_of(folder: Path, study: Mapping[str, Any]) -> dict[tuple[str, str], dict[int, RunView]]:
@@ -111,20 +103,19 @@ def runs_of(folder: Path, study: Mapping[str, Any]) -> dict[tuple[str, str], dic
     rounds = max(len(view(path.parent).records) for path in folder.glob("runs/*/*/*/rounds.jsonl"))
     found: dict[tuple[str, str], dict[int, RunView]] = {}
     names = {row["method"] for row in study["rows"]}
+    seeds = {int(point["seed"]) for row in study["rows"] for point in row["points"]}
     for path in sorted(folder.glob("runs/*/seed-*/*/rounds.jsonl")):
         own = path.parent.name
         method = next(name for name in names if _folder(name) == own)
         run = view(path.parent, method)
-        if len(run.records) == rounds:
-            place = found.setdefault((path.parts[-4], method), {})
-            place[int(path.parts[-3].removeprefix("seed-"))] = run
+        seed = int(path.parts[-3].removeprefix("seed-"))
+        if len(run.records) == rounds and seed in seeds:
+            found.setdefault((path.parts[-4], method), {})[seed] = run
     order = [(row["setting"], row["method"]) for row in study["rows"]]
     return {key: found[key] for key in order if key in found}
 
 
 def _folder(method: str) -> str:
-    from florana.study.cells import Cell, Setting, method_of
-
     return Cell(Setting(0), method_of(method)).id.split("/")[-1]
 
 
@@ -138,7 +129,7 @@ def full_runs(runs: Mapping[tuple[str, str], Mapping[int, RunView]], setting: st
             for place in own.values()
             if seed in place
         ]
-        found[seed] = rho(pairs, metric)
+        found[seed] = rank_correlation(pairs, metric)
     return correlation([setting, metric, "full runs"], found, len(own))
 
 
@@ -203,10 +194,10 @@ def main() -> None:
     for setting in settings:
         for one in (metric, "loss"):
             print(full_runs(runs, setting, one))
-    print("\nThe swap test: one rule for another on the same updates\n")
-    print(head(["source", "round", "rule", "error", "score", "minus FedIT's merge", "p"], 3))
+    print("\nThe swap test: one rule for another on the same updates")
     for name, rows, metrics in tests:
-        print("\n".join(exchanged(rows, name, metrics[0], 3)))
+        for one in metrics:
+            print(f"\n{name}, {one}\n\n{exchanged(rows, one, 3)}")
     for setting in settings:
         own = [row for row in study["rows"] if row["setting"] == setting]
         print(f"\nLocal against global, {setting}\n")

@@ -23,7 +23,7 @@ from florana.report.views import view
 from florana.strategy.contract import check_rule
 from florana.study import work
 from florana.study.cells import Cell, Plan, Setting, method_of, plan_of, recipe_of, split_methods
-from florana.study.publish import publish, summarise
+from florana.study.publish import publish, rank_correlation, summarise
 from florana.study.swap import exchange, hold, swap
 from florana.study.table import as_csv, compare, estimate, latex, markdown, paired
 from florana.study.work import execute_study, folder_of, rounds_left, swap_file
@@ -228,6 +228,13 @@ def test_the_tables_figures_are_those_of_the_runs(done: tuple[Plan, Path, dict[s
     assert rows["best-rank"].difference.mean == pytest.approx(difference.mean())
     assert rows["best-rank"].bytes_up == np.mean([sum(r.bytes_up for r in run.records) for run in runs["best-rank"]])
     assert rows["fedit"].difference is None
+    assert rows["fedit"].reached == 2, "each seed has its own target: what FedIT itself ended with there"
+    finals = [run.final("global") for run in runs["fedit"]]
+    first = [next((n for n, v in run.scores("global") if v >= own), None)
+             for run, own in zip(runs["best-rank"], finals, strict=True)]  # fmt: skip
+    got = [n for n in first if n is not None]
+    assert rows["best-rank"].reached == len(got)
+    assert rows["best-rank"].rounds_to_target == (pytest.approx(np.mean(got)) if got else None)
     assert rows["ravan"].seeds == 0
     assert rows["ravan"].failed == 2
     assert "global" not in rows["local-only"].scores
@@ -315,6 +322,17 @@ def test_the_swap_tests_correlation_is_signed_so_that_plus_means_lower_error_is_
         assert summarise(rows, metric)["correlations"][0]["mean"] == pytest.approx(1.0)
     best = next(row for row in summarise(rows, "accuracy")["table"] if row["method"] == "best-rank")
     assert best["minus_fedit"] == pytest.approx(0.4)
+
+
+def test_exact_rules_are_tied_and_not_ranked_by_rounding() -> None:
+    """Oracle 3e-7 and FedEx 1e-7 from the truth, one score better than the other: noise must not decide the sign."""
+    one = [(0.3, 0.5), (0.1, 0.6), (3e-7, 0.7), (1e-7, 0.4)]
+    other = [(0.3, 0.5), (0.1, 0.6), (1e-7, 0.7), (3e-7, 0.4)]
+    found = rank_correlation(one, "accuracy")
+    assert found == rank_correlation(other, "accuracy")
+    errors, scores = [3, 2, 0.5, 0.5], [1, 2, 3, 0]  # the ranks by hand, ties halved
+    assert found == pytest.approx(-np.corrcoef(errors, scores)[0, 1])
+    assert rank_correlation([(1e-7, 0.1), (2e-7, 0.2), (3e-7, 0.3)], "accuracy") is None
 
 
 def test_estimates_are_students_and_paired_differences_scipys() -> None:
