@@ -1,6 +1,6 @@
 """How far each rule is from the exact average on the adapters of real clients, one thing varied at a time.
 
-    python benchmarks/distance.py sst2|mrpc|gsm8k|mbpp [--seeds 3] [--rounds 1,3] [--vary alpha,rank] [--score]
+    python benchmarks/distance.py sst2 [--seeds 3] [--rounds 1,3] [--vary alpha,rank] [--score]    or mrpc, gsm8k ...
 
 Clients train from a shared start under FedIT; at the wanted rounds the very updates its server got are given to every
 rule (`florana.study.swap`), so that nothing but the rule differs. Printed as Markdown: the relative aggregation error
@@ -8,8 +8,8 @@ over all modules, mean ± half the 95 % interval over seeds (Student's t), and h
 adapter of that rank FLoRA-NA goes, each seed by itself. A seed gives a partition, a start and an order.
 
 The base point is followed for `--rounds`; `--score` also scores its merged models there, on the recipe's test rows;
-`--out ROWS.json` keeps all rows, for `benchmarks/findings.py`. Learning rates are the recipes'; as rank varies,
-alpha / rank stays.
+`--rules FILE.py:FUNCTION,...` scores further rules; `--out ROWS.json` keeps all rows, for `benchmarks/findings.py`.
+Learning rates are the recipes'; as rank varies, alpha / rank stays.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 
 from florana.recipe_file import read_recipe
 from florana.run import prepare
-from florana.study.cells import method_of
+from florana.study.cells import method_of, split_methods
 from florana.study.swap import exchange, hold
 from florana.study.table import estimate
 
@@ -71,23 +71,26 @@ SOURCES = {
     "sst2": Source("sst2-minilm.toml", CUT, CLASSES),
     "mrpc": Source("mrpc-minilm.toml", CUT, CLASSES),
     "gsm8k": Source("gsm8k-tiny-llama.toml", TINY, {"partition": IID, **sizes((2, 20), (2, 16), (3, 12))}),
+    "docstrings": Source("study-findings.toml", [], {"alpha": CLASSES["alpha"]}),
     "mbpp": Source("mbpp-tiny-llama.toml", [], {"partition": BY_LENGTH, **sizes((2, 20), (2, 16), (2, 8))}),
 }
 
 
 def rows_of(
-    source: Source, factor: str, value: str, seed: int, followed: Sequence[int], *, score: bool
+    source: Source, factor: str, value: str, seed: int, followed: Sequence[int], scored: Sequence[str] | None
 ) -> list[dict[str, Any]]:
-    """Every rule at one point of the grid: at all rounds `followed` of the base point, at the first of the others."""
+    """Every rule at one point of the grid: at all rounds `followed` of the base point, at the first of the others.
+
+    `scored`: further rules at the base point, all of them scored there; None scores nothing.
+    """
     rounds = followed if not factor else followed[:1]
     changes = [*source.base, *(source.varied[factor][value] if factor else []), f"seed={seed}"]
     recipe = read_recipe(RECIPES / source.recipe, [*changes, "strategy.name=fedit", f"federation.rounds={max(rounds)}"])
     recipe = recipe.model_copy(update={"generation": None})
     setup = prepare(recipe)
-    asked = ["oracle"] if score and not factor else []
-    methods = [method_of(name) for name in [*RULES.values(), *asked]]
-    scored = rounds if score and not factor else ()
-    rows = exchange(recipe, setup, methods, hold(recipe, setup, rounds), scored=scored)
+    score = scored is not None and not factor
+    methods = [method_of(name) for name in [*RULES.values(), *((scored or ()) if score else ())]]
+    rows = exchange(recipe, setup, methods, hold(recipe, setup, rounds), scored=rounds if score else ())
     return [{"factor": factor, "value": value, "seed": seed, **row} for row in rows]
 
 
@@ -99,7 +102,7 @@ def table(rows: Sequence[Mapping[str, Any]], seeds: int) -> str:
         own = [row for row in rows if (row["factor"], row["value"], row["round"]) == (factor, value, round_)]
         found = {label: {r["seed"]: r["error"] for r in own if r["method"] == method_of(name).label}
                  for label, name in RULES.items()}  # fmt: skip
-        what = f"{factor} {value}" if factor else (f"base point, round {round_}")
+        what = f"{factor} {value}" if factor else f"base point, round {round_}"
         cells = [text([errors[seed] for seed in errors], 3) for errors in found.values()]
         for label in ("factors, module", "updates, module"):
             fedit, best = found["FedIT"], found["best of rank r"]
@@ -123,11 +126,13 @@ def main() -> None:
     parser.add_argument("--rounds", default="1,3", help="of the base point, by commas")
     parser.add_argument("--vary", help="factors, by commas; all where it is left out, none where it is empty")
     parser.add_argument("--score", action="store_true")
+    parser.add_argument("--rules", default="", help="with --score: FILE.py:FUNCTION and methods, by commas")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     source = SOURCES[arguments.source]
     factors = list(source.varied) if arguments.vary is None else [f for f in arguments.vary.split(",") if f]
+    further = ["oracle", *split_methods(arguments.rules)] if arguments.score else None
     followed = [int(round_) for round_ in arguments.rounds.split(",")]
     unknown = [factor for factor in factors if factor not in source.varied]
     if unknown:
@@ -136,7 +141,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
         for factor, value in points:
-            rows += rows_of(source, factor, value, seed, followed, score=arguments.score)
+            rows += rows_of(source, factor, value, seed, followed, further)
             print(f"seed {seed}  {factor or 'base point'} {value}", flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps({"source": arguments.source, "rows": rows}, indent=1))

@@ -63,7 +63,8 @@ def correlation(label: Sequence[str], by_seed: Mapping[int, float | None], rules
 
 
 def swapped(rows: Sequence[Row], name: str, metric: str) -> list[str]:
-    """One line per round, and one of each seed's mean over rounds."""
+    """One line per round, and one of each seed's mean over rounds. FedEx-LoRA's merge is the oracle's: one of them."""
+    rows = [row for row in rows if row["method"] != "fedex-lora"]
     seeds = sorted({row["seed"] for row in rows})
     every: dict[int, list[float]] = {seed: [] for seed in seeds}
     lines = []
