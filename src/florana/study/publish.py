@@ -85,7 +85,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
         values = []
         for seed in dict.fromkeys(row["seed"] for row in own):
             pairs = [(row["error"], row[metric]) for row in own if row["seed"] == seed]
-            values.append(_rank_correlation(pairs, metric))
+            values.append(rank_correlation(pairs, metric))
         found = estimate(values)
         if found is not None:
             correlations.append({"setting": setting, "round": round_, "mean": found.mean, "half_width": found.half})
@@ -99,9 +99,20 @@ def summarise(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
     return {"table": table, "correlations": correlations, "text": text}
 
 
-def _rank_correlation(pairs: Sequence[tuple[float, float]], metric: str) -> float | None:
-    """Spearman's, signed so that +1 means: the lower the error, the better the score. None where nothing varies."""
+EXACT = 1e-5
+"""Errors below this are rounding in float32: the rules that have them are tied, not ranked by their noise."""
+
+
+def rank_correlation(pairs: Sequence[tuple[float, float]], metric: str) -> float | None:
+    """Spearman's of (error, score), signed so that +1 means: the lower the error, the better the score.
+
+    None where errors or scores do not vary, or where there are fewer than three pairs.
+
+    >>> rank_correlation([(0.4, 0.5), (0.3, 0.6), (0.1, 0.9)], "accuracy").__round__(6)
+    1.0
+    """
     errors, scores = np.array(pairs, dtype=float).T
+    errors = np.where(errors < EXACT, 0.0, errors)
     if len(pairs) < 3 or np.ptp(errors) == 0 or np.ptp(scores) == 0:
         return None
     value = float(stats.spearmanr(errors, scores).statistic)

@@ -7,7 +7,7 @@ merged model is scored. Whatever differs then is the rule's doing: what the clie
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from florana.run import Setup, begin, engine_of, federation_of, global_scores, s
 from florana.strategy.base import PAIR, Outcome, State, Strategy
 from florana.study.cells import Method
 
+Held = Mapping[int, tuple[State, Sequence[Contribution]]]
+"""Round -> the state that was broadcast at its start, and what the clients sent back, weighted."""
 
-def swap(recipe: r.Recipe, setup: Setup, methods: Sequence[Method], rounds: Sequence[int]) -> list[dict[str, Any]]:
-    """One row per round and rule: method, round, error, optimum, and the merged model's scores.
 
-    Only rules that take whole pairs, trained from PEFT's start, can be given FedIT's clients; the others are left out.
-    """
+def hold(recipe: r.Recipe, setup: Setup, rounds: Sequence[int]) -> dict[int, tuple[State, Sequence[Contribution]]]:
+    """Follow the recipe's own strategy, and keep what its server got at the wanted rounds."""
     captured: dict[int, tuple[State, Sequence[Contribution]]] = {}
     strategy = strategy_of(recipe, sorted(setup.clients))
 
@@ -42,18 +42,33 @@ def swap(recipe: r.Recipe, setup: Setup, methods: Sequence[Method], rounds: Sequ
         journal = Journal(Path(folder), setup.bench.card)
         engine = engine_of(recipe, setup, state)
         run_rounds(replace(strategy, step=watched), state, engine, federation, journal, lambda event: None)
-    rows = []
+    return dict(sorted(captured.items()))
+
+
+def swap(recipe: r.Recipe, setup: Setup, methods: Sequence[Method], rounds: Sequence[int]) -> list[dict[str, Any]]:
+    """One row per round and rule: method, round, error, optimum, and the merged model's scores.
+
+    Only rules that take whole pairs, trained from PEFT's start, can be given FedIT's clients; the others are left out.
+    """
+    return exchange(recipe, setup, methods, hold(recipe, setup, rounds))
+
+
+def exchange(
+    recipe: r.Recipe, setup: Setup, methods: Sequence[Method], held: Held, *, scored: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    """Every rule on the same updates. `scored`: the rounds whose merged models are scored (None: all)."""
+    rows: list[dict[str, Any]] = []
     for method in methods:
         one = strategy_of(recipe.model_copy(update={"strategy": dict(method.strategy)}), sorted(setup.clients))
-        if not _takes_pairs(one, state):
+        if not all(_takes_pairs(one, before) for before, _ in held.values()):
             continue
-        for round_, (before, parts) in sorted(captured.items()):
+        for round_, (before, parts) in held.items():
             after = one.step(before, parts).state
             error = measure(parts, after.adapter, after.residual)
-            scores = global_scores(setup, after.adapter, after.residual, recipe.evaluate.batch_size)
-            rows.append(
-                {"method": method.label, "round": round_, "error": error.error, "optimum": error.optimum, **scores}
-            )
+            row = {"method": method.label, "round": round_, "error": error.error, "optimum": error.optimum}
+            if scored is None or round_ in scored:
+                row |= global_scores(setup, after.adapter, after.residual, recipe.evaluate.batch_size)
+            rows.append(row)
     return rows
 
 

@@ -6,6 +6,7 @@ OUT/failures.json                       cell -> why it failed; the table marks t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -107,7 +108,7 @@ def work(group: Group, tell: Callable[[str], Any]) -> dict[str, str]:
     from florana.run import execute, prepare
     from florana.study.swap import swap
 
-    torch.set_num_threads(group.threads)
+    torch.set_num_threads(min(group.threads, torch.get_num_threads()))  # never more than OMP_NUM_THREADS says
     failures: dict[str, str] = {}
     setup = None
     todo = [cell for cell in group.cells if not finished(group, cell)]
@@ -126,8 +127,8 @@ def work(group: Group, tell: Callable[[str], Any]) -> dict[str, str]:
             execute(recipe, folder, setup=setup if shared else None, resume=folder.exists(), show=show)
         except FloranaError as error:
             failures[cell.id] = str(error).replace("\n", "; ")
-    target = swap_file(group.out, group.setting)
-    if group.swap_rounds and not target.exists():
+    target, asked = swap_file(group.out, group.setting), swap_asked(group)
+    if group.swap_rounds and not swapped(target, asked):
         started = time.perf_counter()
         recipe = recipe_of(group.base, next(cell for cell in group.cells if cell.method.label == "fedit"))
         methods = [
@@ -139,7 +140,7 @@ def work(group: Group, tell: Callable[[str], Any]) -> dict[str, str]:
             failures[f"swap test, {group.setting.name}, seed {group.setting.seed}"] = str(error).replace("\n", "; ")
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
-            content = {"seconds": time.perf_counter() - started, "rows": rows}
+            content = {"seconds": time.perf_counter() - started, "asked": asked, "rows": rows}
             replace_file(target, (json.dumps(content, indent=1) + "\n").encode())
     return failures
 
@@ -152,3 +153,14 @@ def finished(group: Group, cell: Cell) -> bool:
     return (folder / "recipe.toml").exists() and (folder / "recipe.toml").read_text() == recipe_of(
         group.base, cell
     ).to_toml()
+
+
+def swap_asked(group: Group) -> str:
+    """The digest of what a swap test is made of, each cell's recipe and the rounds: another question, another test."""
+    recipes = [recipe_of(group.base, cell).to_toml() for cell in group.cells]
+    return hashlib.sha256(json.dumps([recipes, list(group.swap_rounds)]).encode()).hexdigest()
+
+
+def swapped(path: Path, asked: str) -> bool:
+    """Whether the file holds the very swap test that is asked for."""
+    return path.exists() and json.loads(path.read_text()).get("asked") == asked
