@@ -278,7 +278,7 @@ FAMILIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
     "Inf": lambda reply, t: t["A/m"].view(-1)[0].fill_(math.inf),
     "x1e6": lambda reply, t: t.update({name: tensor * 1e6 for name, tensor in t.items()}),
     "x1e30": lambda reply, t: t.update({name: tensor * 1e30 + 1e30 for name, tensor in t.items()}),
-    "wrong rank": lambda reply, t: t.update({"A/m": t["A/m"][:1].clone()}),
+    "wrong rank": lambda reply, t: t.update({"A/m": torch.cat([t["A/m"], t["A/m"]])}),
     "broadcastable shape": lambda reply, t: t.update({"A/m": t["A/m"][:, :1].clone()}),
     "missing module": lambda reply, t: t.clear(),
     "foreign module": lambda reply, t: t.update({"A/evil": t["A/m"].clone()}),
@@ -294,10 +294,10 @@ FAMILIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
 
 def spoilt(frame: Frame, family: str) -> Frame:
     reply, tensors = dict(frame.fields["reply"]), load(frame.payload)
-    module = next(name for name in tensors if name.startswith("A/"))[2:]
-    view = {f"{k}/m": tensors.pop(f"{k}/{module}") for k in "AB"}
+    first = next(name for name in tensors if not name.startswith("extra/"))  # of A, B or core, what the method sends
+    view = {"A/m": tensors.pop(first)}
     FAMILIES[family](reply, view)
-    tensors |= {n.replace("/m", f"/{module}") if n in ("A/m", "B/m") else n: t for n, t in view.items()}
+    tensors |= {first if n == "A/m" else n: t for n, t in view.items()}
     return Frame("reply", {**frame.fields, "reply": reply}, save({n: t.contiguous() for n, t in tensors.items()}))
 
 
