@@ -198,7 +198,7 @@ def main() -> None:
     print("\nThe swap test: one rule for another on the same updates")
     for name, rows, metrics in tests:
         for one in metrics:
-            print(f"\n{name}, {one}\n\n{exchanged(rows, one, 3)}")
+            print(f"\n{name}, {one}\n\n{exchanged(rows, one, 4)}")
     for setting in settings:
         own = [row for row in study["rows"] if row["setting"] == setting]
         print(f"\nLocal against global, {setting}\n")
