@@ -232,7 +232,7 @@ HOSTILE: dict[str, tuple[str, set[str]]] = {
     "floods its pipes": (
         "import os\nfor fd in range(3, 20):\n try:\n"
         '  for _ in range(9999): os.write(fd, b\'{"reason": "passed"}\\n\' * 99)\n except OSError: pass',
-        {"unfinished", "timeout"},
+        {"unfinished", "timeout", "failed"},  # whichever is first: the limit, or the honest end of the tests
     ),
     "claims": ("print('passed')\nprint('a' * 64)\nimport os\nos.write(1, b'b' * 64)\nassert False", {"failed"}),
 }
@@ -245,7 +245,7 @@ def test_a_hostile_program_ends_soon_with_the_right_verdict(name: str) -> None:
     if name == "fills the disk" and run_program("open('/proc/self/status')", "").passed:
         pytest.skip("this kernel lets nobody make namespaces: the number of files is not limited")
     started = time.monotonic()
-    verdict = run_program(program, "", QUICK)
+    verdict = run_program(program, "assert False", QUICK)  # to pass would be a lie
     assert verdict.reason in reasons, verdict
     assert not verdict.passed
     assert time.monotonic() - started < 15
