@@ -140,7 +140,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
 
 
-@often(2, 50)
+@often(1, 50)
 def test_a_killed_server_goes_on_from_its_last_round(
     count: int, table: dict[str, Any], tmp_path: Path, tally: Tally
 ) -> None:
