@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from florana.errors import InputError, RecipeError
+from florana.flower import require_flwr
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,7 +39,7 @@ def keys(
 
     Example: florana flower keys hospital-a --out site
     """
-    _needs_flower()
+    require_flwr()
     from florana.flower.keys import make_server, make_site
 
     if server:
@@ -58,7 +59,7 @@ def approve(
 
     Example: florana flower approve fed hospital-a.pub hospital-b.pub
     """
-    _needs_flower()
+    require_flwr()
     from florana.flower.keys import Certificates
     from florana.flower.keys import approve as put
 
@@ -79,7 +80,7 @@ def invite(
 
     Example: florana flower invite recipe.toml --fed fed --out invitation
     """
-    _needs_flower()
+    require_flwr()
     from florana.flower.invitation import hosts_of
     from florana.flower.invitation import invite as write
     from florana.flower.keys import Certificates, read_certificate
@@ -108,7 +109,7 @@ def export(
 
     Example: florana flower export app --recipe recipes/sst2-minilm.toml
     """
-    _needs_flower()
+    require_flwr()
     from florana.flower.export import export as write
     from florana.recipe_file import read_recipe
 
@@ -126,6 +127,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="The one port that sites connect to.")] = 8443,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds a round waits for its last answer.")] = 3600,
     wait: Annotated[float, typer.Option(min=1, help="Seconds to wait for the sites at the start.")] = 600,
+    limit: Annotated[int, typer.Option(min=1, help="MiB that one answer of a site may have.")] = 256,
     no_base: Annotated[
         bool, typer.Option("--no-base", help="Do without the base model here: nothing is measured at the server.")
     ] = False,
@@ -136,7 +138,7 @@ def serve(
 
     Example: florana serve recipe.toml --fed fed --out runs/first
     """
-    _needs_flower()
+    require_flwr()
     from florana.flower.keys import Certificates
     from florana.flower.serve import serve as lead
     from florana.flower.settings import Settings
@@ -165,6 +167,7 @@ def serve(
             host=host,
             port=port,
             resume=resume,
+            limit=limit * 2**20,
             show=show,
             opened=lambda door: typer.echo(f"the door is open on port {port}: sites can join", err=True),
         )
@@ -186,7 +189,7 @@ def join(
 
     Example: florana join invitation --site site --data rows.csv
     """
-    _needs_flower()
+    require_flwr()
     from florana.flower.invitation import read_invitation, site_recipe
     from florana.flower.join import join as take_part
 
@@ -212,7 +215,7 @@ def doctor(
 
     Example: florana doctor invitation --site site --data rows.csv
     """
-    _needs_flower()
+    require_flwr()
     from florana.flower.doctor import at_server, at_site
     from florana.flower.invitation import read_invitation, site_recipe
     from florana.flower.keys import Certificates
@@ -242,15 +245,6 @@ def _print(findings: Iterable[Finding], as_json: bool) -> None:
     bad = [finding.what for finding in every if not finding.fine]
     if bad:
         raise InputError(f"{len(bad)} of {len(every)} findings would stop the federation: {', '.join(bad)}")
-
-
-def _needs_flower() -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("flwr") is None:
-        raise RecipeError(
-            "this needs Flower, which is not installed", fix="pip install 'florana[flower]' (the core does without)"
-        )
 
 
 def _end_on_signal() -> threading.Event:

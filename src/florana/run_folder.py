@@ -21,7 +21,10 @@ from florana.federation.records import RoundRecord
 from florana.recipe import Recipe
 from florana.recipe_file import check, differences
 
-BEFORE = {"log.txt", ".lock", "run.json", "progress.jsonl", "outcome.json", "environment.json", "setup.json"}
+OUTCOME, PROGRESS, RUN_NAME = "outcome.json", "progress.jsonl", "run.json"
+"""Of a run over the network: how it ended, a line per event, and the name by which sites keep what stays with them."""
+
+BEFORE = {"log.txt", ".lock", OUTCOME, PROGRESS, RUN_NAME, "environment.json", "setup.json"}
 """What a run may leave in its folder before it has begun."""
 
 
@@ -92,6 +95,17 @@ def held(file: Path, taken: FederationError, seconds: float = 0.0) -> Iterator[N
         yield
     finally:
         lock.release()
+
+
+def is_free(file: Path) -> bool:
+    """Whether nobody holds that lock now."""
+    lock = filelock.FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return False
+    lock.release()
+    return True
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
     PublicFormat,
+    load_pem_public_key,
     load_ssh_private_key,
     load_ssh_public_key,
 )
@@ -167,6 +168,11 @@ def read_public(path: Path) -> tuple[str, bytes]:
     if not isinstance(key, ec.EllipticCurvePublicKey) or not _NAME.fullmatch(name):
         raise InputError(f"{path} is no public key of a site", why="not an EC key with a name", fix=_MAKE)
     return name, key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def openssh(pem: bytes) -> bytes:
+    """A public key of the roster as Flower's own command takes it."""
+    return load_pem_public_key(pem).public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n"
 
 
 def read_private(folder: Path) -> tuple[str, Path]:

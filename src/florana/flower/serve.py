@@ -11,20 +11,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from florana import recipe as r
 from florana.conduct import Show
 from florana.errors import FederationError, FloranaError, InputError, RecipeError
-from florana.federation.journal import explained
+from florana.federation.journal import explained, read_records
 from florana.federation.loop import Event
 from florana.flower.export import export
 from florana.flower.front import Door, OpenDoor, open_door, trusting
-from florana.flower.keys import Certificates, read_certificate, read_roster
+from florana.flower.keys import Certificates, openssh, read_certificate, read_roster
 from florana.flower.processes import Child, call, free_port, start, until
-from florana.flower.settings import Settings
-from florana.run_folder import check_folder, held
+from florana.flower.settings import Settings, beside
+from florana.run_folder import OUTCOME, PROGRESS, check_folder, held, is_free
 
 POLL = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
 _ANSWERS = 60.0
@@ -49,7 +52,7 @@ def serve(
     host: str = "0.0.0.0",
     port: int = 8443,
     resume: bool = False,
-    limit: int | None = None,
+    limit: int = 2**28,
     show: Show = lambda event: None,
     opened: Callable[[OpenDoor], None] = lambda door: None,
 ) -> None:
@@ -57,7 +60,7 @@ def serve(
 
     Args:
         files: the operator's folder, with certificates and roster. folder: the run folder.
-        limit: bytes of one answer of a site; None: four times what the adapter has, and no less than 16 MiB.
+        limit: bytes of one answer of a site.
         show: told of what happens. opened: given the open door, before anything is submitted.
 
     Raises:
@@ -77,7 +80,7 @@ def serve(
     with explained(files.folder, "the operator's folder could not be written"):
         work.mkdir(parents=True, exist_ok=True)
         work.chmod(0o700)
-    (folder / "outcome.json").unlink(missing_ok=True)
+    (folder / OUTCOME).unlink(missing_ok=True)
     guard = work / "guard"
     own = replace(settings, out=str(folder.resolve()), roster=str(files.roster.resolve()), guard=str(guard.resolve()))
     taken = FederationError(
@@ -85,13 +88,13 @@ def serve(
     )
     with held(guard, taken, 5.0), superlink(files, work) as link:
         _register(link, approved, work)
-        door = Door(f"https://{link.address}", limit or 2**28, trusting(files.authority))
+        door = Door(f"https://{link.address}", limit, trusting(files.authority))
         inside = open_door(door, host, port, files.certificate, files.key)
         try:
             opened(inside)
             app = _app(recipe, own, work)
             call(["flwr", "run", str(app), "florana", "--format", "json"], link.environment)
-            _follow(link.child, folder, show)
+            _follow(link.child, folder, beside(guard), show)
         finally:
             inside.close()
 
@@ -131,8 +134,6 @@ def superlink(files: Certificates, work: Path) -> Iterator[SuperLink]:
 
 def check_certificates(files: Certificates) -> None:
     """Raise InputError where the operator's certificates are missing or out of date."""
-    from datetime import UTC, datetime
-
     if not files.certificate.exists():
         raise InputError(
             f"{files.folder} holds no server certificate",
@@ -150,15 +151,13 @@ def check_certificates(files: Certificates) -> None:
 
 def _register(link: SuperLink, approved: dict[str, bytes], work: Path) -> None:
     """Tell the SuperLink the approved keys that it does not know yet."""
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
-
     known = work / "registered.json"
     done: dict[str, str] = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
     for name, pem in approved.items():
         if done.get(name) == pem.decode():
             continue
         public = work / f"{name}.pub"
-        public.write_bytes(load_pem_public_key(pem).public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n")
+        public.write_bytes(openssh(pem))
         call(["flwr", "supernode", "register", str(public), "florana"], link.environment)
         done[name] = pem.decode()
         known.write_text(json.dumps(done, indent=1), encoding="utf-8")
@@ -171,8 +170,6 @@ def _app(recipe: r.Recipe, settings: Settings, work: Path) -> Path:
 
 
 def _answers(address: str, files: Certificates) -> bool:
-    import httpx
-
     try:
         httpx.post(f"https://{address}/", verify=trusting(files.authority), timeout=2.0)
     except httpx.HTTPError:
@@ -180,11 +177,14 @@ def _answers(address: str, files: Certificates) -> bool:
     return True
 
 
-def _follow(link: Child, folder: Path, show: Show) -> None:
-    """Show the run's events until it has an outcome; raise what it ended with."""
-    from florana.federation.journal import read_records
+def _follow(link: Child, folder: Path, alive: Path, show: Show) -> None:
+    """Show the run's events until it has an outcome; raise what it ended with.
 
-    outcome, progress = folder / "outcome.json", folder / "progress.jsonl"
+    Args:
+        alive: what the run keeps locked while it lives: killed, it leaves no outcome behind.
+    """
+    outcome, progress = folder / OUTCOME, folder / PROGRESS
+    lived = False
     seen, begun = progress.stat().st_size if progress.exists() else 0, time.monotonic()
 
     def told(seen: int) -> int:
@@ -204,15 +204,21 @@ def _follow(link: Child, folder: Path, show: Show) -> None:
                 why=link.tail(),
                 fix="the committed rounds stand: start again with --resume",
             )
-        if not progress.exists() and time.monotonic() - begun > _STARTS:
+        gone = is_free(alive)
+        if gone and lived and not outcome.exists():
+            raise FederationError(
+                "the server's part of the run was killed",
+                why=link.tail(),
+                fix="the committed rounds stand: start again with --resume",
+            )
+        lived = lived or not gone
+        if not lived and time.monotonic() - begun > _STARTS:
             raise FederationError("the server's part of the run did not start", why=link.tail())
         time.sleep(0.1)
     told(seen)
     ended: dict[str, Any] = json.loads(outcome.read_text(encoding="utf-8"))
     if ended["exit_code"]:
-        what, _, rest = str(ended["error"]).partition("\nwhy: ")
-        why, _, fix = rest.partition("\nfix: ")
-        error = FloranaError(what, why=why, fix=fix)
+        error = FloranaError(ended["what"], why=ended["why"], fix=ended["fix"])
         error.exit_code = int(ended["exit_code"])
         raise error
 

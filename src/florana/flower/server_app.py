@@ -5,6 +5,7 @@ RUN/progress.jsonl has a line per event and RUN/outcome.json how it ended, for w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -17,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import filelock
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
@@ -33,13 +33,11 @@ from florana.federation.messages import Engine, unpack_whole
 from florana.flower.engine import FlowerEngine
 from florana.flower.keys import read_roster
 from florana.flower.roll import Card, Roll
-from florana.flower.settings import Settings, from_config
+from florana.flower.settings import Settings, beside, from_config
 from florana.flower.site import agreed, base_digest, start_digest
 from florana.run import Setup, begin, facts_of, federation_of, prepare, strategy_of
-from florana.run_folder import check_folder
+from florana.run_folder import OUTCOME, PROGRESS, RUN_NAME, check_folder, held, is_free
 from florana.strategy.base import State, Strategy
-
-OUTCOME, PROGRESS = "outcome.json", "progress.jsonl"
 
 app = ServerApp()
 
@@ -47,23 +45,24 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One run, from the configuration that `florana flower export` declared."""
-    log = logging.getLogger("florana")
     recipe, settings = from_config(dict(context.run_config))
     folder = Path(settings.out)
-    try:
-        check_folder(recipe, folder, settings.resume)
-        folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
         if settings.guard:
+            stack.enter_context(held(beside(Path(settings.guard)), FederationError("this run is led already"), 5.0))
             threading.Thread(target=end_when_free, args=(Path(settings.guard),), daemon=True).start()
-        lead(grid, recipe, settings, folder, _progress(folder))
-    except FloranaError as error:
-        _end(folder, error.exit_code, str(error))
-        log.error("%s", error)
-        raise SystemExit(error.exit_code) from None
-    except Exception as error:
-        _end(folder, 1, f"{type(error).__name__}: {error}", traceback.format_exc())
-        raise
-    _end(folder, 0, "")
+        try:
+            check_folder(recipe, folder, settings.resume)
+            folder.mkdir(parents=True, exist_ok=True)
+            lead(grid, recipe, settings, folder, _progress(folder))
+        except FloranaError as error:
+            _end(folder, error.exit_code, error.what, error.why, error.fix)
+            logging.getLogger("florana").error("%s", error)
+            raise SystemExit(error.exit_code) from None
+        except Exception as error:
+            _end(folder, 1, f"{type(error).__name__}: {error}", traceback.format_exc())
+            raise
+        _end(folder, 0)
 
 
 def lead(grid: Grid, recipe: r.Recipe, settings: Settings, folder: Path, show: Show) -> None:
@@ -109,14 +108,9 @@ def end_when_free(guard: Path) -> None:
     Flower would leave it running, holding the run folder against the program that resumes. A commit is whole or
     absent at any moment, so nothing is lost.
     """
-    lock = filelock.FileLock(guard)
-    while True:
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            time.sleep(0.5)
-        else:
-            os._exit(FederationError.exit_code)
+    while not is_free(guard):
+        time.sleep(0.5)
+    os._exit(FederationError.exit_code)
 
 
 def _federation(recipe: r.Recipe, here: Setup | None, clients: list[str], examples: Mapping[str, int]) -> Federation:
@@ -197,7 +191,7 @@ def _facts(recipe: r.Recipe, here: Setup | None, roll: Roll, begun: State) -> di
 
 def _run_name(folder: Path) -> str:
     """By which the clients keep what stays with them: made once, found again when the run is resumed."""
-    path = folder / "run.json"
+    path = folder / RUN_NAME
     if not path.exists():
         with explained(folder, "the run folder could not be made"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -220,7 +214,7 @@ def _progress(folder: Path) -> Show:
     return show
 
 
-def _end(folder: Path, code: int, error: str, trace: str = "") -> None:
+def _end(folder: Path, code: int, what: str = "", why: str = "", fix: str = "") -> None:
     if folder.is_dir():
-        content = json.dumps({"exit_code": code, "error": error, "traceback": trace}, indent=1)
-        replace_file(folder / OUTCOME, content.encode())
+        content = {"exit_code": code, "what": what, "why": why, "fix": fix}
+        replace_file(folder / OUTCOME, json.dumps(content, indent=1).encode())
