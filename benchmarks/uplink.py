@@ -49,7 +49,7 @@ def run(recipe: Recipe, setup: Setup, coordinates: Literal["stay", "move"], fold
         begun,
         setup.bench.card,
         lambda memories: engine_of(recipe, setup, begun, memories),
-        federation_of(recipe, setup, setup.examples),
+        federation_of(recipe, setup, sorted(setup.clients), setup.examples),
         lambda: {},
     )
 

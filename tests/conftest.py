@@ -14,6 +14,9 @@ import hypothesis
 import pytest
 import torch
 
+from florana.recipe import Recipe
+from florana.recipe_file import check
+
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("florana", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("florana")
@@ -183,3 +186,10 @@ def unlike(recipe_table: dict[str, Any]) -> dict[str, Any]:
     table["strategy"] = {"name": "best-rank"}
     table["evaluate"] = {"personal": "never"}
     return table
+
+
+@pytest.fixture
+def pooled(unlike: dict[str, Any]) -> Recipe:
+    plain = {**unlike, "federation": {"rounds": 2, "min_clients": 1}}
+    plain["model"] = {**unlike["model"], "client_ranks": [2], "head": "average"}
+    return check(plain, "t")

@@ -50,7 +50,7 @@ ROOMS = {
     "safetensors": {"tensor_files", "federation"},
     "typer": {"cli", "cli_adapters", "cli_compare", "cli_plan", "cli_flower"},
     "rich": {"screen", "screen_study", "cli"},
-    "pydantic": {"recipe", "recipe_data", "recipe_file"},
+    "pydantic": {"recipe", "recipe_data", "recipe_file", "flower"},
     "flwr": {"flower"},
     "cryptography": {"flower"},
     "pydantic_core": {"module_patterns"},

@@ -151,7 +151,7 @@ def test_the_records_figure_is_the_weighted_mean(recipe_table: dict[str, Any], t
     folder = tmp_path / "run"
     folder.mkdir()
     strategy = strategy_of(recipe, sorted(setup.clients))
-    federation = federation_of(recipe, setup, setup.examples)
+    federation = federation_of(recipe, setup, sorted(setup.clients), setup.examples)
     run_rounds(strategy, begun, LocalEngine(spied), federation, Journal(folder, setup.bench.card), lambda event: None)
     (record,) = read_records(folder / "rounds.jsonl")
     assert len(set(record.examples.values())) > 1

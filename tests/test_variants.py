@@ -146,7 +146,7 @@ def test_magnitudes_are_averaged_with_the_clients_weights(recipe_table: dict[str
         dataclasses.replace(strategy, step=watched),
         begun,
         engine_of(recipe, setup, begun),
-        federation_of(recipe, setup, setup.examples),
+        federation_of(recipe, setup, sorted(setup.clients), setup.examples),
         Journal(tmp_path, setup.bench.card),
         lambda event: None,
     )

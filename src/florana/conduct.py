@@ -17,13 +17,11 @@ from torch import Tensor
 from florana import recipe as r
 from florana.adapter_files import AdapterCard, replace_file
 from florana.federation.journal import Journal, explained, read_records
-from florana.federation.loop import Event, Federation, by_examples, run_rounds, uniformly
+from florana.federation.loop import Event, Federation, run_rounds
 from florana.federation.messages import Engine
 from florana.federation.records import RoundRecord
 from florana.run_folder import locked, logged
 from florana.strategy.base import State, Strategy
-
-WEIGHTINGS = {"examples": by_examples, "uniform": uniformly}
 
 Show = Callable[[Event], None]
 

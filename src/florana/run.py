@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from florana import recipe as r
-from florana.conduct import WEIGHTINGS, Result, Show, conduct
+from florana.conduct import Result, Show, conduct
 from florana.engine.local import LocalEngine
 from florana.factors import Adapter
-from florana.federation.loop import Federation
+from florana.federation.loop import Federation, by_examples, uniformly
 from florana.run_folder import check_folder
 from florana.strategy.base import State, Strategy
 from florana.strategy.ranks import with_ranks
@@ -32,6 +32,8 @@ from florana.train.model import Workbench
 from florana.train.rows import rows_of
 from florana.train.sites import load_sites, site_files
 from florana.train.tasks import Example
+
+WEIGHTINGS = {"examples": by_examples, "uniform": uniformly}
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +125,7 @@ def execute(
         begun,
         here.bench.card,
         lambda memories: engine_of(recipe, here, begun, memories, step),
-        federation_of(recipe, here, here.examples),
+        federation_of(recipe, here, sorted(here.clients), here.examples),
         lambda: facts_of(recipe, here, here.partition),
         show,
     )
@@ -184,8 +186,10 @@ def global_scores(setup: Setup, adapter: Adapter, residual: Adapter | None, batc
     return scores
 
 
-def federation_of(recipe: r.Recipe, setup: Setup | None, examples: Mapping[str, int]) -> Federation:
-    """The fixed facts of a recipe's run, for the round loop; `examples` has every client.
+def federation_of(
+    recipe: r.Recipe, setup: Setup | None, clients: Sequence[str], examples: Mapping[str, int]
+) -> Federation:
+    """The fixed facts of a recipe's run, for the round loop; of clients without `examples` any count is believed.
 
     Without a set-up, at a server that has no base model, nothing is measured there.
     """
@@ -206,9 +210,9 @@ def federation_of(recipe: r.Recipe, setup: Setup | None, examples: Mapping[str, 
         "every": lambda round_: round_ % every == 0 or round_ == rounds,
     }
     return Federation(
-        clients=sorted(examples),
+        clients=sorted(clients),
         rounds=rounds,
-        per_round=recipe.federation.clients_per_round or len(examples),
+        per_round=recipe.federation.clients_per_round or len(clients),
         seed=recipe.seed,
         weights=WEIGHTINGS[recipe.federation.weighting],
         # A personal head leaves the server without one, so there is no global model to measure.

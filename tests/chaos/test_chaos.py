@@ -41,7 +41,7 @@ from florana.run import execute, prepare
 from florana.strategy import STRATEGIES
 from tests.conftest import ROOT
 from tests.flower_grid import FakeGrid, trainer_at
-from tests.test_flower import FAMILIES, spoilt
+from tests.flower_sites import FAMILIES, spoilt
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 ADAPTER = "adapter/adapter_model.safetensors"

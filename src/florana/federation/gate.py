@@ -23,6 +23,9 @@ from florana.strategy.base import Payload
 MAX_EXAMPLES = 1_000_000_000
 """More training examples than this from one client is taken for nonsense."""
 
+OUTLIER_FACTOR = 1000.0
+"""An update that changed what it was sent by more than this many times the round's median is refused."""
+
 
 class Refused(Exception):  # noqa: N818  (a verdict, not a fault)
     """Why a reply was not let through; the text is what the journal records."""

@@ -9,16 +9,13 @@ from dataclasses import dataclass, field
 from florana.aggregate.error import AggregationError, measure
 from florana.errors import FederationError
 from florana.factors import Contribution, Update
-from florana.federation.gate import Expected, Refused, admit, oversized
+from florana.federation.gate import OUTLIER_FACTOR, Expected, Refused, admit, oversized
 from florana.federation.journal import Journal
 from florana.federation.messages import Brief, Engine, Failure, Reply, pack
 from florana.federation.records import RoundRecord
 from florana.federation.sampling import derive, sample
 from florana.federation.wire import Format
 from florana.strategy.base import Payload, State, Strategy
-
-OUTLIER = 1000.0
-"""An update that changed what it was sent by more than this many times the round's median is refused."""
 
 _CARRIED = {"stay": ["A", "B", "core", "extra"], "move": ["extra"]}
 """Kinds of tensors whose rounding a client carries over, by `strategy.facts.Facts.coordinates`."""
@@ -204,7 +201,7 @@ def _collect(answers: Iterable[Reply | Failure], expected: Expected, show: Calla
             show(Event("refused", expected.round, answer.client, str(reason)))
         else:
             show(Event("reply", expected.round, answer.client))
-    for client, why in oversized(list(updates.values()), expected.clients, OUTLIER).items():
+    for client, why in oversized(list(updates.values()), expected.clients, OUTLIER_FACTOR).items():
         del updates[client]
         refused[client] = why
         show(Event("refused", expected.round, client, why))

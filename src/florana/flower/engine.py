@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 import secrets
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,39 +73,51 @@ def exchange(
     ]
     identities = list(grid.push_messages(messages)) if messages else []
     identities += [""] * (len(clients) - len(identities))
-    waiting: dict[str, str] = {}
-    for client, identity in zip(clients, identities, strict=True):
-        if identity:
-            waiting[identity] = client
-        else:
+    waiting = {client: identity for client, identity in zip(clients, identities, strict=True) if identity}
+    for client in clients:
+        if client not in waiting:
             yield client, Failure(client, "Flower did not take the message for it")
-    while waiting and time.monotonic() < until:
-        answers = list(_pulled(grid, list(waiting)))
-        for identity, answer in answers:
-            if identity in waiting:  # an answer to nothing that is asked now is no answer
-                client = waiting.pop(identity)
-                yield client, Failure(client, answer.reason) if isinstance(answer, Failure) else answer
-        if not answers:
-            time.sleep(POLL_SECONDS)
-    for client in waiting.values():
-        yield client, Failure(client, f"did not answer within {deadline:g} seconds")
-
-
-def _pulled(grid: Grid, identities: Sequence[str]) -> Iterator[tuple[str, Frame | Failure]]:
-    """What has come, message by message where one of them cannot be decoded, so that it spoils no other."""
+    arrived: queue.SimpleQueue[tuple[str, Frame | Failure | Exception]] = queue.SimpleQueue()
+    done, pause = threading.Event(), max(POLL_SECONDS, 0.01 * len(waiting))
+    # a thread for each: Flower waits for the rest of an answer that was begun, and one site must not hold up the others
+    for client, identity in waiting.items():
+        threading.Thread(target=_wait, args=(grid, client, identity, done, pause, arrived), daemon=True).start()
     try:
-        messages: Iterable[Message] = grid.pull_messages(identities)
-    except Exception as error:
-        if len(identities) == 1:
+        while waiting:
+            client, answer = arrived.get(timeout=max(until - time.monotonic(), 0.0))
+            if isinstance(answer, Exception):
+                raise answer
+            del waiting[client]
+            yield client, Failure(client, answer.reason) if isinstance(answer, Failure) else answer
+    except queue.Empty:
+        for client in waiting:
+            yield client, Failure(client, f"did not answer within {deadline:g} seconds")
+    finally:
+        done.set()
+
+
+def _wait(
+    grid: Grid,
+    client: str,
+    identity: str,
+    done: threading.Event,
+    pause: float,
+    arrived: queue.SimpleQueue[tuple[str, Frame | Failure | Exception]],
+) -> None:
+    while not done.is_set():
+        try:
+            answers = [m for m in grid.pull_messages([identity]) if m.metadata.reply_to_message_id == identity]
+        except Exception as error:
             if _is_unreachable(error):
-                raise
-            yield identities[0], Failure("", f"sent a message that cannot be decoded ({type(error).__name__})")
+                arrived.put((client, error))
+            else:
+                why = f"sent a message that cannot be decoded ({type(error).__name__})"
+                arrived.put((client, Failure(client, why)))
             return
-        for identity in identities:
-            yield from _pulled(grid, [identity])
-        return
-    for message in messages:
-        yield message.metadata.reply_to_message_id, _frame_of(message)
+        if answers:  # an answer to nothing that is asked now is no answer
+            arrived.put((client, _frame_of(answers[0])))
+            return
+        done.wait(pause)
 
 
 def _frame_of(message: Any) -> Frame | Failure:

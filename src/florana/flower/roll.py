@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,25 +14,12 @@ from flwr.serverapp import Grid
 from florana.errors import FederationError
 from florana.federation.loop import Event
 from florana.federation.messages import Failure
+from florana.flower.card import Card, Common, card_from, difference, most_common
 from florana.flower.engine import exchange
 from florana.flower.frames import Frame
 
-Card = Mapping[str, Any]
-"""What a site says of itself: see `site.card_of`."""
-
-WANTED = {
-    "client",
-    "florana",
-    "torch",
-    "agreed",
-    "base",
-    "start",
-    "holds",
-    "labels",
-    "base_parameters",
-    "adapter",
-    "scalings",
-}
+SAYS = 30.0
+"""Seconds for a site to say who it is: its model is loaded, only Flower has to start a process."""
 
 
 @dataclass(eq=False)
@@ -42,28 +30,32 @@ class Roll:
         grid: Flower's connection. keys: client -> its node's public key (bytes), as the operator approved it; None in
             a simulation, where every node says which client it is.
         agreed: the server's recipe, as `site.agreed` gives it.
-        deadline: seconds for a site to say who it is (in a simulation it loads the model first).
-        show: told of every client that is refused.
+        own: what the server itself holds; None without the base model, where most sites decide at the end of `wait`.
+        deadline: seconds of a round; in a simulation also those to say who it is, since it loads the model first.
+        show: told of every client that joins or is refused.
+        cards: client -> its card, of all whose name and recipe are right. examples: client -> its training rows.
     """
 
     grid: Grid
     keys: Mapping[str, bytes] | None
     agreed: Mapping[str, Any]
+    own: Common | None
     deadline: float
     show: Callable[[Event], None]
-    reference: Card | None = None
     cards: dict[str, Card] = field(default_factory=dict)
+    examples: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    _settled: tuple[Common, str] | None = None
     _clients: dict[int, str] = field(default_factory=dict)
     _asked: set[int] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        if self.own is not None:
+            self._settled = self.own, "the server"
+
     def connected(self) -> tuple[dict[str, int], dict[str, str]]:
         """Client -> its node, of those that are online and fit; and why the others that were seen are not."""
-        online = self._online()
-        new = [node for node in online if node not in self._asked]
-        if new:
-            self._call(new, online)
-        nodes = {self._clients[node]: node for node in online if node in self._clients}
+        nodes = self._look(self.deadline)
         return nodes, {client: why for client, why in self.refused.items() if client not in nodes}
 
     def wait(self, enough: int, wanted: int, seconds: float) -> None:
@@ -74,11 +66,14 @@ class Roll:
         """
         until = time.monotonic() + seconds
         while True:
-            nodes, refused = self.connected()
-            if len(nodes) >= wanted or (time.monotonic() >= until and len(nodes) >= enough):
+            nodes = self._look(max(until - time.monotonic(), 1.0))
+            late = time.monotonic() >= until
+            if len(nodes) >= wanted or (late and len(nodes) >= enough):
+                self._settle()
                 return
-            if time.monotonic() >= until:
-                reasons = "; ".join(f"{client}: {why}" for client, why in sorted(refused.items()))
+            if late:
+                self._settle()
+                reasons = "; ".join(f"{client}: {why}" for client, why in sorted(self.refused.items()))
                 raise FederationError(
                     f"{len(nodes)} clients were there after {seconds:g} seconds, and {enough} are needed",
                     why=reasons or f"connected: {', '.join(sorted(nodes)) or 'nobody'}",
@@ -86,75 +81,99 @@ class Roll:
                 )
             time.sleep(0.2)
 
-    def start_of(self, client: str) -> bytes:
+    @property
+    def common(self) -> Common:
+        """What all have that take part, after `wait`."""
+        assert self._settled is not None
+        return self._settled[0]
+
+    def start(self) -> bytes:
         """The adapter before the first round, from a client: for a server without the base model.
 
         Raises:
-            FederationError: the client does not send it.
+            FederationError: no client sends the one whose digest all have.
         """
-        node = self.connected()[0][client]
-        ((_, answer),) = exchange(
-            self.grid, {client: (node, Frame("hello", {"start": True}))}, self.deadline, MessageType.QUERY
-        )
-        if isinstance(answer, Failure) or answer.kind != "hello":
-            why = answer.reason if isinstance(answer, Failure) else str(answer.fields.get("reason", ""))
-            raise FederationError(f"client '{client}' did not send the adapter to start from", why=why)
-        return answer.payload
-
-    def _online(self) -> dict[int, bytes]:
-        return {int(node.node_id): bytes(node.public_key) for node in self.grid.get_nodes()}
-
-    def _call(self, new: list[int], online: Mapping[int, bytes]) -> None:
-        names = {bytes_: client for client, bytes_ in (self.keys or {}).items()}
-        frames = {str(node): (node, Frame("hello", {})) for node in new}
-        for text, answer in sorted(exchange(self.grid, frames, self.deadline, MessageType.QUERY), key=lambda a: a[0]):
-            node = int(text)
-            known = names.get(online[node]) if self.keys is not None else None
-            if self.keys is not None and known is None:
-                self._asked.add(node)
-                self._refuse(f"node {node}", "its key is none of the approved ones")
-                continue
+        nodes, reasons = self.connected()[0], []
+        for client, node in sorted(nodes.items()):
+            asked = {client: (node, Frame("hello", {"start": True}))}
+            ((_, answer),) = exchange(self.grid, asked, self.deadline, MessageType.QUERY)
             if isinstance(answer, Failure) or answer.kind != "hello":
-                why = answer.reason if isinstance(answer, Failure) else str(answer.fields.get("reason", ""))
-                self._refuse(known or f"node {node}", why or "did not say who it is")
+                reasons.append(f"{client}: {_reason(answer)}")
+            elif hashlib.sha256(answer.payload).hexdigest() != self.common.start:
+                reasons.append(f"{client}: sent another one than it said")
+            else:
+                return answer.payload
+        raise FederationError("no client sent the adapter to start from", why="; ".join(reasons) or "none is connected")
+
+    def _look(self, seconds: float) -> dict[str, int]:
+        """Ask the new nodes who they are, for so long at most; the clients that fit, with their nodes."""
+        online = {int(node.node_id): bytes(node.public_key) for node in self.grid.get_nodes()}
+        new = {node: key for node, key in online.items() if node not in self._asked}
+        if new:
+            self._call(new, seconds if self.keys is None else min(seconds, SAYS))
+        nodes = {self._clients[node]: node for node in online if node in self._clients}
+        reference = self._settled or self._most()
+        return {client: node for client, node in nodes.items() if self._fits(client, reference)}
+
+    def _most(self) -> tuple[Common, str] | None:
+        card = most_common(list(self.cards.values()))
+        return None if card is None else (card.common, f"'{card.client}'")
+
+    def _settle(self) -> None:
+        self._settled = self._settled or self._most()
+        for client in self.cards:
+            self._fits(client, self._settled)
+
+    def _fits(self, client: str, reference: tuple[Common, str] | None) -> bool:
+        problem = difference(self.cards[client].common, *reference) if reference else ""
+        if problem and reference is self._settled:  # before that the majority may still change
+            self._refuse(client, f"{problem}; its torch is {self.cards[client].torch[:20]}")
+        return not problem
+
+    def _call(self, new: Mapping[int, bytes], seconds: float) -> None:
+        known = self._known(new)
+        frames = {str(node): (node, Frame("hello", {})) for node in known}
+        for text, answer in sorted(exchange(self.grid, frames, seconds, MessageType.QUERY), key=lambda a: a[0]):
+            node = int(text)
+            name = known[node]
+            if isinstance(answer, Failure) or answer.kind != "hello":
+                self._refuse(name or f"node {node}", _reason(answer))
                 continue  # asked again next time: it may still be loading its model
             self._asked.add(node)
-            claimed = str(answer.fields.get("client", ""))
-            problem = self._problem(answer.fields, claimed, known)
-            if problem:
-                self._refuse(known or claimed or f"node {node}", problem)
-            else:
-                self.reference = self.reference or answer.fields
-                self.cards[claimed], self._clients[node] = answer.fields, claimed
-                self.refused.pop(claimed, None)
-                self.show(Event("joined", 0, claimed, f"{answer.fields['holds']['train']} rows"))
+            card = card_from(answer.fields)
+            problem = card if isinstance(card, str) else self._problem(card, name)
+            if isinstance(card, str) or problem:
+                claimed = "" if isinstance(card, str) else card.client[:80]
+                self._refuse(name or claimed or f"node {node}", problem)
+                continue
+            self.cards[card.client], self.examples[card.client] = card, card.holds.train
+            self._clients[node] = card.client
+            self.refused.pop(card.client, None)
+            if self._fits(card.client, self._settled):
+                self.show(Event("joined", 0, card.client, f"{card.holds.train} rows"))
 
-    def _problem(self, card: Card, claimed: str, known: str | None) -> str:
-        """Why a site cannot take part; empty where it can."""
-        missing = sorted(WANTED - card.keys())
-        if missing:
-            return f"does not say its {', '.join(missing)} (another version of florana?)"
-        if known is not None and claimed != known:
-            return f"calls itself '{claimed[:80]}', but its key is that of '{known}'"
-        if not _is_count(card["holds"]):
-            return "does not say how many rows it holds"
-        if known is None and claimed in self._clients.values():
-            return f"two nodes call themselves '{claimed[:80]}'"
+    def _known(self, new: Mapping[int, bytes]) -> dict[int, str]:
+        """The new nodes whose keys are approved, with their names; in a simulation all, and no names."""
+        if self.keys is None:
+            return dict.fromkeys(new, "")
+        names = {key: client for client, key in self.keys.items()}
+        for node in new.keys() - {node for node, key in new.items() if key in names}:
+            self._asked.add(node)
+            self._refuse(f"node {node}", "its key is none of the approved ones")
+        return {node: names[key] for node, key in new.items() if key in names}
+
+    def _problem(self, card: Card, known: str) -> str:
+        """Why a site cannot take part, whatever the others have; empty where it can."""
+        if known and card.client != known:
+            return f"calls itself '{card.client[:80]}', but its key is that of '{known}'"
+        if not known and card.client in self._clients.values():
+            return f"two nodes call themselves '{card.client[:80]}'"
         different = [
-            f"{key} is {card['agreed'].get(key)!r}, here {self.agreed.get(key)!r}"
-            for key in sorted(self.agreed.keys() | card["agreed"].keys())
-            if card["agreed"].get(key) != self.agreed.get(key)
+            f"{key} is {card.agreed.get(key)!r}, here {self.agreed.get(key)!r}"
+            for key in sorted(self.agreed.keys() | card.agreed.keys())
+            if card.agreed.get(key) != self.agreed.get(key)
         ]
-        if different:
-            return "has another recipe: " + "; ".join(different)[:500]
-        for key, what in (("base", "base model"), ("start", "adapter to start from"), ("labels", "classes")):
-            if self.reference is not None and card[key] != self.reference[key]:
-                first = self.reference["client"]
-                return (
-                    f"has another {what} than '{first}' (digests {str(card[key])[:12]} and "
-                    f"{str(self.reference[key])[:12]}; torch {card['torch']} and {self.reference['torch']})"
-                )
-        return ""
+        return "has another recipe: " + "; ".join(different)[:500] if different else ""
 
     def _refuse(self, client: str, reason: str) -> None:
         if self.refused.get(client) != reason:
@@ -162,5 +181,7 @@ class Roll:
             self.show(Event("refused", 0, client, reason))
 
 
-def _is_count(holds: object) -> bool:
-    return isinstance(holds, dict) and all(type(holds.get(key)) is int and holds[key] >= 0 for key in ("train", "test"))
+def _reason(answer: Frame | Failure) -> str:
+    """Why a site did not say who it is."""
+    said = answer.reason if isinstance(answer, Failure) else str(answer.fields.get("reason", ""))[:500]
+    return said or "did not say who it is"

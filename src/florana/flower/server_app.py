@@ -23,18 +23,19 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from florana import recipe as r
-from florana.adapter_files import AdapterCard, replace_file
+from florana.adapter_files import replace_file
 from florana.conduct import Show, conduct
 from florana.errors import FederationError, FloranaError, RecipeError
 from florana.factors import Adapter
 from florana.federation.journal import explained
-from florana.federation.loop import Event, Federation
+from florana.federation.loop import Event
 from florana.federation.messages import Engine, unpack_whole
+from florana.flower.card import Common
 from florana.flower.engine import FlowerEngine
 from florana.flower.keys import read_roster
-from florana.flower.roll import Card, Roll
+from florana.flower.roll import Roll
 from florana.flower.settings import Settings, beside, from_config
-from florana.flower.site import agreed, base_digest, start_digest
+from florana.flower.site import agreed, common_of, starts_anywhere
 from florana.run import Setup, begin, facts_of, federation_of, prepare, strategy_of
 from florana.run_folder import OUTCOME, PROGRESS, RUN_NAME, check_folder, held, is_free
 from florana.strategy.base import State, Strategy
@@ -73,17 +74,25 @@ def lead(grid: Grid, recipe: r.Recipe, settings: Settings, folder: Path, show: S
             at the server, which has none. InputError: a model or data that cannot be read.
     """
     keys = read_roster(Path(settings.roster)) if settings.roster else None
-    roll = Roll(grid, keys, agreed(recipe), settings.deadline, show)
-    everyone = len(keys) if keys is not None else _simulated(grid, recipe)
-    roll.wait(recipe.federation.min_clients, everyone, settings.wait)
-    clients = sorted(keys) if keys is not None else sorted(roll.cards)
     here = prepare(recipe, {} if recipe.partition.kind == "sites" else None) if settings.base else None
-    strategy = strategy_of(recipe, clients)
-    begun = strategy.init(_beginning(recipe, strategy, here, roll))
-    if here is not None:
-        _same_start(here, begun, roll)
-    examples = {client: int(card["holds"]["train"]) for client, card in roll.cards.items()}
     run = _run_name(folder)
+
+    def called(own: Common | None) -> Roll:
+        roll = Roll(grid, keys, agreed(recipe), own, settings.deadline, show)
+        wanted = len(keys) if keys is not None else _simulated(grid, recipe)
+        roll.wait(recipe.federation.min_clients, wanted, settings.wait)
+        return roll
+
+    if here is not None:
+        clients = sorted(here.clients if keys is None else keys)
+        strategy = strategy_of(recipe, clients)
+        begun = strategy.init(begin(recipe, here, starts_anywhere(strategy)))
+        roll = called(common_of(here, Adapter(begun.adapter.modules, here.head, begun.adapter.cores)))
+    else:
+        roll = called(None)
+        clients = sorted(roll.cards if keys is None else keys)
+        strategy = strategy_of(recipe, clients)
+        begun = strategy.init(_from_a_client(recipe, strategy, roll))
 
     def engine(memories: Mapping[str, Mapping[str, Tensor]] | None) -> Engine:
         del memories  # they lie with the clients
@@ -94,9 +103,9 @@ def lead(grid: Grid, recipe: r.Recipe, settings: Settings, folder: Path, show: S
         folder,
         strategy,
         begun,
-        here.bench.card if here is not None else _adapter_card(recipe, roll),
+        replace(roll.common.adapter, base_model=recipe.model.base) if here is None else here.bench.card,
         engine,
-        _federation(recipe, here, clients, examples),
+        federation_of(recipe, here, clients, roll.examples),
         lambda: _facts(recipe, here, roll, begun),
         show,
     )
@@ -113,23 +122,14 @@ def end_when_free(guard: Path) -> None:
     os._exit(FederationError.exit_code)
 
 
-def _federation(recipe: r.Recipe, here: Setup | None, clients: list[str], examples: Mapping[str, int]) -> Federation:
-    counts = {client: examples.get(client, 0) for client in clients}
-    # of clients that have not said how many rows they hold, the gate takes any sensible number
-    return replace(federation_of(recipe, here, counts), examples=examples)
-
-
-def _beginning(recipe: r.Recipe, strategy: Strategy, here: Setup | None, roll: Roll) -> Adapter:
-    if here is not None:
-        return begin(recipe, here, strategy)
+def _from_a_client(recipe: r.Recipe, strategy: Strategy, roll: Roll) -> Adapter:
     if strategy.begin != "lora":
         raise RecipeError(
             f"the strategy '{strategy.name}' needs the base model at the server",
             why="its start is made from the base weights",
             fix="let the server load it (run.base = true)",
         )
-    client = min(roll.connected()[0])
-    start = unpack_whole(roll.start_of(client), roll.cards[client]["scalings"])
+    start = unpack_whole(roll.start(), roll.common.scalings)
     return Adapter(start.modules) if recipe.model.personal else start
 
 
@@ -144,39 +144,10 @@ def _simulated(grid: Grid, recipe: r.Recipe) -> int:
     return nodes
 
 
-def _same_start(here: Setup, begun: State, roll: Roll) -> None:
-    first = Adapter(begun.adapter.modules, here.head, begun.adapter.cores)
-    for key, what, own in (
-        ("base", "base model", base_digest(here)),
-        ("start", "adapter to start from", start_digest(first)),
-    ):
-        for client, card in roll.cards.items():
-            if card[key] != own:
-                raise FederationError(
-                    f"client '{client}' has another {what} than the server",
-                    why=f"digests {str(card[key])[:12]} and {own[:12]}",
-                    fix="give all sites and the server the same files and the same version of torch",
-                )
-
-
-def _adapter_card(recipe: r.Recipe, roll: Roll) -> AdapterCard:
-    assert roll.reference is not None
-    said: Card = roll.reference["adapter"]
-    return AdapterCard(
-        base_model=recipe.model.base,
-        task_type=str(said["task_type"]),
-        target_modules=tuple(str(name) for name in said["target_modules"]),
-        modules_to_save=tuple(str(name) for name in said["modules_to_save"]),
-        fan_in_fan_out=bool(said["fan_in_fan_out"]),
-        rslora=bool(said["rslora"]),
-    )
-
-
 def _facts(recipe: r.Recipe, here: Setup | None, roll: Roll, begun: State) -> dict[str, Any]:
-    assert roll.reference is not None
     partition = {
-        "labels": roll.reference["labels"],
-        "clients": {client: roll.cards[client]["holds"] for client in sorted(roll.cards)},
+        "labels": roll.common.labels,
+        "clients": {name: card.holds.model_dump(exclude_none=True) for name, card in sorted(roll.cards.items())},
     }
     if here is not None:
         return facts_of(recipe, here, partition)
@@ -184,7 +155,7 @@ def _facts(recipe: r.Recipe, here: Setup | None, roll: Roll, begun: State) -> di
         **partition,
         "start": None,
         "trainable_parameters": begun.adapter.parameters,
-        "base_parameters": int(roll.reference["base_parameters"]),
+        "base_parameters": roll.common.base_parameters,
         "common_test": 0,
     }
 

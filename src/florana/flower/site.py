@@ -5,23 +5,24 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from florana import recipe as r
-from florana.adapter_files import AdapterCard
 from florana.engine.local import Fit
 from florana.errors import FloranaError, RecipeError
 from florana.factors import Adapter
 from florana.federation.keeping import keep, recall
 from florana.federation.messages import pack
 from florana.flower.briefs import failure_frame, read_brief, reply_frame
+from florana.flower.card import Card, Common
 from florana.flower.frames import Frame
 from florana.run import Setup, begin, clients_of, strategy_of
+from florana.strategy.base import Strategy
 
 PLACES = {
     "model": {"base", "device"},
@@ -46,7 +47,7 @@ class Site:
 
     who: str
     fit: Fit
-    card: Mapping[str, Any]
+    card: Card
     start: Adapter
     folder: Path
 
@@ -54,7 +55,8 @@ class Site:
         """The reply to one frame of the server. What goes wrong becomes a `failure` with its reason."""
         try:
             if frame.kind == "hello":
-                return Frame("hello", self.card, pack(self.start) if frame.fields.get("start") else b"")
+                start = pack(self.start) if frame.fields.get("start") else b""
+                return Frame("hello", self.card.model_dump(mode="json"), start)
             if frame.kind != "train":
                 return failure_frame(f"does not know requests of kind '{frame.kind[:40]}'")
             return self._train(frame)
@@ -83,32 +85,48 @@ def site_of(recipe: r.Recipe, setup: Setup, who: str, folder: Path, step: Callab
     if who not in setup.clients:
         raise RecipeError(f"there is no client '{who}'", why=f"the data have {', '.join(sorted(setup.clients))}")
     strategy = strategy_of(recipe, sorted(setup.clients))
+    begun = strategy.init(begin(recipe, setup, starts_anywhere(strategy)))
+    clients = clients_of(recipe, setup, begun, step or (lambda client: None))
+    return Site(who, clients.fit, card_of(recipe, setup, who, clients.first), clients.first, folder)
+
+
+def starts_anywhere(strategy: Strategy) -> Strategy:
+    """The strategy, if its start needs no other client.
+
+    Raises:
+        RecipeError: it starts from all clients' gradients.
+    """
     if strategy.begin == "gradient":
         raise RecipeError(
             f"the strategy '{strategy.name}' with begin = 'gradient' runs in a simulation of one process only",
             why="its start is made from the first gradients of all clients, which no one machine has",
             fix="choose begin = 'principal', or another strategy",
         )
-    begun = strategy.init(begin(recipe, setup, strategy))
-    clients = clients_of(recipe, setup, begun, step or (lambda client: None))
-    return Site(who, clients.fit, card_of(recipe, setup, who, clients.first), clients.first, folder)
+    return strategy
 
 
-def card_of(recipe: r.Recipe, setup: Setup, who: str, start: Adapter) -> dict[str, Any]:
+def card_of(recipe: r.Recipe, setup: Setup, who: str, start: Adapter) -> Card:
     """What a site says of itself: enough to find out that it does not fit, and nothing of its rows but their number."""
-    return {
-        "client": who,
-        "florana": importlib.metadata.version("florana"),
-        "torch": torch.__version__.partition("+")[0],
-        "agreed": agreed(recipe),
-        "base": base_digest(setup),
-        "start": start_digest(start),
-        "scalings": start.scalings,
-        "holds": setup.partition["clients"][who],
-        "labels": setup.partition["labels"],
-        "base_parameters": setup.bench.base_parameters,
-        "adapter": _card_json(setup.bench.card),
-    }
+    return Card(
+        client=who,
+        florana=importlib.metadata.version("florana"),
+        torch=torch.__version__.partition("+")[0],
+        agreed=agreed(recipe),
+        holds=setup.partition["clients"][who],
+        common=common_of(setup, start),
+    )
+
+
+def common_of(setup: Setup, start: Adapter) -> Common:
+    """What must be the same everywhere; `start` is the adapter before the first round, head included."""
+    return Common(
+        base=base_digest(setup),
+        start=hashlib.sha256(pack(start)).hexdigest(),
+        labels=setup.partition["labels"],
+        scalings=start.scalings,
+        base_parameters=setup.bench.base_parameters,
+        adapter=replace(setup.bench.card, base_model=""),
+    )
 
 
 def agreed(recipe: r.Recipe) -> dict[str, Any]:
@@ -128,19 +146,3 @@ def base_digest(setup: Setup) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def start_digest(start: Adapter) -> str:
-    """sha256 of the adapter before the first round, head included, as it would travel."""
-    return hashlib.sha256(pack(start)).hexdigest()
-
-
-def _card_json(card: AdapterCard) -> dict[str, Any]:
-    return {
-        "base_model": Path(card.base_model).name,
-        "task_type": card.task_type,
-        "target_modules": list(card.target_modules),
-        "modules_to_save": list(card.modules_to_save),
-        "fan_in_fan_out": card.fan_in_fan_out,
-        "rslora": card.rslora,
-    }

@@ -37,7 +37,9 @@ def hold(recipe: r.Recipe, setup: Setup, rounds: Sequence[int]) -> dict[int, tup
 
     state = strategy.init(begin(recipe, setup, strategy))
     plain = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"personal": "never"})})
-    federation = replace(federation_of(plain, setup, setup.examples), rounds=max(rounds), evaluate=None)
+    federation = replace(
+        federation_of(plain, setup, sorted(setup.clients), setup.examples), rounds=max(rounds), evaluate=None
+    )
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder), setup.bench.card)
         engine = engine_of(recipe, setup, state)

@@ -1,0 +1,76 @@
+"""Sites in this process and the server that leads them, over a Grid without a network; updates that are spoilt."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
+
+from florana.federation.loop import Event
+from florana.flower.frames import Frame
+from florana.flower.server_app import lead
+from florana.flower.settings import Settings
+from florana.flower.site import Site, site_of
+from florana.recipe import Recipe
+from florana.run import prepare
+from tests.flower_grid import FakeGrid
+
+
+def sites(recipe: Recipe, folder: Path) -> dict[str, Site]:
+    setup = prepare(recipe)
+    return {name: site_of(recipe, setup, name, folder) for name in sorted(setup.clients)}
+
+
+def grid_of(members: Mapping[str, Site], **named: Any) -> FakeGrid:
+    return FakeGrid({n + 1: (name.encode(), site.answer) for n, (name, site) in enumerate(members.items())}, **named)
+
+
+def roster_of(members: Mapping[str, Site], folder: Path) -> str:
+    entries = {name: {"key": base64.b64encode(name.encode()).decode()} for name in members}
+    (folder / "roster.json").write_text(json.dumps({"clients": entries}))
+    return str(folder / "roster.json")
+
+
+def led(recipe: Recipe, grid: FakeGrid, roster: str, out: Path, **named: Any) -> list[Event]:
+    events: list[Event] = []
+    settings = Settings(**{"out": str(out), "roster": roster, "deadline": 30, "wait": 0.2, "base": False, **named})
+    lead(grid, recipe, settings, out, events.append)
+    return events
+
+
+FAMILIES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
+    "NaN": lambda reply, t: t["A/m"].view(-1)[0].fill_(math.nan),
+    "Inf": lambda reply, t: t["A/m"].view(-1)[0].fill_(math.inf),
+    "x1e6": lambda reply, t: t.update({name: tensor * 1e6 for name, tensor in t.items()}),
+    "x1e30": lambda reply, t: t.update({name: tensor * 1e30 + 1e30 for name, tensor in t.items()}),
+    "wrong rank": lambda reply, t: t.update({"A/m": torch.cat([t["A/m"], t["A/m"]])}),
+    "broadcastable shape": lambda reply, t: t.update({"A/m": t["A/m"][:, :1].clone()}),
+    "missing module": lambda reply, t: t.clear(),
+    "foreign module": lambda reply, t: t.update({"A/evil": t["A/m"].clone()}),
+    "zero examples": lambda reply, t: reply.update(examples=0),
+    "negative examples": lambda reply, t: reply.update(examples=-5),
+    "huge examples": lambda reply, t: reply.update(examples=10**12),
+    "NaN examples": lambda reply, t: reply.update(examples=math.nan),
+    "wrong round": lambda reply, t: reply.update(round=reply["round"] + 1),
+    "another's name": lambda reply, t: reply.update(client="client-0"),
+    "oversize": lambda reply, t: t.update({"A/m": torch.zeros(4096, 4096)}),
+}
+
+
+def spoilt(frame: Frame, family: str) -> Frame:
+    reply, tensors = dict(frame.fields["reply"]), load(frame.payload)
+    first = next(name for name in tensors if not name.startswith("extra/"))  # of A, B or core, what the method sends
+    view = {"A/m": tensors.pop(first)}
+    FAMILIES[family](reply, view)
+    tensors |= {first if n == "A/m" else n: t for n, t in view.items()}
+    return Frame("reply", {**frame.fields, "reply": reply}, save({n: t.contiguous() for n, t in tensors.items()}))
