@@ -105,7 +105,7 @@ def test_a_start_that_is_not_the_one_it_said_is_taken_from_another(pooled: Recip
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
     lying = grid_of({"client-0": members["client-0"]}, tamper=tamper)
-    with pytest.raises(FederationError, match="no client sent the adapter to start from\nwhy: client-0: sent another"):
+    with pytest.raises(FederationError, match=r"no client sent the adapter to start from\nwhy: client-0: sent another"):
         led(pooled, lying, roster_of(members, tmp_path), tmp_path / "none")
 
 
@@ -145,5 +145,5 @@ def test_without_a_quorum_the_run_ends_and_says_who_is_missing(pooled: Recipe, t
     members = sites(pooled, tmp_path / "kept")
     recipe = pooled.model_copy(update={"federation": pooled.federation.model_copy(update={"min_clients": 3})})
     two = dict(list(members.items())[:2])
-    with pytest.raises(FederationError, match="2 clients were there after 0.2 seconds, and 3 are needed"):
+    with pytest.raises(FederationError, match=r"2 clients were there after 0.2 seconds, and 3 are needed"):
         led(recipe, grid_of(two), roster_of(members, tmp_path), tmp_path / "run")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from florana import recipe as r
@@ -13,10 +13,11 @@ from florana.federation.journal import explained
 from florana.flower.frames import Frame
 from florana.flower.invitation import Invitation
 from florana.flower.keys import read_private
-from florana.flower.processes import Child, free_port, start
+from florana.flower.processes import Child, free_port, on_path, start
 from florana.flower.reach import clock_difference
 from florana.flower.serve import POLL
 from florana.flower.site import Site, site_of
+from florana.flower.starter import starter
 from florana.flower.trainer import answer_until, listening
 from florana.run import Setup, prepare
 
@@ -71,9 +72,11 @@ def join(
     if not _reached(invitation, done, say):
         return
     with explained(keys, "the site's folder could not be written"):
-        (keys / "flower").mkdir(exist_ok=True)
-    with listening() as listener:
-        node = _supernode(invitation, key, who, listener.path, keys / "flower")
+        (keys / "flower" / "home").mkdir(parents=True, exist_ok=True)
+    work = keys / "flower"
+    home = {"FLWR_HOME": str((work / "home").resolve()), **POLL}
+    with listening() as listener, starter(work / "clientapp.log", home) as programs:
+        node = _supernode(invitation, key, who, listener.path, work, home | on_path(programs))
         watcher = threading.Thread(target=_watch, args=(node, done), daemon=True)
         watcher.start()
         try:
@@ -105,9 +108,9 @@ def _reached(invitation: Invitation, done: threading.Event, say: Callable[[str],
     return False
 
 
-def _supernode(invitation: Invitation, key: Path, who: str, trainer: Path, work: Path) -> Child:
-    home = work / "home"
-    home.mkdir(exist_ok=True)
+def _supernode(
+    invitation: Invitation, key: Path, who: str, trainer: Path, work: Path, environment: Mapping[str, str]
+) -> Child:
     log = work / "supernode.log"
     log.unlink(missing_ok=True)
     config = f"client={json.dumps(who)} trainer={json.dumps(str(trainer))}"
@@ -121,7 +124,7 @@ def _supernode(invitation: Invitation, key: Path, who: str, trainer: Path, work:
             f"--node-config={config}",
         ],
         log,
-        {"FLWR_HOME": str(home.resolve()), **POLL},
+        environment,
     )
 
 

@@ -95,9 +95,17 @@ def call(command: Sequence[str], environment: Mapping[str, str], seconds: float 
 
 
 def _environment(own: Mapping[str, str]) -> dict[str, str]:
-    """This process's, with Flower's programs on the path: they start one another by name."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, "PATH": path, **SWITCHED_OFF, **own}
+    return {**os.environ, **on_path(None), **SWITCHED_OFF, **own}
+
+
+def on_path(first: Path | None) -> dict[str, str]:
+    """PATH with Flower's programs, which start one another by name; those in the folder `first` before all others."""
+    folders = [
+        *([str(first)] if first is not None else []),
+        str(Path(sys.executable).parent),
+        os.environ.get("PATH", ""),
+    ]
+    return {"PATH": os.pathsep.join(folders)}
 
 
 def program(name: str) -> str:

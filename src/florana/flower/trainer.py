@@ -58,7 +58,7 @@ def answer_until(listener: Listener, answer: Callable[[Frame], Frame], done: thr
             continue
         with channel:
             channel.settimeout(None)
-            if _peer(channel) not in (os.getuid(), None):
+            if not is_own_user(channel):
                 log.warning("a request of another user was refused")
                 continue
             # the process that asked may be gone by the time the answer is there: the next one will ask
@@ -76,10 +76,10 @@ def _one(channel: socket.socket, answer: Callable[[Frame], Frame]) -> None:
         send(channel, answer(frame))
 
 
-def _peer(channel: socket.socket) -> int | None:
-    """The user at the other end, where the system tells."""
+def is_own_user(channel: socket.socket) -> bool:
+    """Whether the other end is a process of this user; where the system does not tell, the folder kept others out."""
     option = getattr(socket, "SO_PEERCRED", None)
     if option is None:
-        return None
+        return True
     _, user, _ = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("3i")))
-    return int(user)
+    return int(user) == os.getuid()

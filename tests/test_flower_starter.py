@@ -1,0 +1,105 @@
+"""The process that has Flower's client program loaded: a fork is the program; without it the program runs itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
+
+from florana.flower import hand_over
+from florana.flower.processes import Child, on_path, start, until
+from florana.flower.starter import PROGRAM, starter
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the process forks on Linux only")
+
+ECHO = """
+import os, sys
+from pathlib import Path
+from florana.flower.starter import serve_forks
+def run():
+    print("ran", sys.argv, os.environ.get("OWN"), os.environ.get("OF_THE_STARTER"), os.getpid() != MAIN, flush=True)
+    if sys.argv[1:] == ["raise"]:
+        raise ValueError("its own fault")
+    sys.exit(3)
+MAIN = os.getpid()
+serve_forks(Path(sys.argv[1]), run)
+"""
+
+
+def handed(place: Path, program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-I", "-S", hand_over.__file__, str(place), str(program), *arguments]
+    return subprocess.run(command, env={"OWN": "mine"}, capture_output=True, text=True, check=False, timeout=30)
+
+
+@pytest.fixture
+def itself(tmp_path: Path) -> Path:
+    """What is run where no process has the program loaded."""
+    path = tmp_path / "itself"
+    path.write_text('#!/bin/sh\necho itself "$@"\nexit 7\n')
+    path.chmod(0o700)
+    return path
+
+
+def test_a_fork_has_the_arguments_and_the_environment_that_the_caller_gave(tmp_path: Path, itself: Path) -> None:
+    script, place = tmp_path / "echo.py", tmp_path / "s"
+    script.write_text(ECHO)
+    child = start([Path(sys.executable).name, str(script), str(place)], tmp_path / "log", {"OF_THE_STARTER": "x"})
+    try:
+        assert until(place.exists, 30.0), child.tail()
+        for arguments in (["--token", "a b"], ["raise"], ["again"]):
+            done = handed(place, itself, *arguments)
+            assert (done.returncode, done.stdout) == (0, ""), "the caller's work is done when the fork is there"
+        assert until(lambda: child.tail(40).count("ran ") == 3, 10.0), child.tail(40)
+        text = child.tail(40)
+        assert f"ran {[PROGRAM, '--token', 'a b']} mine None True" in text
+        assert "ValueError: its own fault" in text
+        assert _children(child) == [], "what has ended is buried"
+    finally:
+        child.end()
+    assert handed(place, itself, "--token", "t").stdout == "itself --token t\n", "nobody answers: it runs itself"
+
+
+def _children(child: Child) -> list[str]:
+    def there() -> list[str]:
+        return Path(f"/proc/{child.process.pid}/task/{child.process.pid}/children").read_text().split()
+
+    until(lambda: not there(), 5.0)
+    return there()
+
+
+def test_senseless_requests_start_nothing(tmp_path: Path) -> None:
+    script, place = tmp_path / "echo.py", tmp_path / "s"
+    script.write_text(ECHO)
+    child = start([Path(sys.executable).name, str(script), str(place)], tmp_path / "log", {})
+    try:
+        assert until(place.exists, 30.0), child.tail()
+        for content in (b"", b"no json", b"[1]", b'{"arguments": 3, "environment": {}}', b'{"arguments": []}'):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
+                channel.connect(str(place))
+                channel.sendall(content)
+                channel.shutdown(socket.SHUT_WR)
+                assert channel.recv(1) == b""
+        assert child.tail() == ""
+        assert child.running()
+    finally:
+        child.end()
+
+
+def test_flowers_own_program_answers_through_it(tmp_path: Path) -> None:
+    with starter(tmp_path / "log", {"FLWR_HOME": str(tmp_path)}) as folder:
+        assert folder is not None
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert until((folder / "socket").exists, 60.0), (tmp_path / "log").read_text()
+        environment = {**os.environ, **on_path(folder)}
+        done = subprocess.run([PROGRAM, "--help"], env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, "")
+        assert until(lambda: "--runtime-api-address" in (tmp_path / "log").read_text(), 10.0)
+    assert not folder.exists()
+    done = subprocess.run([PROGRAM, "--help"], env=environment, capture_output=True, text=True, check=False)
+    assert "--runtime-api-address" in done.stdout, "without the process, the program beside Python is found"
