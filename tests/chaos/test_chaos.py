@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import copy
 import hashlib
 import json
@@ -33,76 +32,23 @@ from florana.flower.frames import Frame
 from florana.flower.records import from_record, to_record
 from florana.flower.server_app import lead
 from florana.flower.settings import Settings
-from florana.flower.site import Site, site_of
+from florana.flower.site import Site
 from florana.flower.trainer import Listener, answer_until, listening
 from florana.recipe import Recipe
 from florana.recipe_file import check
-from florana.run import execute, prepare
+from florana.run import execute
 from florana.strategy import STRATEGIES
+from tests.chaos.counts import Tally, digest, often
 from tests.conftest import ROOT
 from tests.flower_grid import FakeGrid, trainer_at
-from tests.flower_sites import FAMILIES, spoilt
+from tests.flower_sites import FAMILIES, grid_of, led, roster_of, sites, spoilt
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-ADAPTER = "adapter/adapter_model.safetensors"
 SMALL = {"ravan": {"heads": 2, "size": 4}}
-Tally = Callable[[str, int, str], None]
-
-
-def often(few: int, many: int) -> Any:
-    """A few in every test run, many by `make chaos`."""
-    return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.chaos)])
-
-
-@pytest.fixture
-def tally(request: pytest.FixtureRequest) -> Tally:
-    """Notes a line of the table that the run ends with."""
-
-    def note(what: str, count: int, result: str) -> None:
-        request.node.user_properties.append(("chaos", (what, count, result)))
-
-    return note
-
-
-@pytest.fixture
-def table(recipe_table: dict[str, Any]) -> dict[str, Any]:
-    table = copy.deepcopy(recipe_table)
-    table["partition"] = {"kind": "iid", "clients": 3}
-    table["federation"] = {"rounds": 3, "min_clients": 1}
-    table["train"] = {"steps": 1, "batch_size": 4, "learning_rate": 0.01}
-    table["evaluate"] = {"personal": "never"}
-    table["strategy"] = {"name": "fedsa-lora"}
-    return table
 
 
 def with_rounds(table: dict[str, Any], rounds: int, **federation: Any) -> Recipe:
     return check({**table, "federation": {**table["federation"], "rounds": rounds, **federation}}, "t")
-
-
-def members_of(recipe: Recipe, kept: Path) -> dict[str, Site]:
-    setup = prepare(recipe)
-    return {name: site_of(recipe, setup, name, kept) for name in sorted(setup.clients)}
-
-
-def roster_of(names: list[str], folder: Path) -> str:
-    entries = {name: {"key": base64.b64encode(name.encode()).decode()} for name in names}
-    (folder / "roster.json").write_text(json.dumps({"clients": entries}))
-    return str(folder / "roster.json")
-
-
-def grid_of(members: dict[str, Site], **named: Any) -> FakeGrid:
-    return FakeGrid({n + 1: (name.encode(), site.answer) for n, (name, site) in enumerate(members.items())}, **named)
-
-
-def led(recipe: Recipe, grid: FakeGrid, roster: str, out: Path, **named: Any) -> list[Event]:
-    events: list[Event] = []
-    settings = Settings(**{"out": str(out), "roster": roster, "deadline": 30, "wait": 1, "base": False, **named})
-    lead(grid, recipe, settings, out, events.append)
-    return events
-
-
-def digest(out: Path) -> str:
-    return hashlib.sha256((out / ADAPTER).read_bytes()).hexdigest()
 
 
 def rounds_of(out: Path) -> int:
@@ -147,7 +93,7 @@ def test_a_killed_server_goes_on_from_its_last_round(
     rounds = 4 * count
     recipe = with_rounds(table, rounds)
     (tmp_path / "recipe.toml").write_text(tomli_w.dumps(json.loads(recipe.model_dump_json(exclude_none=True))))
-    members = members_of(recipe, tmp_path / "kept")
+    members = sites(recipe, tmp_path / "kept")
     roster, out, rng = roster_of(list(members), tmp_path), tmp_path / "run", random.Random(7)
     kills = 0
     with trainers(members, tmp_path / "sockets") as sockets:
@@ -256,7 +202,7 @@ def test_slow_clients_cost_a_deadline_and_no_more(
     recipe = check(
         {**table, "partition": {"kind": "iid", "clients": 10}, "federation": {"rounds": count, "min_clients": 7}}, "t"
     )
-    members = members_of(recipe, tmp_path / "kept")
+    members = sites(recipe, tmp_path / "kept")
     names = sorted(members)
     slow: dict[int, float] = {}
     grid = grid_of(members, slow=slow)
@@ -277,7 +223,7 @@ def test_slow_clients_cost_a_deadline_and_no_more(
 
 def test_a_run_without_a_quorum_ends_by_itself(table: dict[str, Any], tmp_path: Path, tally: Tally) -> None:
     recipe = with_rounds(table, 5, min_clients=3)
-    members = members_of(recipe, tmp_path / "kept")
+    members = sites(recipe, tmp_path / "kept")
     grid = grid_of(members)
     grid.tamper = lambda node, asked, content: None if node == 2 and asked.kind == "train" else content
     with pytest.raises(FederationError, match="2 usable updates of 3") as caught:
@@ -292,7 +238,7 @@ def test_a_run_without_a_quorum_ends_by_itself(table: dict[str, Any], tmp_path: 
 def test_bad_updates_under_every_strategy(strategy: str, table: dict[str, Any], tmp_path: Path, tally: Tally) -> None:
     recipe = check({**table, "strategy": {"name": strategy, **SMALL.get(strategy, {})}}, "t")
     recipe = recipe.model_copy(update={"federation": recipe.federation.model_copy(update={"rounds": 1})})
-    members = members_of(recipe, tmp_path / "kept")
+    members = sites(recipe, tmp_path / "kept")
     roster = roster_of(sorted(members), tmp_path)
     without = {name: site for name, site in members.items() if name != "client-2"}
     led(recipe, grid_of(without), roster, tmp_path / "without", base=True)  # some begin at its singular vectors
@@ -319,7 +265,7 @@ def test_old_answers_sent_again_are_never_accepted(
 ) -> None:
     rounds = max(2, count // 100)
     recipe = with_rounds(table, rounds)
-    members = members_of(recipe, tmp_path / "kept")
+    members = sites(recipe, tmp_path / "kept")
     old: list[Frame] = []
     tries = 0
     rng = random.Random(3)
@@ -356,7 +302,7 @@ def test_old_answers_sent_again_are_never_accepted(
 @often(30, 300)
 def test_memory_does_not_grow_with_the_rounds(count: int, table: dict[str, Any], tmp_path: Path, tally: Tally) -> None:
     recipe = with_rounds(table, count)
-    members = members_of(recipe, tmp_path / "kept")
+    members = sites(recipe, tmp_path / "kept")
     sizes: list[int] = []
 
     def show(event: Event) -> None:
