@@ -226,11 +226,11 @@ MUTATIONS = [
     ("train/client.py", "torch.manual_seed(seed)", "pass", "test_train"),
     ("train/client.py", "- set(brief.returns) | (", "| (", "test_train"),
     ("train/tasks.py", "room // 2", "room", "test_train"),
-    ("federation/gate.py", "change > factor * median", "change > factor", "test_flower_strategies"),
-    ("federation/gate.py", "statistics.median_low", "statistics.median_high", "test_flower_strategies"),
-    ("federation/gate.py", "if len(changes) > 2 else", "if len(changes) > 1 else", "test_flower_strategies"),
+    ("federation/gate.py", "change > factor * median", "change > factor", "test_flower_faults"),
+    ("federation/gate.py", "statistics.median_low", "statistics.median_high", "test_flower_faults"),
+    ("federation/gate.py", "if len(changes) > 2 else", "if len(changes) > 1 else", "test_flower_faults"),
     ("federation/gate.py", "tensor.double() - _like(before[name], tensor).double()", "tensor.double()",
-     "test_flower_strategies"),
+     "test_flower_faults"),
     ("federation/loop.py", "del updates[client]", "pass", "test_flower_rounds"),
     ("federation/keeping.py", "if _round_of(path) < round_]", "]", "test_flower"),
     ("flower/briefs.py", "frame.fields.get(\"nonce\") != nonce", "False", "test_flower"),
@@ -255,27 +255,32 @@ MUTATIONS = [
     ("flower/arrays.py", "len(array.data) != 2 * math.prod(shape)", "False", "test_flower_arrays"),
     ("flower/names.py", "math.sqrt(rank) if rslora", "rank if rslora", "test_flower_arrays"),
     ("flower/answers.py", "key=lambda client: fingerprint(updates[client])", "key=lambda client: 0",
-     "test_flower_strategies"),
+     "test_flower_faults test_flower_strategies"),
     ("flower/answers.py", "elif not (tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])):",
-     "elif False:", "test_flower_strategies"),
-    ("flower/answers.py", "if said != digest:", "if False:", "test_flower_strategies"),
+     "elif False:", "test_flower_faults test_flower_strategies"),
+    ("flower/answers.py", "if said != digest:", "if False:", "test_flower_faults test_flower_strategies"),
     ("flower/answers.py", "round=_round_of(message.metadata.group_id)", "round=expected.round",
-     "test_flower_strategies"),
+     "test_flower_faults test_flower_strategies"),
     ("flower/answers.py", "isinstance(value, list) else -1", "isinstance(value, list) else None",
-     "test_flower_strategies"),
-    ("flower/answers.py", "check_size(size_of(record), before)", "pass", "test_flower_strategies"),
-    ("flower/lora_strategy.py", "            _require_finite(outcome)\n", "", "test_flower_strategies"),
+     "test_flower_faults test_flower_strategies"),
+    ("flower/answers.py", "check_size(size_of(record), before)", "pass", "test_flower_faults test_flower_strategies"),
+    ("flower/lora_strategy.py", "            _require_finite(outcome)\n", "", "test_flower_faults test_flower_strategies"),
     ("flower/lora_strategy.py", "record_names(self.adapter)", "record_names(outcome.state.adapter)",
-     "test_flower_strategies"),
-    ("flower/lora_strategy.py", "payloads[u.client].residual)", "None)", "test_flower_strategies"),
+     "test_flower_faults test_flower_strategies"),
+    ("flower/lora_strategy.py", "payloads[u.client].residual)", "None)", "test_flower_faults test_flower_strategies"),
     ("flower/lora_strategy.py", "outcome.state.adapter, outcome.state.residual)", "outcome.state.adapter)",
-     "test_flower_strategies"),
-    ("flower/lora_strategy.py", "self.method.cut(whole, rank, scalings.pop())", "whole", "test_flower_strategies"),
+     "test_flower_faults test_flower_strategies"),
+    ("flower/lora_strategy.py", "self.method.cut(whole, rank, scalings.pop())", "whole", "test_flower_faults test_flower_strategies"),
     ("flower/following.py", 'kind == "extra" or kind in brief.trains', "True", "test_flower_following"),
     ("flower/following.py", "hook.remove()", "pass", "test_flower_following"),
     ("flower/following.py", "if stays:", "if False:", "test_flower_following"),
     ("flower/following.py", 'kind == "extra" or kind in brief.returns', "True", "test_flower_following"),
 ]  # fmt: skip
+
+
+def paths(tests: str) -> list[str]:
+    """The files of the named tests, first those that are likely to notice."""
+    return [f"tests/{name}.py" for name in tests.split()]
 
 
 def survives(file: str, old: str, new: str, tests: str) -> bool | None:
@@ -289,7 +294,7 @@ def survives(file: str, old: str, new: str, tests: str) -> bool | None:
             return None
         path.write_text(text.replace(old, new, 1))
         environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{tests}.py"]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *paths(tests)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         return done.returncode == 0
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +195,15 @@ def pooled(unlike: dict[str, Any]) -> Recipe:
     plain = {**unlike, "federation": {"rounds": 2, "min_clients": 1}}
     plain["model"] = {**unlike["model"], "client_ranks": [2], "head": "average"}
     return check(plain, "t")
+
+
+@pytest.fixture
+def launched() -> Iterator[None]:
+    """What Flower's launcher does before an app runs; without Flower's log, a page per round."""
+    identify = pytest.importorskip("tests.flower_fake").identify
+    identify()
+    flower = logging.getLogger("flwr")
+    level = flower.level
+    flower.setLevel(logging.ERROR)
+    yield
+    flower.setLevel(level)

@@ -13,16 +13,21 @@ import torch
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
+from flwr.app import Context, Message, MessageType, RecordDict
+
 from florana.errors import FloranaError, InputError, RecipeError
 from florana.federation.keeping import keep, recall
 from florana.federation.messages import Brief, Failure, Reply
 from florana.flower.briefs import brief_frame, read_brief, read_reply, reply_frame
+from florana.flower.client_app import app
 from florana.flower.frames import Frame, receive, send
 from florana.flower.keys import Certificates, approve, make_server, make_site, read_private, read_roster
+from florana.flower.records import from_record, to_record
 from florana.flower.settings import Settings, from_config, to_config
 from florana.flower.trainer import answer_until, listening
 from florana.recipe_file import check
 from florana.strategy.base import Pruning
+from tests.flower_fake import identify
 from tests.flower_grid import trainer_at
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -173,3 +178,18 @@ def test_the_trainer_answers_its_own_user_and_ends_when_told(tmp_path: Path) -> 
         thread.join(5)
         assert not thread.is_alive()
     assert not listener.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("node", "says"),
+    [
+        ({}, "it is neither started by 'florana join' nor a node of a simulation"),
+        ({"trainer": "nowhere"}, "its trainer is gone (No such file or directory)"),
+    ],
+    ids=["neither", "gone"],
+)
+def test_a_node_that_cannot_answer_says_why(node: dict[str, str], says: str) -> None:
+    identify()
+    asked = Message(to_record(Frame("hello")), dst_node_id=1, message_type=MessageType.QUERY)
+    answer = from_record(app(asked, Context(1, 1, node, RecordDict(), {})).content)
+    assert (answer.kind, answer.fields["reason"]) == ("failure", says)

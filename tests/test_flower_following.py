@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -13,15 +12,14 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
-import florana.flower
 from florana.errors import InputError
 from florana.flower import LoraStrategy, pack, receive, reply, unpack
 from florana.flower.answers import RESIDUAL
 from florana.flower.following import KEPT
-from tests.flower_fake import FakeGrid, examples_of, identify
+from tests.flower_fake import FakeGrid, examples_of
+from tests.flower_methods import METHODS
 
-METHODS = {name: getattr(florana.flower, name) for name in florana.flower.__all__ if name[0].isupper()}
-del METHODS["LoraStrategy"]
+pytestmark = pytest.mark.usefixtures("launched")
 
 
 class Net(torch.nn.Module):
@@ -43,16 +41,6 @@ def model(rank: int = 2) -> PeftModel:
 
 def context() -> Context:
     return Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
-
-
-@pytest.fixture(autouse=True)
-def _launched() -> Iterator[None]:
-    identify()
-    flower = logging.getLogger("flwr")
-    level = flower.level
-    flower.setLevel(logging.ERROR)
-    yield
-    flower.setLevel(level)
 
 
 class Sites:

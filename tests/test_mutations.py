@@ -6,15 +6,14 @@ import runpy
 
 from tests.conftest import ROOT
 
-MUTATIONS = runpy.run_path(str(ROOT / "scripts" / "mutate.py"))["MUTATIONS"]
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "mutate.py"))
 
 
 def test_every_mutation_has_its_place_and_its_tests() -> None:
     lost = []
-    for file, old, new, tests in MUTATIONS:
+    for file, old, new, tests in SCRIPT["MUTATIONS"]:
         assert old != new
         if old not in (ROOT / "src" / "florana" / file).read_text():
             lost.append(f"{file}: {old}")
-        if not (ROOT / "tests" / f"{tests}.py").exists():
-            lost.append(tests)
+        lost += [path for path in SCRIPT["paths"](tests) if not (ROOT / path).exists()]
     assert lost == []

@@ -36,29 +36,13 @@ if TYPE_CHECKING:
         RoLora,
     )
 
-_HOME = {
-    "florana.flower.arrays": ("pack", "unpack"),
-    "florana.flower.following": ("receive", "reply"),
-    "florana.flower.lora_strategy": ("LoraStrategy",),
-    "florana.flower.strategies": (
-        "BestRank",
-        "FedExLora",
-        "FedIT",
-        "FedRot",
-        "FedSALora",
-        "FedSVD",
-        "FfaLora",
-        "FlexLora",
-        "Flora",
-        "FloraNA",
-        "Florist",
-        "HetLora",
-        "LoraFair",
-        "Oracle",
-        "RoLora",
-    ),
+_NOT_IN_STRATEGIES = {
+    "LoraStrategy": "lora_strategy",
+    "pack": "arrays",
+    "receive": "following",
+    "reply": "following",
+    "unpack": "arrays",
 }
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "BestRank",
@@ -95,9 +79,10 @@ def require_flwr() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
+    if name in __all__:
         require_flwr()
-        return getattr(importlib.import_module(_MODULE_OF[name]), name)
+        module = _NOT_IN_STRATEGIES.get(name, "strategies")
+        return getattr(importlib.import_module(f"florana.flower.{module}"), name)
     raise AttributeError(f"module 'florana.flower' has no attribute '{name}'")
 
 

@@ -41,8 +41,13 @@ def query(message: Message, context: Context) -> Message:
 
 def _answer(message: Message, context: Context) -> Message:
     frame = from_record(message.content)
-    trainer = context.node_config.get("trainer")
-    answer = _ask(str(trainer), frame) if trainer else _simulated(context).answer(frame)
+    node = context.node_config
+    if "trainer" in node:
+        answer = _ask(str(node["trainer"]), frame)
+    elif "partition-id" in node:
+        answer = _simulated(context).answer(frame)
+    else:
+        answer = Frame("failure", {"reason": "it is neither started by 'florana join' nor a node of a simulation"})
     return Message(to_record(answer), reply_to=message)
 
 
