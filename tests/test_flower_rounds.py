@@ -101,3 +101,14 @@ def test_a_bad_update_over_the_wire_is_refused_and_the_round_is_that_of_the_othe
         led(pooled, grid_of(without), roster_of(members, tmp_path), tmp_path / "without")
         name = "adapter/adapter_model.safetensors"
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+
+
+def test_a_site_answers_to_its_own_name_and_to_requests_it_knows(pooled: Recipe, tmp_path: Path) -> None:
+    members = sites(pooled, tmp_path / "kept")
+    grid = grid_of(members)
+    led(pooled, grid, roster_of(members, tmp_path), tmp_path / "run")
+    asked = next(frame for node, frame in grid.sent if node == 2 and frame.kind == "train")
+    answer = members["client-0"].answer(asked)
+    assert (answer.kind, answer.fields["reason"]) == ("failure", "is 'client-0', but was asked as 'client-1'")
+    answer = members["client-0"].answer(Frame("erase"))
+    assert (answer.kind, answer.fields["reason"]) == ("failure", "does not know requests of kind 'erase'")

@@ -81,13 +81,7 @@ def error_curves(runs: Sequence[RunView]) -> str:
             best = [(r.round, max(r.error["optimum"] or 0.0, EXACT)) for r in run.records]
             _line(axes, error, index, run.name)
             axes.plot(*zip(*best, strict=True), color=COLOURS[index % 8], linestyle="--", linewidth=1, alpha=0.7)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("round")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylabel("relative error of the aggregation")
+        _errors_by_round(axes, "relative error of the aggregation")
         _legend(axes, len(runs))
         return svg_of(figure)
 
@@ -100,15 +94,19 @@ def uplink_curves(runs: Sequence[RunView]) -> str:
         for index, run in enumerate(runs):
             series = [(round_, max(error, EXACT)) for round_, error in run.uplink_errors]
             _line(axes, series, index, f"{run.name}, {run.uplink}")
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("round")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylabel("relative error of the uplink")
+        _errors_by_round(axes, "relative error of the uplink")
         _legend(axes, len(runs))
         return svg_of(figure)
+
+
+def _errors_by_round(axes: Any, what: str) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel(what)
 
 
 def error_by_module(run: RunView, top: float) -> str:
