@@ -88,7 +88,7 @@ def difference(own: Common, others: Common, whose: str) -> str:
     for key, what in NAMES.items():
         mine, theirs = getattr(own, key), getattr(others, key)
         if mine != theirs:
-            return f"has another {what} than {whose} ({str(mine)[:12]} and {str(theirs)[:12]})"
+            return f"differs from {whose} in its {what} ({str(mine)[:12]} and {str(theirs)[:12]})"
     return ""
 
 
