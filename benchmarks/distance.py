@@ -27,8 +27,8 @@ import torch
 from florana.recipe_file import read_recipe
 from florana.run import prepare
 from florana.study.cells import method_of, split_methods
+from florana.study.estimates import estimate
 from florana.study.swap import exchange, hold
-from florana.study.table import estimate
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 RULES = {

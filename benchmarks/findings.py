@@ -25,8 +25,8 @@ import numpy as np
 
 from florana.report.views import RunView, view
 from florana.study.cells import Cell, Setting, method_of
+from florana.study.estimates import Estimate, estimate, paired
 from florana.study.publish import rank_correlation
-from florana.study.table import Estimate, estimate, paired
 
 Row = Mapping[str, Any]
 SHARED_START = ("fedit", "flora-na", "best-rank", "fedex-lora", "oracle")

@@ -12,17 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rich.console
 from scipy import stats
 
 from florana.errors import RecipeError
 from florana.federation.journal import read_records
 from florana.recipe_file import check
 from florana.report.views import view
+from florana.screen_study import others_table
 from florana.strategy.contract import check_rule
 from florana.study import work
 from florana.study.cells import Cell, Plan, Setting, method_of, plan_of, recipe_of, split_methods
+from florana.study.estimates import Estimate, estimate, paired
 from florana.study.publish import publish
-from florana.study.table import as_csv, compare, estimate, latex, markdown, paired
+from florana.study.table import Comparison, Other, as_csv, compare, latex, markdown
 from florana.study.work import execute_study, folder_of, rounds_left, swap_file
 from tests.test_cli import florana
 
@@ -222,6 +225,15 @@ def test_the_tables_figures_are_those_of_the_runs(done: tuple[Plan, Path, dict[s
     assert rows["oracle"].error is not None
     assert rows["oracle"].error.mean < 1e-5
     assert "2 failed" in markdown(comparison)
+    losses = {(one.method, one.figure): one for one in comparison.others}
+    loss = {label: [run.figures["loss"][1] for run in own] for label, own in runs.items() if label != "local-only"}
+    assert losses["best-rank", "loss"].value.mean == pytest.approx(np.mean(loss["best-rank"]))
+    assert losses["best-rank", "loss"].difference is not None
+    apart = np.array(loss["best-rank"]) - np.array(loss["fedit"])
+    assert losses["best-rank", "loss"].difference.mean == pytest.approx(apart.mean())
+    assert losses["fedit", "loss"].difference is None
+    assert ("local-only", "loss") not in losses, "it has no global model"
+    assert "| best-rank | loss |" in markdown(comparison)
     table = list(csv.DictReader(io.StringIO(as_csv(comparison))))
     assert float(table[1]["global"]) == pytest.approx(np.mean(scores["best-rank"]))
     assert latex(comparison).count(r"\\") == len(rows) + 1
@@ -265,6 +277,20 @@ def test_estimates_are_students_and_paired_differences_scipys() -> None:
     assert estimate([1.0]).half is None  # type: ignore[union-attr]
     assert paired({0: 1.0}, {0: 0.5})[1] is None
     assert paired({0: 1.0, 1: None}, {1: 0.5}) == (None, None)
+
+
+def test_other_figures_have_a_table_of_their_own_where_there_is_more_than_the_loss() -> None:
+    half = Estimate(0.5, 0.25, 2)
+    loss = Other("as-recipe", "fedit", "loss", half, None, None)
+    match = Other("as-recipe", "flora-na[combine=updates]", "exact_match", half, Estimate(-0.125, 0.5, 2), 0.25)
+    assert others_table(Comparison("loss", [], {}, None, [loss])) is None
+    found = others_table(Comparison("loss", [], {}, None, [loss, match]))
+    console = rich.console.Console(width=160, record=True, file=io.StringIO())
+    console.print(found)
+    line = console.export_text().splitlines()[-2]
+    assert [cell.strip() for cell in line.strip("│").split("│")] == [
+        "flora-na[combine=updates]", "exact_match", "0.5000 ± 0.2500", "-0.1250 ± 0.5000", "0.250", "2",
+    ]  # fmt: skip
 
 
 def test_compare_on_the_command_line(small: dict[str, Any], own: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def compare(
     )
     folder = out or Path("studies") / recipe.stem
     from florana.screen import console_of
-    from florana.screen_study import study_progress, study_table
+    from florana.screen_study import others_table, study_progress, study_table
     from florana.study.publish import publish
     from florana.study.work import execute_study, rounds_left
 
@@ -61,6 +61,8 @@ def compare(
         typer.echo(json.dumps(found, indent=1))
     elif console:
         console.print(study_table(comparison, console.width))
+        if (others := others_table(comparison)) is not None:
+            console.print(others)
         for line in swapped["text"]:
             console.print(line, highlight=False)
         for cell, reason in sorted(failures.items()):

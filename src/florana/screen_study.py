@@ -66,6 +66,23 @@ def study_table(comparison: Comparison, width: int) -> Table:
     return table
 
 
+def others_table(comparison: Comparison) -> Table | None:
+    """The other figures of the global models; None where there is no other than the loss."""
+    from florana.study.table import OTHER_HEADS, other_cells
+
+    found = [one for one in comparison.others if one.figure != "loss"]
+    if not found:
+        return None
+    settings = len({one.setting for one in found}) > 1
+    table = Table(title="other figures of the global models", title_justify="left")
+    for index, head in enumerate(OTHER_HEADS):
+        if index or settings:
+            table.add_column(head, justify="left" if index < 3 else "right", no_wrap=index == 1)
+    for one in found:
+        table.add_row(*(escape(cell) for cell in other_cells(one)[0 if settings else 1 :]))
+    return table
+
+
 def model_plan_table(plan: ModelPlan) -> Table:
     """One line per method: what travels in float32, and what client and server hold."""
     table = Table(

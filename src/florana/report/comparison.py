@@ -32,6 +32,8 @@ def write_comparison(
     summary: str,
     heads: Sequence[str],
     rows: Sequence[Sequence[str]],
+    other_heads: Sequence[str],
+    others: Sequence[Sequence[str]],
     series: Sequence[Series],
     swapped: Sequence[Series],
     metric: str,
@@ -68,6 +70,8 @@ def write_comparison(
         summary=summary,
         heads=heads,
         rows=rows,
+        other_heads=other_heads,
+        others=others,
         failures=sorted(failures.items()),
         pictures=[unique(picture, index) for index, picture in enumerate(pictures)],
     )

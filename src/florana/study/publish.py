@@ -16,7 +16,18 @@ from florana.federation.journal import explained
 from florana.report.comparison import Series, write_comparison
 from florana.report.views import LOWER_IS_BETTER
 from florana.study.cells import Plan
-from florana.study.table import HEADS, Comparison, as_csv, cells_of, compare, estimate, latex, markdown, paired
+from florana.study.estimates import estimate, paired
+from florana.study.table import (
+    HEADS,
+    OTHER_HEADS,
+    Comparison,
+    as_csv,
+    cells_of,
+    compare,
+    latex,
+    markdown,
+    other_cells,
+)
 from florana.study.work import swap_file
 
 
@@ -39,6 +50,8 @@ def publish(plan: Plan, out: Path, failures: Mapping[str, str]) -> tuple[Compari
         f"Score: {comparison.metric} on the common test set. " + " ".join(swapped["text"]),
         heads=HEADS,
         rows=[cells_of(row) for row in comparison.rows],
+        other_heads=OTHER_HEADS,
+        others=[other_cells(one) for one in comparison.others],
         series=[Series(row.setting, row.method, row.points) for row in comparison.rows],
         swapped=_swap_series(rows, comparison.metric),
         metric=comparison.metric,

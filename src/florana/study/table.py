@@ -1,38 +1,25 @@
 """The table of a study: one row per method and setting, every figure with its own name, interval and paired difference.
 
-    mean +- t_{0.975, n-1} s / sqrt(n)                   over seeds
-    difference from FedIT, paired by seed: its mean, its interval, and the p-value of the paired t-test
-
-With few seeds an interval is wide: that is what few seeds can say. A cell that failed is a gap, and is named.
+Differences are from FedIT, paired by seed, with the p-value of the paired t-test. A cell that failed is a gap, and is
+named.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 from florana.report.views import LOWER_IS_BETTER, RunView, view
 from florana.study.cells import Plan
+from florana.study.estimates import Estimate, estimate, paired
 from florana.study.work import folder_of
 
 FIGURES = ("global", "personal", "gap", "clients_on_common")
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds, half the width of its 95 % interval (None for one seed), and how many seeds."""
-
-    mean: float
-    half: float | None
-    seeds: int
 
 
 @dataclass(frozen=True)
@@ -68,13 +55,26 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Other:
+    """Another figure of a method's last global models: GLUE's second one, the loss, the score of what was written."""
+
+    setting: str
+    method: str
+    figure: str
+    value: Estimate
+    difference: Estimate | None
+    p_value: float | None
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """A study's rows, the metric they are about, and what FedIT ends with in each setting (mean over seeds)."""
+    """A study's rows, the metric they are about, FedIT's last score in each setting (mean over seeds), other figures."""
 
     metric: str
     rows: Sequence[Row]
     targets: Mapping[str, float | None]
     start: float | None
+    others: Sequence[Other]
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as JSON's own types."""
@@ -105,42 +105,26 @@ def compare(plan: Plan, out: Path) -> Comparison:
         for (setting, method), place in runs.items()
     ]
     start = next((run.start for run in every if run.start is not None), None)
-    return Comparison(metric, rows, targets, start)
+    return Comparison(metric, rows, targets, start, _others(runs, metric))
 
 
-def estimate(values: Sequence[float | None]) -> Estimate | None:
-    """The mean and its interval, of the values that are there.
-
-    >>> estimate([1.0, 2.0, 3.0, None]).half.__round__(3)
-    2.484
-    """
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    if not known:
-        return None
-    mean = statistics.fmean(known)
-    if len(known) == 1:
-        return Estimate(mean, None, 1)
-    half = float(stats.t.ppf(0.975, len(known) - 1)) * statistics.stdev(known) / math.sqrt(len(known))
-    return Estimate(mean, half, len(known))
+Runs = Mapping[tuple[str, str], Mapping[int, RunView]]
+"""(setting, method) -> seed -> a finished run."""
 
 
-def paired(
-    values: Mapping[int, float | None], reference: Mapping[int, float | None]
-) -> tuple[Estimate | None, float | None]:
-    """The differences of the seeds that both have, and the p-value of the paired t-test (None below two seeds)."""
-    differences = [
-        value - other
-        for seed, value in values.items()
-        if value is not None and (other := reference.get(seed)) is not None
-    ]
-    found = estimate(differences)
-    if found is None or found.half is None:
-        return found, None
-    spread = statistics.stdev(differences)
-    if spread == 0:
-        return found, 1.0 if found.mean == 0 else 0.0
-    t = found.mean / (spread / math.sqrt(found.seeds))
-    return found, float(2 * stats.t.sf(abs(t), found.seeds - 1))
+def _others(runs: Runs, metric: str) -> list[Other]:
+    found = []
+    for (setting, method), place in runs.items():
+        figures = {seed: {name: last for name, (_, last) in run.figures.items()} for seed, run in place.items()}
+        fedit = {seed: run.figures for seed, run in runs.get((setting, "fedit"), {}).items()}
+        for name in dict.fromkeys(name for own in figures.values() for name in own if name != metric):
+            values = {seed: own.get(name) for seed, own in figures.items()}
+            reference = {seed: own[name][1] for seed, own in fedit.items() if name in own}
+            value = estimate(list(values.values()))
+            if value is not None:
+                paired_with = paired(values, reference) if method != "fedit" else (None, None)
+                found.append(Other(setting, method, name, value, *paired_with))
+    return found
 
 
 def _row(
@@ -236,11 +220,27 @@ def _text(found: Estimate | None, sign: str, *, plus: bool = False) -> str:
     return mean if found.half is None else f"{mean} {sign} {found.half:.4f}"
 
 
+OTHER_HEADS = ["setting", "method", "figure", "mean", "minus fedit", "p", "seeds"]
+
+
+def other_cells(one: Other, sign: str = "±") -> list[str]:
+    """The figure as text, in the order of OTHER_HEADS."""
+    p_value = "-" if one.p_value is None else f"{one.p_value:.3f}"
+    mean, difference = _text(one.value, sign), _text(one.difference, sign, plus=True)
+    return [one.setting, one.method, one.figure, mean, difference, p_value, str(one.value.seeds)]
+
+
 def markdown(comparison: Comparison) -> str:
-    """The table as Markdown."""
-    lines = ["| " + " | ".join(HEADS) + " |", "|---|---|" + "---:|" * (len(HEADS) - 2)]
-    lines += ["| " + " | ".join(cells_of(row)) + " |" for row in comparison.rows]
-    return "\n".join(lines) + "\n"
+    """The table as Markdown, and that of the other figures."""
+    text = _markdown(HEADS, [cells_of(row) for row in comparison.rows], 2)
+    if comparison.others:
+        text += "\n" + _markdown(OTHER_HEADS, [other_cells(one) for one in comparison.others], 3)
+    return text
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * words + "---:|" * (len(heads) - words)]
+    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)]) + "\n"
 
 
 def latex(comparison: Comparison) -> str:

@@ -1,0 +1,59 @@
+"""What seeds say of a figure: its mean with a 95 % interval, and differences paired by seed.
+
+    mean +- t_{0.975, n-1} s / sqrt(n)
+
+With few seeds an interval is wide: that is what few seeds can say.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds, half the width of its 95 % interval (None for one seed), and how many seeds."""
+
+    mean: float
+    half: float | None
+    seeds: int
+
+
+def estimate(values: Sequence[float | None]) -> Estimate | None:
+    """The mean and its interval, of the values that are there.
+
+    >>> estimate([1.0, 2.0, 3.0, None]).half.__round__(3)
+    2.484
+    """
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return None
+    mean = statistics.fmean(known)
+    if len(known) == 1:
+        return Estimate(mean, None, 1)
+    half = float(stats.t.ppf(0.975, len(known) - 1)) * statistics.stdev(known) / math.sqrt(len(known))
+    return Estimate(mean, half, len(known))
+
+
+def paired(
+    values: Mapping[int, float | None], reference: Mapping[int, float | None]
+) -> tuple[Estimate | None, float | None]:
+    """The differences of the seeds that both have, and the p-value of the paired t-test (None below two seeds)."""
+    differences = [
+        value - other
+        for seed, value in values.items()
+        if value is not None and (other := reference.get(seed)) is not None
+    ]
+    found = estimate(differences)
+    if found is None or found.half is None:
+        return found, None
+    spread = statistics.stdev(differences)
+    if spread == 0:
+        return found, 1.0 if found.mean == 0 else 0.0
+    t = found.mean / (spread / math.sqrt(found.seeds))
+    return found, float(2 * stats.t.sf(abs(t), found.seeds - 1))
