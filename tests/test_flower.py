@@ -106,16 +106,21 @@ def test_frames_carry_briefs_and_replies_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize(
-    "content",
-    [b"x" * 16, b"flr1" + b"\xff" * 12, b"flr1" + b"\0\0\0\2" + b"\0" * 7 + b"\x65" + b"{}", b"flr1\0\0"],
+    ("content", "says"),
+    [
+        (b"x" * 16, "no message of florana"),
+        (b"flr1" + b"\xff" * 12, "no message of florana"),
+        (b"flr1" + b"\0\0\0\2" + b"\0" * 7 + b"\x65" + b"{}", "a message of 101 bytes; the limit is 100"),
+        (b"flr1\0\0", "ends after 5 of 15 bytes"),
+    ],
     ids=["foreign", "huge head", "payload above the limit", "torn"],
 )
-def test_frames_refuse_other_bytes(content: bytes) -> None:
+def test_frames_refuse_other_bytes(content: bytes, says: str) -> None:
     left, right = socket.socketpair()
     with left, right:
         left.sendall(content)
         left.shutdown(socket.SHUT_WR)
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=says):
             receive(right, 100)
 
 

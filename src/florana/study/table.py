@@ -68,7 +68,7 @@ class Other:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A study's rows, the metric they are about, FedIT's last score in each setting (mean over seeds), other figures."""
+    """A study's rows, their metric, FedIT's last score in each setting (mean over seeds), other figures."""
 
     metric: str
     rows: Sequence[Row]
