@@ -16,8 +16,10 @@ import hypothesis
 import pytest
 import torch
 
+from florana.errors import InputError
 from florana.recipe import Recipe
 from florana.recipe_file import check
+from florana.score.programs import run_program
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("florana", deadline=None, derandomize=True, max_examples=25)
@@ -207,3 +209,18 @@ def launched() -> Iterator[None]:
     flower.setLevel(logging.ERROR)
     yield
     flower.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def runnable() -> None:
+    """Root is refused where the kernel holds not every barrier; everyone else runs the tests that need programs."""
+    try:
+        run_program("", "")
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def recipe(recipe_table: dict[str, Any]) -> Recipe:
+    """The small recipe, read."""
+    return check(recipe_table, "test")

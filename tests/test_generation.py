@@ -1,0 +1,223 @@
+"""What a model writes: as Transformers writes it, by the seed alone, scored in a run when it is due."""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from florana.errors import InputError, RecipeError
+from florana.recipe import Model
+from florana.recipe_file import check, read_recipe
+from florana.run import execute
+from florana.score.programs import Verdict
+from florana.train.generate import Written, generate
+from florana.train.model import Workbench
+from tests.conftest import SHARED
+from tests.score_cases import HUMANEVAL
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+PROMPTS = ["Once upon a time", "The little dog wanted to play, but it was raining. So he", "One day, Tim", "Lily saw a"]
+
+
+@pytest.fixture(scope="module")
+def bench() -> Workbench:
+    return Workbench(Model(base=str(SHARED / "models" / "stories260K")), "causal-lm", (), 0)
+
+
+def write(bench: Workbench, **changes: Any) -> Written:
+    return generate(bench, PROMPTS, **{"max_new_tokens": 24, **changes})
+
+
+@pytest.mark.shared
+def test_greedy_generation_is_that_of_transformers_alone_and_in_a_batch(bench: Workbench) -> None:
+    together, alone = write(bench), write(bench, batch_size=1)
+    assert together == alone
+    for prompt, (text,) in zip(PROMPTS, together.texts, strict=True):
+        ids = [1, *bench.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        out = bench.model.generate(
+            input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=24, do_sample=False
+        )
+        assert bench.tokenizer.decode(out[0], skip_special_tokens=True) == prompt + text
+
+
+@pytest.mark.shared
+def test_samples_depend_on_the_seed_and_the_prompt_and_on_nothing_else(bench: Workbench) -> None:
+    drawn = write(bench, temperature=0.8, samples=2, seed=1)
+    torch.manual_seed(3)
+    assert drawn == write(bench, temperature=0.8, samples=2, seed=1, batch_size=3)
+    assert drawn != write(bench, temperature=0.8, samples=2, seed=2)
+    assert all(first != second for first, second in drawn.texts)
+    assert write(bench, temperature=1e-4, seed=1) == write(bench)
+
+
+@pytest.mark.shared
+def test_samples_have_the_softmaxs_frequencies(bench: Workbench) -> None:
+    ids = torch.tensor([[1, *bench.tokenizer("Once upon a time", add_special_tokens=False)["input_ids"]]])
+    with torch.no_grad():
+        chances = (bench.model(input_ids=ids).logits[0, -1] / 2.0).softmax(-1)
+    texts = generate(bench, ["Once upon a time"], max_new_tokens=1, temperature=2.0, samples=600, batch_size=600).texts[
+        0
+    ]
+    likely = bench.tokenizer.decode([1, int(chances.argmax())], skip_special_tokens=True)
+    share = statistics.mean(text == likely for text in texts)
+    assert share == pytest.approx(float(chances.max()), abs=4 * (0.25 / 600) ** 0.5)
+
+
+@pytest.mark.shared
+def test_stops_end_a_text_and_long_prompts_lose_their_beginning(bench: Workbench) -> None:
+    whole = write(bench).texts[0][0]
+    assert " little" in whole
+    assert write(bench, stops=[" little", "zzz"]).texts[0][0] == whole.split(" little")[0]
+    long = "Tim was sad. " * 200 + PROMPTS[0]
+    cut = generate(bench, [long, PROMPTS[0]], max_new_tokens=24)
+    assert cut.cut_prompts == 1
+    with pytest.raises(InputError, match="the model's context has 512 tokens"):
+        write(bench, max_new_tokens=512)
+
+
+@pytest.fixture
+def table() -> dict[str, Any]:
+    return {
+        "task": "causal-lm",
+        "seed": 5,
+        "model": {"base": str(SHARED / "models" / "stories260K"), "target_modules": ["q_proj"], "rank": 2},
+        "data": {
+            "train": str(SHARED / "gsm8k" / "train.jsonl"),
+            "test": str(SHARED / "gsm8k" / "test.jsonl"),
+            "text": ["question", "answer"],
+            "max_length": 32,
+            "train_limit": 40,
+            "test_limit": 4,
+        },
+        "partition": {"kind": "iid", "clients": 2},
+        "train": {"steps": 1, "batch_size": 2},
+        "federation": {"rounds": 3},
+        "strategy": {"name": "best-rank"},
+        "generation": {
+            "task": "gsm8k",
+            "file": str(SHARED / "gsm8k" / "test.jsonl"),
+            "limit": 3,
+            "max_new_tokens": 8,
+            "shots": 1,
+        },
+    }
+
+
+@pytest.mark.shared
+def test_a_run_scores_what_the_global_model_writes_when_it_is_due(table: dict[str, Any], tmp_path: Path) -> None:
+    first = execute(check(table, "r"), tmp_path / "last")
+    assert [set(r.eval["global"]) for r in first.records[:2]] == [{"loss", "perplexity"}] * 2
+    assert {"exact_match", "exact_match_flexible", "unparsed", "cut_prompts"} < set(first.records[-1].eval["global"])
+    table["generation"]["every"] = 2
+    table["evaluate"] = {"every": 3}
+    every = execute(read_back(table, tmp_path), tmp_path / "every")
+    assert [sorted(r.eval.get("global", {}))[:1] for r in every.records] == [[], ["cut_prompts"], ["cut_prompts"]]
+    assert every.records[-1].eval["global"] == first.records[-1].eval["global"]
+
+
+def read_back(table: dict[str, Any], folder: Path) -> Any:
+    """The recipe through its own TOML, with a path that counts from the recipe's folder."""
+    (folder / "problems.jsonl").write_bytes((SHARED / "gsm8k" / "test.jsonl").read_bytes())
+    table["generation"]["file"] = "problems.jsonl"
+    (folder / "r.toml").write_text(check(table, "r").to_toml())
+    recipe = read_recipe(folder / "r.toml")
+    assert recipe.generation is not None
+    assert recipe.generation.file == str((folder / "problems.jsonl").resolve())
+    return recipe
+
+
+@pytest.mark.usefixtures("runnable")
+@pytest.mark.shared
+def test_a_run_with_programs(table: dict[str, Any], tmp_path: Path) -> None:
+    table["federation"]["rounds"] = 1
+    table["generation"] = {
+        "task": "humaneval",
+        "file": str(HUMANEVAL),
+        "limit": 2,
+        "max_new_tokens": 6,
+        "run_programs": True,
+        "samples": 2,
+        "temperature": 0.5,
+        "k": [1, 2],
+    }
+    scores = execute(check(table, "r"), tmp_path / "run").records[-1].eval["global"]
+    assert scores["pass@1"] == scores["pass@2"] == 0.0
+    assert {"stopped", "shut_in"} < set(scores)
+    assert json.loads((tmp_path / "run" / "rounds.jsonl").read_text())["eval"]["global"] == scores
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"task": "humaneval", "shots": 0}, "runs programs that a model wrote on this machine"),
+        ({"task": "humaneval", "run_programs": True}, "has no meaning for humaneval"),
+        ({"task": "mbpp", "run_programs": True, "k": [5]}, "asks for pass@5, but generation.samples = 1"),
+        ({"k": [2]}, "are of humaneval and mbpp"),
+        ({"run_programs": True}, "are of humaneval and mbpp"),
+        ({"samples": 2}, "needs generation.temperature above 0"),
+        ({"examples": "x.jsonl", "shots": 0}, "generation.shots = 0"),
+        ({"max_new_token": 3}, "did you mean 'max_new_tokens'?"),
+        ({"task": "gsm9k"}, "'gsm8k', 'math', 'humaneval' or 'mbpp'"),
+    ],
+)
+def test_generation_settings_that_cannot_hold_are_refused(
+    change: dict[str, Any], words: str, table: dict[str, Any]
+) -> None:
+    changed = copy.deepcopy(table)
+    changed["generation"] |= change
+    with pytest.raises(RecipeError) as caught:
+        check(changed, "r.toml")
+    assert words in str(caught.value)
+
+
+def test_generation_needs_a_model_that_writes(table: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="no model of its own"):
+        check(table | {"strategy": {"name": "fedsa-lora"}}, "r")
+    with pytest.raises(RecipeError, match="a classifier writes no text"):
+        check(table | {"task": "sequence-classification", "data": {**table["data"], "label": "x"}}, "r")
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"file": "nowhere.jsonl"}, "does not exist"),
+        ({"shots": 9000}, "has 7473 examples that are not asked"),
+        ({"max_new_tokens": 600}, "the model's context has 512 tokens"),
+    ],
+)
+def test_an_exam_that_cannot_be_set_is_explained(
+    change: dict[str, Any], words: str, table: dict[str, Any], tmp_path: Path
+) -> None:
+    table["generation"] |= change
+    with pytest.raises(InputError, match=words):
+        execute(check(table, "r"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.shared
+def test_programs_that_cannot_run_here_are_refused_before_training(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> Verdict:
+        raise InputError("not here")
+
+    monkeypatch.setattr("florana.train.exam.run_program", refuse)
+    table["generation"] = {"task": "humaneval", "file": str(HUMANEVAL), "limit": 1, "max_new_tokens": 4}
+    table["generation"]["run_programs"] = True
+    with pytest.raises(InputError, match="not here"):
+        execute(check(table, "r"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_verdicts_are_frozen() -> None:
+    with pytest.raises(AttributeError):
+        Verdict(True, "passed").passed = False  # type: ignore[misc]
