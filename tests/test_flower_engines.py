@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,35 @@ def simulated(recipe: Recipe, unlike: dict[str, Any], folder: Path) -> Path:
     return out
 
 
+# an operator's machine that was taken over: the app that it sends has code of its own for the sites
+EVIL = """
+import sys
+from pathlib import Path
+import florana.flower.serve as serve
+from florana.cli import main
+
+export = serve.export
+
+def changed(*arguments):
+    app = export(*arguments)
+    path = app / "florana_app" / "client_app.py"
+    path.write_text("from pathlib import Path\\nPath({mark!r}).write_text('ran')\\n" + path.read_text())
+    return app
+
+serve.export = changed
+main()
+"""
+
+
 def deployed(recipe: Recipe, unlike: dict[str, Any], folder: Path) -> Path:
+    mark = folder / "mark"
+    (folder / "evil.py").write_text(EVIL.format(mark=str(mark)))
     with federation(unlike, folder, [f"client-{index}" for index in range(3)]) as fed:
-        done = fed.serve("--wait", "120", "--deadline", "120")
+        command = [sys.executable, str(folder / "evil.py"), *fed.serving("--wait", "120", "--deadline", "120")]
+        done = subprocess.run(command, env=environment(fed.home), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
+    assert "write_text('ran')" in next(fed.files.folder.rglob("client_app.py")).read_text(), "it was sent"
+    assert not mark.exists(), "and no site ran it"
     return fed.out
 
 

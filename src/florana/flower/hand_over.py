@@ -1,7 +1,7 @@
 """Stands before Flower's client program on a SuperNode's path: asks the process that has it loaded to run it.
 
-Run by path, with the standard library alone: `hand_over.py SOCKET PROGRAM ARGUMENTS...`. Where nobody answers at the
-socket the program itself is run.
+Run by path, with the standard library alone: `hand_over.py SOCKET PROGRAM ARGUMENTS...`, the program as a JSON list of
+words. Where nobody answers at the socket the program itself is run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def main() -> None:
     except OSError:
         taken = b""
     if not taken:
-        os.execv(program, [program, *arguments])
+        words = json.loads(program)
+        os.execv(words[0], [*words, *arguments])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from florana.flower.processes import Child, free_port, on_path, start
 from florana.flower.reach import clock_difference
 from florana.flower.serve import POLL
 from florana.flower.site import Site, site_of
-from florana.flower.starter import starter
+from florana.flower.site_programs import site_programs
 from florana.flower.trainer import answer_until, listening
 from florana.run import Setup, prepare
 
@@ -75,7 +75,7 @@ def join(
         (keys / "flower" / "home").mkdir(parents=True, exist_ok=True)
     work = keys / "flower"
     home = {"FLWR_HOME": str((work / "home").resolve()), **POLL}
-    with listening() as listener, starter(work / "clientapp.log", home) as programs:
+    with listening() as listener, site_programs(work / "clientapp.log", home) as programs:
         node = _supernode(invitation, key, who, listener.path, work, home | on_path(programs))
         watcher = threading.Thread(target=_watch, args=(node, done), daemon=True)
         watcher.start()

@@ -1,8 +1,9 @@
-"""A process that has Flower's client program loaded and forks for every message.
+"""What a site puts before Flower's own programs on the SuperNode's PATH.
 
-Flower starts `flwr-clientapp` afresh for each message, and that program imports for one to two seconds before it does
-anything: most of a round that trains for a short time. A fork of a loaded process does the same work at once. The
-program is the same, its arguments and environment are those that Flower gave it.
+`flwr-clientapp` becomes `florana.flower.held`, which runs no code of the server. Every other program that a SuperNode
+could start to run a server's code (`flwr-agentapp` and its like) is refused. On Linux a process has the client program
+loaded and forks for every message: Flower starts it afresh for each, and its imports take one to two seconds, most of a
+round that trains for a short time.
 """
 
 from __future__ import annotations
@@ -22,34 +23,46 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from florana.flower import hand_over
-from florana.flower.processes import program, start
+from florana.flower.held import hold
+from florana.flower.processes import start
 from florana.flower.trainer import is_own_user
 
 PROGRAM = "flwr-clientapp"
 
 
 @contextmanager
-def starter(log: Path, environment: Mapping[str, str]) -> Iterator[Path | None]:
-    """Start such a process; give the folder that belongs at the front of the SuperNode's PATH.
-
-    On Linux only (None elsewhere: programs of other systems' libraries may not survive a fork).
+def site_programs(log: Path, environment: Mapping[str, str]) -> Iterator[Path]:
+    """The folder that belongs at the front of the SuperNode's PATH, and the process that has the program loaded.
 
     Args:
         log: where the process and what it forks write. environment: the SuperNode's, beside this process's own.
+
+    Raises:
+        RecipeError: this version of Flower cannot be held to the installed code.
     """
-    if sys.platform != "linux":
-        yield None
-        return
+    hold()
+    held = [sys.executable, "-m", "florana.flower.held"]
     with tempfile.TemporaryDirectory(prefix="florana-") as folder:  # for this user alone (0700)
-        place, own = Path(folder) / "socket", Path(folder) / PROGRAM
-        words = [sys.executable, "-I", "-S", hand_over.__file__, str(place), program(PROGRAM)]
-        own.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
-        own.chmod(0o700)
-        child = start([Path(sys.executable).name, "-m", "florana.flower.starter", str(place)], log, environment)
+        place = Path(folder) / "socket"
+        forks = sys.platform == "linux"  # libraries of other systems may not survive a fork
+        words = [sys.executable, "-I", "-S", hand_over.__file__, str(place), json.dumps(held)] if forks else held
+        _script(Path(folder) / PROGRAM, f'exec {shlex.join(words)} "$@"')
+        for other in Path(sys.executable).parent.glob("flwr-*"):
+            if other.name != PROGRAM:
+                _script(Path(folder) / other.name, f"echo 'florana: a site runs no {other.name}' >&2; exit 1")
+        if not forks:
+            yield Path(folder)
+            return
+        child = start([Path(sys.executable).name, "-m", "florana.flower.site_programs", str(place)], log, environment)
         try:
             yield Path(folder)
         finally:
             child.end()
+
+
+def _script(path: Path, line: str) -> None:
+    path.write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
+    path.chmod(0o700)
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,8 @@ def _become(request: Request, run: Callable[[], object]) -> None:
 
 
 def main() -> None:
-    """Load Flower's program and florana's part of it, then wait for requests."""
+    """Load Flower's program, held, and florana's part of it, then wait for requests."""
+    hold()
     from flwr.supernode.cli import flwr_clientapp
 
     import florana.flower.client_app  # noqa: F401  (what every message needs is there before the fork)
