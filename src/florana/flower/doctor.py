@@ -14,6 +14,7 @@ from typing import Any
 
 from florana import recipe as r
 from florana.errors import FederationError, FloranaError
+from florana.flower.held import holdable
 from florana.flower.invitation import Invitation
 from florana.flower.join import prepare_site
 from florana.flower.keys import Certificates, read_private, read_roster
@@ -46,6 +47,7 @@ def at_site(invitation: Invitation, recipe: r.Recipe, keys: Path, data: Path | N
     """The findings at a site, each as soon as it is there."""
     yield from _common(keys)
     yield _tried("key", lambda: f"{read_private(keys)[0]}, readable by its owner alone")
+    yield _tried("the server's code", _not_run)
     yield from _server(invitation)
     setup: list[Setup] = []
 
@@ -109,6 +111,11 @@ def _common(folder: Path) -> Iterator[Finding]:
         f"{free / 2**30:.1f} GiB free" if writable else f"{place} cannot be written",
         "" if writable and free > SPARE_DISK else "free some space, or choose another folder",
     )
+
+
+def _not_run() -> str:
+    holdable()
+    return "is neither unpacked nor run at this site"
 
 
 def _server(invitation: Invitation) -> Iterator[Finding]:

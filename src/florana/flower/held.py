@@ -21,11 +21,11 @@ _PROGRAM = "flwr.supernode.runtime.run_clientapp"
 _LOADS = ("install_from_fab", "install_app_dependencies", "get_load_client_app_fn")
 
 
-def hold() -> ModuleType:
-    """Flower's program as a module, its ways to the server's code replaced by the way to florana's own app.
+def holdable() -> ModuleType:
+    """Flower's program as a module, with the ways to the server's code that are known here.
 
     Raises:
-        RecipeError: this version of Flower goes other ways. Nothing is run then.
+        RecipeError: this version of Flower goes other ways.
     """
     try:
         program = import_module(_PROGRAM)
@@ -38,6 +38,12 @@ def hold() -> ModuleType:
             why=f"it has no {', '.join(missing)}: it may run the code that the server sends",
             fix="pip install 'florana[flower]' installs a version that can",
         )
+    return program
+
+
+def hold() -> ModuleType:
+    """In this process, put florana's own app in the place of the server's code. Raises as `holdable` does."""
+    program = holdable()
     program.install_from_fab = _nothing  # type: ignore[attr-defined]
     program.install_app_dependencies = _nothing  # type: ignore[attr-defined]
     program.get_load_client_app_fn = _loader  # type: ignore[attr-defined]

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from florana.flower import hand_over
-from florana.flower.held import hold
+from florana.flower.held import hold, holdable
 from florana.flower.processes import start
 from florana.flower.trainer import is_own_user
 
@@ -40,7 +40,7 @@ def site_programs(log: Path, environment: Mapping[str, str]) -> Iterator[Path]:
     Raises:
         RecipeError: this version of Flower cannot be held to the installed code.
     """
-    hold()
+    holdable()
     held = [sys.executable, "-m", "florana.flower.held"]
     with tempfile.TemporaryDirectory(prefix="florana-") as folder:  # for this user alone (0700)
         place = Path(folder) / "socket"
