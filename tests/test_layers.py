@@ -14,6 +14,7 @@ from tests.conftest import ROOT
 SOURCE = ROOT / "src" / "florana"
 FLOORS = [
     {"errors"},
+    {"whole_files"},
     {"factors"},
     {"linalg", "tensor_files", "module_patterns", "score"},
     {"adapter_config"},

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,9 @@ from florana.adapter_config import CONFIG
 from florana.adapter_reader import PREFIX, WEIGHTS, AdapterCard, open_adapter
 from florana.factors import Adapter, LoraFactors
 from florana.tensor_files import write_tensors
+from florana.whole_files import replace_by, replace_file
 
-__all__ = ["CONFIG", "WEIGHTS", "AdapterCard", "read_adapter", "replace_file", "sync_folder", "write_adapter"]
+__all__ = ["CONFIG", "WEIGHTS", "AdapterCard", "read_adapter", "write_adapter"]
 
 
 def read_adapter(folder: Path) -> tuple[Adapter, AdapterCard]:
@@ -55,46 +54,12 @@ def write_adapter(folder: Path, adapter: Adapter, card: AdapterCard, readme: str
         tensors[f"{PREFIX}{name}.{letters[1]}"] = pair.B.contiguous()
     for name, tensor in adapter.extra.items():
         tensors[f"{PREFIX}{name}"] = tensor.contiguous()
-    _replace(folder / WEIGHTS, lambda path: write_tensors(path, tensors))
+    replace_by(folder / WEIGHTS, lambda path: write_tensors(path, tensors))
     config = json.dumps(_config(adapter, card), indent=2, sort_keys=True) + "\n"
     if not (folder / CONFIG).exists() or (folder / CONFIG).read_text() != config:
         replace_file(folder / CONFIG, config.encode())
     if readme:
         replace_file(folder / "README.md", readme.encode())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write `content` under a temporary name, flush it to the disk, and move it over `path` in one step."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    _replace(path, write)
-
-
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's own entries (renames) to the disk, where the system can."""
-    if os.name == "nt":  # Windows opens no folders
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _config(adapter: Adapter, card: AdapterCard) -> dict[str, Any]:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from florana import recipe as r
-from florana.adapter_files import AdapterCard, replace_file
-from florana.federation.journal import Journal, explained, read_records
+from florana.adapter_files import AdapterCard
+from florana.federation.journal import Journal, read_records
 from florana.federation.loop import Event, Federation, run_rounds
 from florana.federation.messages import Engine
 from florana.federation.records import RoundRecord
 from florana.run_folder import locked, logged
 from florana.strategy.base import State, Strategy
+from florana.whole_files import explained, replace_file
 
 Show = Callable[[Event], None]
 

@@ -11,14 +11,12 @@ kill between any two steps loses nothing.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +25,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from florana.adapter_files import AdapterCard, replace_file, sync_folder, write_adapter
+from florana.adapter_files import AdapterCard, write_adapter
 from florana.aggregate.stack import combined
-from florana.errors import FederationError, InputError
+from florana.errors import InputError
 from florana.factors import Adapter, adapter_from_tensors
 from florana.federation.records import RoundRecord, record_from_json
 from florana.strategy.base import State
+from florana.whole_files import explained, replace_file, sync_folder
 
 KEPT_CHECKPOINTS = 2
 """The last round and the one before it, should the last one be damaged later on."""
@@ -155,25 +154,6 @@ def read_records(path: Path) -> list[RoundRecord]:
                 break
             raise InputError(f"{path}, line {number} cannot be read", why=str(error)) from None
     return records
-
-
-@contextmanager
-def explained(folder: Path, what: str) -> Iterator[None]:
-    """Turn an error of the file system into one that says which folder, why, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        free = shutil.disk_usage(folder).free // 2**20 if folder.exists() else 0
-        fixes = {
-            errno.ENOSPC: f"free some disk space ({free} MiB are left there) and run again with --resume",
-            errno.EROFS: "the disk is read-only: choose another --out",
-            errno.EACCES: "give yourself the right to write there, or choose another --out",
-        }
-        raise FederationError(
-            f"{what}: {error.filename or folder}",
-            why=error.strerror or str(error),
-            fix=fixes.get(error.errno or 0, "mend the disk and run again with --resume; earlier rounds are whole"),
-        ) from None
 
 
 def _write_checkpoint(folder: Path, round_: Committed) -> None:

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from florana.adapter_files import replace_file
 from florana.errors import InputError
+from florana.whole_files import replace_file
 
 KEPT_ROUNDS = 2
 """The last round a client took part in, and the one before, should the server have lost the last."""

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import tomli_w
 
-from florana.adapter_files import replace_file
 from florana.errors import RecipeError
 from florana.flower.settings import Settings, to_config
 from florana.recipe import Recipe
+from florana.whole_files import replace_file
 
 _README = """# {title}
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import tomli_w
 from cryptography import x509
 
-from florana.adapter_files import replace_file
 from florana.errors import InputError, RecipeError
 from florana.flower.keys import Certificates, read_certificate
 from florana.recipe import Recipe
 from florana.recipe_file import read_recipe
+from florana.whole_files import replace_file
 
 
 @dataclass(frozen=True)

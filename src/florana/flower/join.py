@@ -9,7 +9,6 @@ from pathlib import Path
 
 from florana import recipe as r
 from florana.errors import FederationError, InputError
-from florana.federation.journal import explained
 from florana.flower.frames import Frame
 from florana.flower.invitation import Invitation
 from florana.flower.keys import read_private
@@ -20,6 +19,7 @@ from florana.flower.site import Site, site_of
 from florana.flower.site_programs import site_programs
 from florana.flower.trainer import answer_until, listening
 from florana.run import Setup, prepare
+from florana.whole_files import explained
 
 SAID = (
     ("2004", "the server does not know this site's key: the operator approves it with 'florana flower approve'"),

@@ -33,8 +33,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from florana.adapter_files import replace_file
 from florana.errors import InputError, RecipeError
+from florana.whole_files import replace_file
 
 DAYS = 365
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -20,7 +20,7 @@ import httpx
 from florana import recipe as r
 from florana.conduct import Show
 from florana.errors import FederationError, FloranaError, InputError, RecipeError
-from florana.federation.journal import explained, read_records
+from florana.federation.journal import read_records
 from florana.federation.loop import Event
 from florana.flower.export import export
 from florana.flower.front import Door, OpenDoor, open_door, trusting
@@ -28,6 +28,7 @@ from florana.flower.keys import Certificates, openssh, read_certificate, read_ro
 from florana.flower.processes import Child, call, free_port, start, until
 from florana.flower.settings import Settings, beside
 from florana.run_folder import OUTCOME, PROGRESS, check_folder, held, is_free
+from florana.whole_files import explained
 
 POLL = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
 _ANSWERS = 60.0

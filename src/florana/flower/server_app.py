@@ -23,11 +23,9 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from florana import recipe as r
-from florana.adapter_files import replace_file
 from florana.conduct import Show, conduct
 from florana.errors import FederationError, FloranaError, RecipeError
 from florana.factors import Adapter
-from florana.federation.journal import explained
 from florana.federation.loop import Event
 from florana.federation.messages import Engine, unpack_whole
 from florana.flower.card import Common
@@ -39,6 +37,7 @@ from florana.flower.site import agreed, common_of, starts_anywhere
 from florana.run import Setup, begin, facts_of, federation_of, prepare, strategy_of
 from florana.run_folder import OUTCOME, PROGRESS, RUN_NAME, check_folder, held, is_free
 from florana.strategy.base import State, Strategy
+from florana.whole_files import explained, replace_file
 
 app = ServerApp()
 

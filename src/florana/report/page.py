@@ -13,10 +13,9 @@ from typing import Any
 
 import jinja2
 
-from florana.adapter_files import replace_file
-from florana.federation.journal import explained
 from florana.report import figures
 from florana.report.views import LOWER_IS_BETTER, RunView, rows_note, summary, views
+from florana.whole_files import explained, replace_file
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from florana.adapter_files import replace_file
-from florana.federation.journal import explained
 from florana.report.comparison import Series, write_comparison
 from florana.report.views import LOWER_IS_BETTER
 from florana.study.cells import Plan
@@ -29,6 +27,7 @@ from florana.study.table import (
     other_cells,
 )
 from florana.study.work import swap_file
+from florana.whole_files import explained, replace_file
 
 
 def publish(plan: Plan, out: Path, failures: Mapping[str, str]) -> tuple[Comparison, dict[str, Any], Path]:

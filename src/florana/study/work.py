@@ -19,11 +19,11 @@ from queue import Empty
 from typing import Any
 
 from florana import recipe as r
-from florana.adapter_files import replace_file
 from florana.errors import FloranaError
-from florana.federation.journal import explained, read_records
+from florana.federation.journal import read_records
 from florana.federation.loop import Event
 from florana.study.cells import CENTRALISED, Cell, Plan, Setting, recipe_of
+from florana.whole_files import explained, replace_file
 
 MEMORY_PER_JOB = 2 * 2**30
 """Bytes of free memory a group of cells should have before another one starts beside it."""

@@ -1,0 +1,66 @@
+"""Files that are written whole or not at all, and what to say when the disk refuses."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from florana.errors import FederationError
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write `content` under a temporary name, flush it to the disk, and move it over `path` in one step."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    replace_by(path, write)
+
+
+def replace_by(path: Path, write: Callable[[Path], None]) -> None:
+    """As `replace_file`, with a function that writes the temporary file."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's own entries (renames) to the disk, where the system can."""
+    if os.name == "nt":  # Windows opens no folders
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def explained(folder: Path, what: str) -> Iterator[None]:
+    """Turn an error of the file system into one that says which folder, why, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(folder).free // 2**20 if folder.exists() else 0
+        fixes = {
+            errno.ENOSPC: f"free some disk space ({free} MiB are left there) and run again with --resume",
+            errno.EROFS: "the disk is read-only: choose another --out",
+            errno.EACCES: "give yourself the right to write there, or choose another --out",
+        }
+        raise FederationError(
+            f"{what}: {error.filename or folder}",
+            why=error.strerror or str(error),
+            fix=fixes.get(error.errno or 0, "mend the disk and run again with --resume; earlier rounds are whole"),
+        ) from None
