@@ -124,6 +124,11 @@ def test_import_and_help_are_light() -> None:
     assert "torch" in loaded_by("import florana; florana.mean"), "this test must be able to fail"
 
 
+def test_keys_are_made_without_waiting_for_torch() -> None:
+    pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
+    assert not {"torch", "numpy", "flwr"} & loaded_by("import florana.flower.keys")
+
+
 def test_the_arithmetic_needs_no_training_library() -> None:
     heavy = {"transformers", "peft", "datasets", "matplotlib", "sklearn", "pandas", "flwr"}
     assert not heavy & loaded_by("import florana; florana.mean, florana.mix, florana.best_rank, florana.read_adapter")
