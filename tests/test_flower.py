@@ -93,7 +93,7 @@ REPLY = Reply("b", 3, 17, {"train_loss": 0.1}, b"tensors", 0.5)
 def test_frames_carry_briefs_and_replies_bit_for_bit() -> None:
     left, right = socket.socketpair()
     with left, right:
-        send(left, brief_frame(BRIEF, "run", "word"))
+        send(left, brief_frame(BRIEF, "run", "word", "card"))
         sent = receive(right, 100)
         assert sent is not None
         assert read_brief(sent) == BRIEF

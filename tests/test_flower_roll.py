@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from florana.federation.journal import read_records
 from florana.federation.loop import Event
 from florana.flower.frames import Frame
 from florana.flower.records import from_record, to_record
+from florana.flower.site import Site
 from florana.recipe import Recipe
+from tests.flower_grid import FakeGrid
 from tests.flower_sites import grid_of, led, roster_of, sites
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -150,3 +153,83 @@ def test_without_a_quorum_the_run_ends_and_says_who_is_missing(pooled: Recipe, t
     two = dict(list(members.items())[:2])
     with pytest.raises(FederationError, match=r"2 clients were there after 0.2 seconds, and 3 are needed"):
         led(recipe, grid_of(two), roster_of(members, tmp_path), tmp_path / "run")
+
+
+def restarted(site: Site, **changes: Any) -> Callable[[Frame], Frame]:
+    """The same site, started anew with something else."""
+    return replace(site, card=site.card.model_copy(update=changes)).answer
+
+
+def in_round(number: int, grid: FakeGrid, act: Callable[[], None]) -> Callable[..., RecordDict]:
+    """Something happens while the first site answers in that round."""
+
+    def tamper(node: int, asked: Frame, content: RecordDict) -> RecordDict:
+        if node == 1 and asked.kind == "train" and asked.fields["brief"]["round"] == number:
+            act()
+        return content
+
+    return tamper
+
+
+def test_a_site_that_was_started_anew_with_other_rows_is_asked_anew(pooled: Recipe, tmp_path: Path) -> None:
+    recipe = pooled.model_copy(update={"federation": pooled.federation.model_copy(update={"rounds": 4})})
+    members = sites(recipe, tmp_path / "kept")
+    grid, card = grid_of(members), members["client-2"].card
+    other = restarted(members["client-2"], holds=card.holds.model_copy(update={"train": card.holds.train + 1}))
+    grid.tamper = in_round(1, grid, lambda: grid.nodes.update({3: (b"client-2", other)}))
+    grid.nodes = dict(grid.nodes)
+    led(recipe, grid, roster_of(members, tmp_path), tmp_path / "run")
+    refused = [record.refused.get("client-2", "") for record in read_records(tmp_path / "run" / "rounds.jsonl")]
+    # in round 1 it was started anew before it was asked
+    assert "is not as it was at the roll call" in refused[0]
+    assert "training examples, but has" in refused[1], "it said one row more, and trains on as many as before"
+    hellos = [number for number, (node, frame) in enumerate(grid.sent) if node == 3 and frame.kind == "hello"]
+    assert len(hellos) == 2, "once at the start, once in doubt"
+
+
+def test_a_site_that_was_started_anew_with_another_model_is_refused(pooled: Recipe, tmp_path: Path) -> None:
+    members = sites(pooled, tmp_path / "kept")
+    grid, card = grid_of(members), members["client-2"].card
+    other = restarted(members["client-2"], common=card.common.model_copy(update={"base": "0" * 64}))
+    grid.nodes = dict(grid.nodes)
+    grid.tamper = in_round(1, grid, lambda: grid.nodes.update({3: (b"client-2", other)}))
+    led(pooled, grid, roster_of(members, tmp_path), tmp_path / "run")
+    first, second = (record.refused["client-2"] for record in read_records(tmp_path / "run" / "rounds.jsonl"))
+    assert "is not as it was at the roll call" in first
+    assert second.startswith("differs from 'client-0' in its base model")
+
+
+def test_a_site_that_was_mended_is_asked_again(pooled: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("florana.flower.roll.ANEW", 0.0)
+    members = sites(pooled, tmp_path / "kept")
+    grid, card = grid_of(members), members["client-2"].card
+    wrong = restarted(members["client-2"], agreed={**card.agreed, "seed": 9})
+    grid.nodes = {**grid.nodes, 3: (b"client-2", wrong)}
+    grid.tamper = in_round(1, grid, lambda: grid.nodes.update({3: (b"client-2", members["client-2"].answer)}))
+    led(pooled, grid, roster_of(members, tmp_path), tmp_path / "run")
+    first, second = read_records(tmp_path / "run" / "rounds.jsonl")
+    assert "seed is 9, here 3" in first.refused["client-2"]
+    assert second.refused == {}
+    assert second.clients == ["client-0", "client-1", "client-2"]
+
+
+def test_a_site_that_was_away_is_asked_when_it_is_back(pooled: Recipe, tmp_path: Path) -> None:
+    recipe = pooled.model_copy(update={"federation": pooled.federation.model_copy(update={"rounds": 3})})
+    members = sites(recipe, tmp_path / "kept")
+    grid = grid_of(members)
+    every = dict(grid.nodes)
+
+    def tamper(node: int, asked: Frame, content: RecordDict) -> RecordDict | None:
+        number = asked.fields["brief"]["round"] if asked.kind == "train" else 0
+        if (number, node) == (1, 3):
+            del grid.nodes[3]
+            return None
+        if (number, node) == (2, 2):
+            grid.nodes |= every
+        return content
+
+    grid.nodes, grid.tamper = dict(every), tamper
+    led(recipe, grid, roster_of(members, tmp_path), tmp_path / "run", deadline=2.0)
+    clients = [record.clients for record in read_records(tmp_path / "run" / "rounds.jsonl")]
+    assert clients[1:] == [["client-0", "client-1"], ["client-0", "client-1", "client-2"]]
+    assert sum(node == 3 and frame.kind == "hello" for node, frame in grid.sent) == 2

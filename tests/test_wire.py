@@ -368,6 +368,6 @@ def test_the_limit_of_a_message_follows_its_format() -> None:
 def test_a_brief_keeps_its_format_over_flower() -> None:
     briefs = pytest.importorskip("florana.flower.briefs")
     brief = dataclasses.replace(brief_of(first_adapter(), "int8"), feedback=["extra"])
-    frame = briefs.brief_frame(brief, "run", "word")
+    frame = briefs.brief_frame(brief, "run", "word", "card")
     back = briefs.read_brief(type(frame)(frame.kind, frame.fields, frame.payload))
     assert back == brief

@@ -11,10 +11,10 @@ from florana.flower.frames import Frame
 from florana.strategy.base import Pruning
 
 
-def brief_frame(brief: Brief, run: str, nonce: str) -> Frame:
-    """A brief, with the run it belongs to and a word that the answer must repeat."""
+def brief_frame(brief: Brief, run: str, nonce: str, card: str) -> Frame:
+    """A brief, with the run it belongs to, a word that the answer must repeat, and the digest of the client's card."""
     named = {f.name: _plain(getattr(brief, f.name)) for f in fields(Brief) if f.name != "payload"}
-    return Frame("train", {"brief": named, "run": run, "nonce": nonce}, brief.payload)
+    return Frame("train", {"brief": named, "run": run, "nonce": nonce, "card": card}, brief.payload)
 
 
 def read_brief(frame: Frame) -> Brief:
@@ -44,6 +44,8 @@ def read_reply(frame: Frame, client: str, nonce: str) -> Reply | Failure:
     """
     if frame.kind == "failure":
         return Failure(client, str(frame.fields.get("reason", ""))[:1000] or "failed without a reason")
+    if frame.kind == "changed":
+        return Failure(client, "is not as it was at the roll call (another recipe, data or model): it is asked anew")
     if frame.kind != "reply":
         return Failure(client, f"answered with a message of kind '{frame.kind[:40]}'")
     if frame.fields.get("nonce") != nonce:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -81,6 +83,11 @@ def card_from(fields: object) -> Card | str:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])[:80]
         return f"does not introduce itself as florana does (another version of it?): {where}: {first['msg']}"
+
+
+def digest(card: Card) -> str:
+    """sha256 of a card: by it a site sees whether it still is what the server takes it for."""
+    return hashlib.sha256(json.dumps(card.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def difference(own: Common, others: Common, whose: str) -> str:

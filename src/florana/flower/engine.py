@@ -22,20 +22,29 @@ from florana.flower.records import from_record, to_record
 POLL_SECONDS = 0.1
 
 
+@dataclass(frozen=True)
+class Seat:
+    """Where a client is reached, and the digest of what it said of itself at the roll call (`card.digest`)."""
+
+    node: int
+    card: str
+
+
 @dataclass(frozen=True, eq=False)
 class FlowerEngine:
     """Carries briefs over a Grid.
 
     Args:
         grid: Flower's connection to the nodes.
-        nodes: asked at the start of each round: client -> its node's id, of the clients that are connected and fit;
-            and client -> why not, of the others.
+        seats: asked at the start of each round: client -> its seat, of the clients that are connected and fit; and
+            client -> why not, of the others. changed: told of a client that is not what it said at the roll call.
         run: the name of the run, by which clients keep what stays with them.
         deadline: seconds from sending to the last answer that counts.
     """
 
     grid: Grid
-    nodes: Callable[[], tuple[Mapping[str, int], Mapping[str, str]]]
+    seats: Callable[[], tuple[Mapping[str, Seat], Mapping[str, str]]]
+    changed: Callable[[str], None]
     run: str
     deadline: float
 
@@ -45,15 +54,20 @@ class FlowerEngine:
 
     def fit(self, briefs: Sequence[Brief]) -> Iterator[Reply | Failure]:
         """Every client's answer as it comes; after the deadline, a Failure for each that is missing."""
-        nodes, absent = self.nodes()
-        asked = [brief for brief in briefs if brief.client in nodes]
+        seats, absent = self.seats()
+        asked = [brief for brief in briefs if brief.client in seats]
         for brief in briefs:
-            if brief.client not in nodes:
+            if brief.client not in seats:
                 yield Failure(brief.client, absent.get(brief.client, "is not connected"))
         nonces = {brief.client: secrets.token_hex(16) for brief in asked}
-        frames = {b.client: (nodes[b.client], brief_frame(b, self.run, nonces[b.client])) for b in asked}
+        frames = {b.client: (seats[b.client].node, self._frame(b, seats, nonces)) for b in asked}
         for client, answer in exchange(self.grid, frames, self.deadline):
+            if isinstance(answer, Frame) and answer.kind == "changed":
+                self.changed(client)
             yield answer if isinstance(answer, Failure) else read_reply(answer, client, nonces[client])
+
+    def _frame(self, brief: Brief, seats: Mapping[str, Seat], nonces: Mapping[str, str]) -> Frame:
+        return brief_frame(brief, self.run, nonces[brief.client], seats[brief.client].card)
 
 
 def exchange(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,12 +15,14 @@ from flwr.serverapp import Grid
 from florana.errors import FederationError
 from florana.federation.loop import Event
 from florana.federation.messages import Failure
-from florana.flower.card import Card, Common, card_from, difference, most_common
-from florana.flower.engine import exchange
+from florana.flower.card import Card, Common, card_from, difference, digest, most_common
+from florana.flower.engine import Seat, exchange
 from florana.flower.frames import Frame
 
 SAYS = 30.0
 """Seconds for a site to say who it is: its model is loaded, only Flower has to start a process."""
+ANEW = 10.0
+"""Seconds until a site that did not fit is asked once more: it may have been mended."""
 
 
 @dataclass(eq=False)
@@ -47,16 +50,23 @@ class Roll:
     refused: dict[str, str] = field(default_factory=dict)
     _settled: tuple[Common, str] | None = None
     _clients: dict[int, str] = field(default_factory=dict)
-    _asked: set[int] = field(default_factory=set)
+    _again: dict[int, float] = field(default_factory=dict)
+    """Node -> the time before which it is not asked who it is."""
 
     def __post_init__(self) -> None:
         if self.own is not None:
             self._settled = self.own, "the server"
 
-    def connected(self) -> tuple[dict[str, int], dict[str, str]]:
-        """Client -> its node, of those that are online and fit; and why the others that were seen are not."""
+    def connected(self) -> tuple[dict[str, Seat], dict[str, str]]:
+        """Client -> its seat, of those that are online and fit; and why the others that were seen are not."""
         nodes = self._look(self.deadline)
-        return nodes, {client: why for client, why in self.refused.items() if client not in nodes}
+        seats = {client: Seat(node, digest(self.cards[client])) for client, node in nodes.items()}
+        return seats, {client: why for client, why in self.refused.items() if client not in nodes}
+
+    def doubt(self, client: str) -> None:
+        """Ask a client anew before the next round: it is not what it said."""
+        for node in [node for node, name in self._clients.items() if name == client]:
+            self._forget(node)
 
     def wait(self, enough: int, wanted: int, seconds: float) -> None:
         """Until `wanted` clients are there, or `seconds` have passed and `enough` are.
@@ -93,9 +103,9 @@ class Roll:
         Raises:
             FederationError: no client sends the one whose digest all have.
         """
-        nodes, reasons = self.connected()[0], []
-        for client, node in sorted(nodes.items()):
-            asked = {client: (node, Frame("hello", {"start": True}))}
+        seats, reasons = self.connected()[0], []
+        for client, seat in sorted(seats.items()):
+            asked = {client: (seat.node, Frame("hello", {"start": True}))}
             ((_, answer),) = exchange(self.grid, asked, self.deadline, MessageType.QUERY)
             if isinstance(answer, Failure) or answer.kind != "hello":
                 reasons.append(f"{client}: {_reason(answer)}")
@@ -108,12 +118,19 @@ class Roll:
     def _look(self, seconds: float) -> dict[str, int]:
         """Ask the new nodes who they are, for so long at most; the clients that fit, with their nodes."""
         online = {int(node.node_id): bytes(node.public_key) for node in self.grid.get_nodes()}
-        new = {node: key for node, key in online.items() if node not in self._asked}
+        for node in self._again.keys() - online.keys():  # what comes back may be another
+            self._forget(node)
+        now = time.monotonic()
+        new = {node: key for node, key in online.items() if self._again.get(node, 0.0) <= now}
         if new:
             self._call(new, seconds if self.keys is None else min(seconds, SAYS))
         nodes = {self._clients[node]: node for node in online if node in self._clients}
         reference = self._settled or self._most()
         return {client: node for client, node in nodes.items() if self._fits(client, reference)}
+
+    def _forget(self, node: int) -> None:
+        self._again.pop(node, None)
+        self._clients.pop(node, None)
 
     def _most(self) -> tuple[Common, str] | None:
         card = most_common(list(self.cards.values()))
@@ -136,10 +153,10 @@ class Roll:
         for text, answer in sorted(exchange(self.grid, frames, seconds, MessageType.QUERY), key=lambda a: a[0]):
             node = int(text)
             name = known[node]
+            self._again[node] = time.monotonic() + ANEW
             if isinstance(answer, Failure) or answer.kind != "hello":
                 self._refuse(name or f"node {node}", _reason(answer))
-                continue  # asked again next time: it may still be loading its model
-            self._asked.add(node)
+                continue
             card = card_from(answer.fields)
             problem = card if isinstance(card, str) else self._problem(card, name)
             if isinstance(card, str) or problem:
@@ -147,7 +164,7 @@ class Roll:
                 self._refuse(name or claimed or f"node {node}", problem)
                 continue
             self.cards[card.client], self.examples[card.client] = card, card.holds.train
-            self._clients[node] = card.client
+            self._clients[node], self._again[node] = card.client, math.inf
             self.refused.pop(card.client, None)
             if self._fits(card.client, self._settled):
                 self.show(Event("joined", 0, card.client, f"{card.holds.train} rows"))
@@ -158,7 +175,7 @@ class Roll:
             return dict.fromkeys(new, "")
         names = {key: client for client, key in self.keys.items()}
         for node in new.keys() - {node for node, key in new.items() if key in names}:
-            self._asked.add(node)
+            self._again[node] = math.inf
             self._refuse(f"node {node}", "its key is none of the approved ones")
         return {node: names[key] for node, key in new.items() if key in names}
 

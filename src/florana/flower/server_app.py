@@ -95,7 +95,7 @@ def lead(grid: Grid, recipe: r.Recipe, settings: Settings, folder: Path, show: S
 
     def engine(memories: Mapping[str, Mapping[str, Tensor]] | None) -> Engine:
         del memories  # they lie with the clients
-        return FlowerEngine(grid, roll.connected, run, settings.deadline)
+        return FlowerEngine(grid, roll.connected, roll.doubt, run, settings.deadline)
 
     conduct(
         recipe,

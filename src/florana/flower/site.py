@@ -19,7 +19,7 @@ from florana.factors import Adapter
 from florana.federation.keeping import keep, recall
 from florana.federation.messages import pack
 from florana.flower.briefs import failure_frame, read_brief, reply_frame
-from florana.flower.card import Card, Common
+from florana.flower.card import Card, Common, digest
 from florana.flower.frames import Frame
 from florana.run import Setup, begin, clients_of, strategy_of
 from florana.strategy.base import Strategy
@@ -70,6 +70,8 @@ class Site:
         brief, run = read_brief(frame), str(frame.fields["run"])
         if brief.client != self.who:
             return failure_frame(f"is '{self.who}', but was asked as '{brief.client[:80]}'")
+        if frame.fields.get("card") != digest(self.card):  # it was started anew since, with something else
+            return Frame("changed")
         memory = recall(self.folder, run, self.who, brief.round)
         reply, kept = self.fit(brief, memory)
         keep(self.folder, run, self.who, brief.round, kept)
