@@ -35,7 +35,7 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-chaos: setup  ## kills, stragglers, bad and replayed updates, in their full counts (about twenty minutes)
+chaos: setup  ## kills, stragglers, bad and replayed updates, in their full counts (about half an hour)
 	$(BIN)/python -m pytest -q -m chaos tests/chaos
 
 bench: setup  ## speed and memory as ratios

@@ -56,7 +56,7 @@ def started(fed: Fed, step: int, told: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, env=own, stdout=log, stderr=log)
 
 
-@often(1, 60)
+@often(1, 24)
 def test_a_server_that_dies_at_a_step_of_a_commit_goes_on(
     count: int, table: dict[str, Any], tmp_path: Path, tally: Tally
 ) -> None:
