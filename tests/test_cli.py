@@ -13,11 +13,7 @@ import torch
 
 from florana import Adapter, AdapterCard, LoraFactors, read_adapter, write_adapter
 from florana.recipe_file import check
-from tests.conftest import ROOT
-
-
-def florana(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "florana", *arguments], cwd=cwd, capture_output=True, text=True)
+from tests.program import florana, started
 
 
 @pytest.fixture
@@ -29,12 +25,12 @@ def recipe(recipe_table: dict[str, Any], tmp_path: Path) -> Path:
 
 def test_run_report_and_json(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = florana("run", str(recipe), "--out", str(out), "--set", "federation.rounds=2")
+    done = started("run", str(recipe), "--out", str(out), "--set", "federation.rounds=2")
     assert done.returncode == 0, done.stderr
     assert "round   2" in done.stdout
     assert "Traceback" not in done.stderr
     assert done.stderr == ""
-    page = florana("report", str(out), "--out", str(tmp_path / "page.html"), "--json")
+    page = started("report", str(out), "--out", str(tmp_path / "page.html"), "--json")
     assert page.returncode == 0, page.stderr
     (row,) = json.loads(page.stdout)["runs"]
     assert row["strategy"] == "fedit"

@@ -16,7 +16,7 @@ from florana.federation.messages import pack
 from florana.plan_model import FULL, plan_model
 from florana.strategy import STRATEGIES
 from florana.train.shapes import PRESETS, shapes_of
-from tests.test_cli import florana
+from tests.program import florana
 
 SIZES = {  # published parameter counts without the output layer
     "roberta-large": 355_359_744,

@@ -27,7 +27,7 @@ from florana.study.estimates import Estimate, estimate, paired
 from florana.study.publish import publish
 from florana.study.table import Comparison, Other, as_csv, compare, latex, markdown
 from florana.study.work import execute_study, folder_of, rounds_left, swap_file
-from tests.test_cli import florana
+from tests.program import florana
 
 OWN = """
 from florana import best_rank, mean
