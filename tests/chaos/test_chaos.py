@@ -1,4 +1,4 @@
-"""What a federation survives, each with a count. A few of each run in every test run, all of them by `make chaos`."""
+"""What a federation survives, each with a count. A few of most in every test run, all of them by `make chaos`."""
 
 from __future__ import annotations
 
