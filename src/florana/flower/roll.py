@@ -77,12 +77,10 @@ class Roll:
         until = time.monotonic() + seconds
         while True:
             nodes = self._look(max(until - time.monotonic(), 1.0))
-            late = time.monotonic() >= until
-            if len(nodes) >= wanted or (late and len(nodes) >= enough):
+            if len(nodes) >= wanted or time.monotonic() >= until:
                 self._settle()
-                return
-            if late:
-                self._settle()
+                if len(nodes) >= min(wanted, enough):
+                    return
                 reasons = "; ".join(f"{client}: {why}" for client, why in sorted(self.refused.items()))
                 raise FederationError(
                     f"{len(nodes)} clients were there after {seconds:g} seconds, and {enough} are needed",
