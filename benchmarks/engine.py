@@ -52,7 +52,7 @@ def recipe(clients: int, per_round: int, rounds: int, steps: int) -> Recipe:
 
 def bare(settings: Recipe, setup: Setup, rounds: int) -> None:
     """The same steps with torch and PEFT alone."""
-    model, device = setup.bench.model, torch.device("cpu")
+    model, device = setup.bench.model, setup.bench.device
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     setup.bench.load(setup.start)
     state = {name: parameter.detach().clone() for name, parameter in parameters.items()}
