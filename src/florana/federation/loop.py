@@ -123,7 +123,8 @@ def _one_round(
     server_seconds = time.perf_counter() - started
     error: Mapping[str, object] = {"overall": None, "optimum": None, "per_module": {}}
     if strategy.facts.one_model:
-        error = _error_json(measure(parts, outcome.state.adapter, outcome.state.residual))
+        aimed, answer = outcome.judged or (parts, outcome.state)
+        error = _error_json(measure(aimed, answer.adapter, answer.residual))
     if federation.uplink != "float32":
         error = {**error, "uplink": _weighted("uplink_error", updates, parts)}
     record = RoundRecord(

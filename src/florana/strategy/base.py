@@ -92,10 +92,18 @@ class Payload:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The next state, and what the step has to say of itself (numbers and lists of numbers, for the journal)."""
+    """What a step ends with.
+
+    Args:
+        state: the next state.
+        notes: what the step has to say of itself (numbers and lists of numbers, for the journal).
+        judged: (the contributions, the state) that the aggregation error is measured between, where a server optimizer
+            moved on from them; None: those that were given, and `state`.
+    """
 
     state: State
     notes: Mapping[str, object] = field(default_factory=dict)
+    judged: tuple[Sequence[Contribution], State] | None = None
 
 
 Cut = Callable[[Payload, int, float], Payload]

@@ -71,6 +71,10 @@ class Facts:
         coordinates: `stay` where the pair that goes back continues the clients' pairs entry by entry; `move` where it
             is chosen anew, so that what rounding left out of the last pair says nothing about the next.
         one_model: False for methods without a global product; they have no global score and no aggregation error.
+        optimizer: where a server optimizer can work (`strategy.server_optimizer`), the method's own place first: on the
+            `products`, on the `factors` (or cores); empty where the clients need the step's result as it is.
+        aims_at_sum: whether the step approximates the weighted sum of the products *and* of what the contributions
+            carry frozen, so that more can be added to the sum.
     """
 
     does: str
@@ -89,3 +93,5 @@ class Facts:
     shape: Callable[[int], tuple[int, int]] = lambda rank: (rank, 1)
     coordinates: Literal["stay", "move"] = "stay"
     one_model: bool = True
+    optimizer: tuple[Literal["products", "factors"], ...] = ()
+    aims_at_sum: bool = False

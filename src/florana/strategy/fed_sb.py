@@ -31,6 +31,7 @@ FACTS = facts.Facts(
     trained=facts.CORE.of,
     secure_aggregation="yes: sums of R",
     noise="in R alone: linear, in the fewest dimensions; a first gradient must be accounted for",
+    optimizer=("factors",),
 )
 WORK = work(trains=["core"], up=["core"], down=["core"])
 

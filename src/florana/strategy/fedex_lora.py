@@ -26,6 +26,8 @@ FACTS = facts.Facts(
     base="moves, as a factored residual of rank k",
     noise="in both factors: a product of noises, in the base for good",
     residual=lambda clients, rank, rounds: (clients - 1) * rank * rounds,
+    optimizer=("products",),
+    aims_at_sum=True,
 )
 
 

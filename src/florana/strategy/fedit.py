@@ -19,6 +19,7 @@ FACTS = facts.Facts(
     down=facts.PAIR,
     exact="no: the covariance of the factors across clients",
     secure_aggregation="yes: sums of A and of B",
+    optimizer=("factors", "products"),
 )
 
 

@@ -19,6 +19,7 @@ FACTS = facts.Facts(
     up=facts.PAIR,
     down=facts.PAIR,
     exact="no: what rotation explains of `fedit`'s error goes away",
+    optimizer=("factors", "products"),
 )
 
 

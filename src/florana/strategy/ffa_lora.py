@@ -26,6 +26,7 @@ FACTS = facts.Facts(
     secure_aggregation="yes: sums of B",
     trained=facts.ONLY_B.of,
     noise="in B alone: linear",
+    optimizer=("factors",),
 )
 WORK = work(trains=["B"], up=["B"], down=["B"])
 

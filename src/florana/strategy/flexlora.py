@@ -27,6 +27,8 @@ FACTS = facts.Facts(
     mixed_ranks="the best adapter of its own rank",
     noise="in both factors: a product of noises; the rest is post-processing",
     coordinates="move",
+    optimizer=("products",),
+    aims_at_sum=True,
 )
 
 

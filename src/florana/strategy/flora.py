@@ -34,6 +34,8 @@ FACTS = facts.Facts(
     noise="in both factors, and in the base for good",
     residual=lambda clients, rank, rounds: clients * rank * rounds,
     coordinates="move",
+    optimizer=("products",),
+    aims_at_sum=True,
 )
 WORK = work(trains=["A", "B"], up=["A", "B"], down=["A"])
 

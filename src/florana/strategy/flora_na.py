@@ -34,6 +34,7 @@ FACTS = facts.Facts(
     exact="no: never above `fedit` in the fit, never below `best-rank`",
     mixed_ranks="with `combine = factors`: zero-padded, the first r_u columns of B and rows of A",
     noise="in both factors: a product of noises; the fit is post-processing, and fits the noise too",
+    optimizer=("products", "factors"),
 )
 
 

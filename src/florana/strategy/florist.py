@@ -30,6 +30,8 @@ FACTS = facts.Facts(
     noise="in both factors: a product of noises; the rest is post-processing",
     residual=lambda clients, rank, rounds: (clients * rounds - 1) * rank,
     coordinates="move",
+    optimizer=("products",),
+    aims_at_sum=True,
 )
 
 

@@ -38,6 +38,7 @@ FACTS = facts.Facts(
     client_state="none: the server remembers each client's rank",
     mixed_ranks="the first r_u columns of B and rows of A",
     secure_aggregation="only if every client's norm is revealed",
+    optimizer=("factors", "products"),
 )
 
 

@@ -23,6 +23,7 @@ FACTS = facts.Facts(
     up=facts.PAIR,
     down=facts.PAIR,
     exact="no: between `best-rank` and `fedit`",
+    optimizer=("factors", "products"),
 )
 
 

@@ -27,6 +27,8 @@ FACTS = facts.Facts(
     mixed_ranks="the best adapter of its own rank; all the rest frozen beside it",
     residual=lambda clients, rank, rounds: (clients * rounds - 1) * rank,
     coordinates="move",
+    optimizer=("products",),
+    aims_at_sum=True,
 )
 
 

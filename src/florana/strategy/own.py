@@ -28,6 +28,7 @@ FACTS = facts.Facts(
     exact="not declared",
     mixed_ranks="refused: not declared",
     coordinates="move",  # nobody knows
+    optimizer=("products",),
 )
 
 
