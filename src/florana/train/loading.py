@@ -105,7 +105,7 @@ def modules_trained_whole(model: Any, told: Mapping[str, Any], task: str, base: 
     if told["mismatched_keys"]:
         name, stored, wanted = min(told["mismatched_keys"])
         raise InputError(
-            f"the checkpoint of '{base}' holds '{name}' as {tuple(stored)}; the model of this recipe has {tuple(wanted)}",
+            f"the checkpoint of '{base}' holds '{name}' as {tuple(stored)}, but its model has it as {tuple(wanted)}",
             why="the checkpoint was trained for other classes, or its config.json is another model's",
             fix="give the classes it was trained for, or a checkpoint without a head",
         )
@@ -179,7 +179,7 @@ def with_lora(base: Any, settings: r.Model, task: str, whole: Sequence[str]) -> 
     adapted = [name.removeprefix(PREFIX) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     if other := sorted(set(adapted) ^ set(chosen)):
         raise InputError(
-            f"model.target_modules: PEFT does not take the names of '{settings.base}' as they are: {', '.join(other[:4])}",
+            f"model.target_modules: PEFT does not adapt {', '.join(other[:4])} of '{settings.base}' as named",
             why="it reads them as those of experts, and florana adapts no experts",
             fix="name other modules, such as the projections of the attention",
         )

@@ -63,7 +63,7 @@ class Workbench:
         _widen_heads(self.model)
         self._layers = _lora_layers(self.model)
         self._extra = _whole_parameters(self.model) | _magnitudes(self._layers)
-        self._inputs = set(inspect.signature(base.forward).parameters)
+        self._inputs = {"labels", *inspect.signature(base.forward).parameters}
         self.padding: str | None = None
         """The side on which rows may be padded; None where that changes what the model makes of them."""
         self._residual: Adapter | None = None

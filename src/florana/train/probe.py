@@ -18,8 +18,8 @@ from florana.train.tasks import Example, collate, encode_classes, encode_languag
 if TYPE_CHECKING:
     from florana.train.model import Workbench
 
-TEXTS = (("a",), ("a good film and a quick story, b c d e f",))
-TOKENS = 8
+TEXTS = (("a film",), ("a good film and a quick story, b c d e f g",))
+TOKENS = 12
 """The most that a text of the probe has."""
 NEAR = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """By the base's dtype, how far two readings of one row may lie apart, relative to the largest output."""
@@ -28,8 +28,8 @@ NEAR = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 def probe(bench: Workbench, task: str, base: str) -> str | None:
     """The side on which rows are padded: the tokenizer's, if a padded row is then read as it is alone, else the other.
 
-    None where a padded row is another row to the model (FNet mixes all positions): such rows are measured with others of
-    their own length alone.
+    None where a padded row is another row to the model (FNet mixes all positions): rows are then measured in batches
+    of one length.
 
     Raises:
         InputError: the model fails on two short texts, or sees the tokens that a causal-lm is to predict.

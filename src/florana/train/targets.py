@@ -1,7 +1,7 @@
-"""Which modules of a base model are adapted and which are trained whole; from its structure, so that a plan and a run agree.
+"""Which modules of a base model are adapted, and which are trained whole: of its structure alone, for runs and plans.
 
-whole     what lies outside the base model (a classifier, its pooler), and what the checkpoint lacks: random at every
-          loading, so that an adapter without it would be another model
+whole     what lies outside the base model (a classifier, its pooler), and what the checkpoint lacks: drawn at random at
+          every loading, so that an adapter without it would be another model
 adapted   the linear layers that the recipe names, without those
 """
 
@@ -28,6 +28,10 @@ _LISTS = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.ParameterList, torc
 _PLAIN = (*LINEAR, torch.nn.Embedding, torch.nn.Bilinear, torch.nn.modules.conv._ConvNd)
 _NO_LORA = {kind: {"out_proj", "conv1d"} for kind in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")}
 """Model type -> last parts of names that PEFT refuses: a fused kernel reads these weights past any adapter."""
+_ROUTED = "expert|router|moe"
+"""What stands in the names of a mixture's parts, or of their classes."""
+_READ_AS_EXPERTS = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
+"""Last parts of names that PEFT takes for experts in many mixtures, also where another layer has them."""
 
 
 def whole_modules(model: Any, missing: Collection[str], base: str) -> tuple[str, ...]:
@@ -76,12 +80,11 @@ def adapted_modules(
         output = model.get_output_embeddings()
         chosen = {name: module for name, module in linear.items() if module is not output}
         _refuse_experts(model, chosen, base)
-        never = _NO_LORA.get(getattr(model.config, "model_type", ""), set())
-        if barred := sorted({last(name) for name in chosen} & never):
+        if barred := sorted({last(name) for name in chosen} & _never(model)):
             raise InputError(
                 f"model.target_modules = 'all-linear': PEFT cannot adapt {', '.join(barred)} of '{base}'",
                 why="a fused kernel of this model reads the weights past any adapter",
-                fix=f"set model.target_modules = {_as_list({last(name) for name in chosen} - never)}",
+                fix=f"set model.target_modules = {_as_list({last(name) for name in chosen} - _never(model))}",
             )
     elif isinstance(wanted, str):
         chosen = {name: module for name, module in free.items() if re.fullmatch(wanted, name)}
@@ -102,7 +105,7 @@ def adapted_modules(
     if not chosen:
         raise InputError(
             f"model.target_modules: nothing of '{base}' is left to adapt",
-            why=f"trained whole, without LoRA: {', '.join(whole)}" if whole else "the model has no linear layer",
+            why=f"trained whole, without LoRA: {', '.join(whole)}" if linear else "it has no linear layer",
             fix=f"choose among {', '.join(sorted({last(name) for name in linear}))}" if linear else "",
         )
     for name, module in chosen.items():
@@ -114,34 +117,29 @@ def adapted_modules(
     return chosen
 
 
-def experts(model: Any) -> list[str]:
-    """The names of parameters that hold the weights of several experts, or of a router that is no linear layer."""
-    return sorted(_experts(model))
-
-
 def last(name: str) -> str:
     """The last part of a dotted name."""
     return name.rsplit(".", 1)[-1]
 
 
 def _experts(model: Any) -> Iterator[str]:
+    """The names of parameters that hold the weights of several experts, or of a router that is no linear layer."""
     for path, module in model.named_modules():
         if isinstance(module, _PLAIN):
             continue
         kind = type(module).__name__.lower()
         for name, parameter in module.named_parameters(recurse=False):
-            routed = any(word in f"{path}.{name}.{kind}".lower() for word in ("expert", "router", "moe"))
-            if parameter.ndim >= 2 and routed:
+            if parameter.ndim >= 2 and re.search(_ROUTED, f"{path}.{name}.{kind}"):
                 yield f"{path}.{name}"
 
 
 def _refuse_experts(model: Any, chosen: Collection[str], base: str) -> None:
     """PEFT adapts such parameters through `target_parameters`, one factor for all experts: no plain product."""
-    found = experts(model)
+    found = sorted(_experts(model))
     if not found:
         return
-    blocks = {last(parent) for parent in map(_block, found)}
-    beside = {last(name) for name in chosen if not blocks & set(name.split("."))}
+    never = _READ_AS_EXPERTS | _never(model)
+    beside = {last(name) for name in chosen if not re.search(_ROUTED, name)} - never
     kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in found})
     raise InputError(
         f"model.target_modules = 'all-linear': '{base}' is a mixture of experts, and florana adapts no experts",
@@ -150,15 +148,8 @@ def _refuse_experts(model: Any, chosen: Collection[str], base: str) -> None:
     )
 
 
-def _block(parameter: str) -> str:
-    """The module around the experts: `model.layers.0.mlp` of `model.layers.0.mlp.experts.down_proj`."""
-    owner = parameter.rsplit(".", 1)[0]
-    while re.search(r"expert|router|gate|input_linear|output_linear|^\d+$|^mlp$", last(owner)) and "." in owner:
-        above = owner.rsplit(".", 1)[0]
-        if last(above).isdigit():  # a layer's own number
-            break
-        owner = above
-    return owner
+def _never(model: Any) -> set[str]:
+    return _NO_LORA.get(getattr(model.config, "model_type", ""), set())
 
 
 def _body(model: Any) -> str:
