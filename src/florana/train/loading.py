@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import (
+    LoraConfig,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 
 from florana import recipe as r
@@ -177,11 +183,12 @@ def with_lora(base: Any, settings: r.Model, task: str, whole: Sequence[str]) -> 
             fix=f"choose model.target_modules among {', '.join(sorted({last(name) for name in chosen}))}",
         ) from None
     adapted = [name.removeprefix(PREFIX) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    if other := sorted(set(adapted) ^ set(chosen)):
+    if lost := sorted((set(chosen) ^ set(adapted)) | _forgotten(model, adapted)):
+        beside = sorted({last(name) for name in chosen} - {last(name) for name in lost})
         raise InputError(
-            f"model.target_modules: PEFT does not adapt {', '.join(other[:4])} of '{settings.base}' as named",
-            why="it reads them as those of experts, and florana adapts no experts",
-            fix="name other modules, such as the projections of the attention",
+            f"model.target_modules: PEFT would not load what is trained of {', '.join(lost[:4])} in '{settings.base}'",
+            why="it takes these names for those of another layer, as it does with experts",
+            fix=f"choose model.target_modules among {', '.join(beside)}" if beside else "name other modules",
         )
     for key, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
         for pattern in patterns:
@@ -191,6 +198,18 @@ def with_lora(base: Any, settings: r.Model, task: str, whole: Sequence[str]) -> 
                     fix=nearest(pattern, {name.rsplit(".", 1)[-1] for name in adapted}),
                 )
     return model
+
+
+def _forgotten(model: Any, adapted: Sequence[str]) -> set[str]:
+    """The adapted modules whose factors PEFT, loading the adapter, would put elsewhere: it renames keys of some models.
+
+    The adapter's own values are loaded back, so that nothing changes.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stored = get_peft_model_state_dict(model, save_embedding_layers=False)
+        missing = set(set_peft_model_state_dict(model, stored).missing_keys)
+    return {name for name in adapted if f"{PREFIX}{name}.lora_A.default.weight" in missing}
 
 
 @contextlib.contextmanager
