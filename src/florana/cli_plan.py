@@ -16,6 +16,9 @@ def plan(
     rank: Annotated[int, typer.Option(help="Of the adapters.")] = 8,
     clients: Annotated[int, typer.Option(help="Clients per round.")] = 10,
     targets: Annotated[str | None, typer.Option(help="Module names, like q_proj,v_proj, or all-linear.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="sequence-classification or causal-lm. Default: the first that the model has.")
+    ] = None,
     methods: Annotated[str | None, typer.Option(help="Like fedit,flora-na. Default: all.")] = None,
     base_bits: Annotated[int, typer.Option(help="Bits per number of the frozen base: 32, 16, 8, 4.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
@@ -27,7 +30,7 @@ def plan(
     from florana.plan_model import plan_model
     from florana.train.shapes import shapes_of
 
-    shapes = shapes_of(model, _words(targets))
+    shapes = shapes_of(model, _words(targets), task)
     result = plan_model(
         shapes.model,
         shapes.modules,

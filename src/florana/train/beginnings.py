@@ -18,7 +18,7 @@ from florana import linalg
 from florana.errors import InputError
 from florana.factors import Adapter
 from florana.train.model import Workbench
-from florana.train.tasks import Example, collate
+from florana.train.tasks import Example
 
 FULL_UP_TO = 1024
 """A matrix with a side of at most this many is decomposed whole; a larger one by a seeded randomised method."""
@@ -55,7 +55,7 @@ def gradient(bench: Workbench, start: Adapter, batches: Mapping[str, Sequence[Ex
         for weight, _ in weights.values():
             weight.requires_grad_(True)
         for _, rows in sorted(batches.items()):
-            batch = collate(rows, bench.tokenizer.pad_token_id, bench.device)
+            batch = bench.batch(rows)
             (bench.forward(batch).loss * (len(rows) / total)).backward()
         matrices = {
             name: -torch.sign(_upright(weight.grad, transposed))
@@ -76,7 +76,7 @@ def _upright(weight: Tensor, transposed: bool) -> Tensor:
 
 
 def _pairs(matrices: Mapping[str, Tensor], start: Adapter) -> Adapter:
-    modules = {}
+    modules = dict(start.modules)  # a module that no row reaches keeps the pair it has
     for name, matrix in matrices.items():
         pair = start.modules[name]
         if min(matrix.shape) <= FULL_UP_TO:

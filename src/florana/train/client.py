@@ -20,7 +20,7 @@ from florana.federation.uplink import FEEDBACK, outgoing, uplink_error
 from florana.strategy.base import Pruning
 from florana.train.evaluate import evaluate
 from florana.train.model import Workbench
-from florana.train.tasks import Example, collate
+from florana.train.tasks import Example
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +137,7 @@ def train_locally(
             if not order:
                 order = rng.permutation(len(examples)).tolist()
             chosen, order = order[:size], order[size:]
-            batch = collate([examples[row] for row in chosen], bench.tokenizer.pad_token_id, bench.device)
+            batch = bench.batch([examples[row] for row in chosen])
             loss = bench.forward(batch).loss
             (loss if term is None else loss + term()).backward()
             if settings.max_grad_norm is not None:

@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
 from florana.train.model import Workbench
-from florana.train.tasks import IGNORED, Example, collate
+from florana.train.tasks import IGNORED, Example, batches
 
 
 def evaluate(bench: Workbench, examples: Sequence[Example], batch_size: int) -> dict[str, float]:
@@ -27,8 +27,8 @@ def evaluate(bench: Workbench, examples: Sequence[Example], batch_size: int) -> 
     total, count = 0.0, 0
     outputs: list[Tensor] = []
     with torch.inference_mode():
-        for start in range(0, len(ordered), batch_size):
-            batch = collate(ordered[start : start + batch_size], bench.tokenizer.pad_token_id, bench.device)
+        for rows in batches(ordered, batch_size, together=bench.padding is not None):
+            batch = bench.batch(rows)
             labels = batch.pop("labels")
             logits = bench.forward(batch).logits.float()
             if labels.is_floating_point():

@@ -22,7 +22,7 @@ import datasets
 
 from florana import recipe as r
 from florana.errors import InputError
-from florana.train.tasks import IGNORED, Example
+from florana.train.tasks import IGNORED, Example, kinds_of, tokens_of
 
 COLUMNS: Mapping[str, tuple[tuple[str, str], str | None]] = {
     "alpaca": (("instruction", "output"), "input"),
@@ -91,7 +91,7 @@ def encode_instructions(table: datasets.Dataset, settings: r.Data, tokenizer: An
             continue
         cut += len(ids) > settings.max_length
         ids, labels = ids[: settings.max_length], labels[: settings.max_length]
-        examples.append(Example(tuple(ids), (0,) * len(ids), tuple(labels)))
+        examples.append(Example(tuple(ids), kinds_of(tokenizer, len(ids)), tuple(labels)))
         kept.append(number)
     if long and (settings.too_long == "error" or not kept):
         raise InputError(
@@ -152,7 +152,7 @@ def _pieces(turns: Sequence[Turn], tokenizer: Any) -> list[tuple[list[int], bool
     pieces, waiting = [], ""
     for role, text in turns:
         if role == "assistant":
-            pieces += [(begin + _tokens(tokenizer, waiting), False), (_tokens(tokenizer, text) + end, True)]
+            pieces += [(begin + tokens_of(tokenizer, waiting), False), (tokens_of(tokenizer, text) + end, True)]
             begin, waiting = [], "\n\n"
         else:
             waiting += f"{text}\n\n" if role == "system" else f"### Instruction:\n{text}\n\n### Response:\n"
@@ -181,10 +181,9 @@ def _chat_pieces(turns: Sequence[Turn], tokenizer: Any, place: str) -> list[tupl
                 why="it cannot be told then which tokens are the response's",
                 fix="set data.template = 'plain'",
             )
-        pieces += [(_tokens(tokenizer, before[len(done) :]), False), (_tokens(tokenizer, whole[len(before) :]), True)]
+        pieces += [
+            (tokens_of(tokenizer, before[len(done) :]), False),
+            (tokens_of(tokenizer, whole[len(before) :]), True),
+        ]
         done = whole
     return pieces
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

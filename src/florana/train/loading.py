@@ -6,22 +6,26 @@ import contextlib
 import importlib.util
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import (
+    LoraConfig,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 
 from florana import recipe as r
 from florana.errors import InputError, RecipeError, nearest
+from florana.train.targets import ALL_LINEAR, ALWAYS_WHOLE, PREFIX, adapted_modules, last, whole_modules
 
-PREFIX = "base_model.model."
-"""What PEFT puts before a module's name."""
-
-_AUTO = {
+AUTO = {
     "sequence-classification": (transformers.AutoModelForSequenceClassification, TaskType.SEQ_CLS),
     "sequence-regression": (transformers.AutoModelForSequenceClassification, TaskType.SEQ_CLS),
     "causal-lm": (transformers.AutoModelForCausalLM, TaskType.CAUSAL_LM),
@@ -73,13 +77,16 @@ def load_tokenizer(place: str, base: str) -> Any:
     return tokenizer
 
 
-def load_base(place: str, settings: r.Model, task: str, labels: int, device: torch.device) -> Any:
-    """The base model with a fresh head for `labels` classes, or for one score.
+def load_base(
+    place: str, settings: r.Model, task: str, labels: int, device: torch.device
+) -> tuple[Any, tuple[str, ...]]:
+    """The base model with a head for `labels` classes or for one score, and the modules that are trained whole.
 
     Raises:
-        InputError: it cannot be loaded. RecipeError: the quantisation is not to be had here.
+        InputError: it cannot be loaded, or the checkpoint is not one of this model. RecipeError: the quantisation is
+            not to be had here.
     """
-    loader, _ = _AUTO[task]
+    loader, _ = AUTO[task]
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
     if task == "sequence-regression":
         options |= {"num_labels": 1, "problem_type": "regression"}  # Transformers then takes the mean squared error
@@ -88,9 +95,37 @@ def load_base(place: str, settings: r.Model, task: str, labels: int, device: tor
     if settings.quantization != "none":
         options |= _quantization(settings.quantization, device)
     try:
-        return loader.from_pretrained(place, **options)
+        # other sizes are let through here so that they can be named below
+        model, told = loader.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except Exception as error:
         raise _not_loaded("model", settings.base, error) from None
+    return model, modules_trained_whole(model, told, task, settings.base)
+
+
+def modules_trained_whole(model: Any, told: Mapping[str, Any], task: str, base: str) -> tuple[str, ...]:
+    """What Transformers told of loading a model, judged: the modules that a client trains whole.
+
+    Raises:
+        InputError: tensors of other sizes than the model's, or missing ones that no head accounts for.
+    """
+    if told["mismatched_keys"]:
+        name, stored, wanted = min(told["mismatched_keys"])
+        raise InputError(
+            f"the checkpoint of '{base}' holds '{name}' as {tuple(stored)}, but its model has it as {tuple(wanted)}",
+            why="the checkpoint was trained for other classes, or its config.json is another model's",
+            fix="give the classes it was trained for, or a checkpoint without a head",
+        )
+    parameters = {name for name, _ in model.named_parameters()}
+    missing = sorted(parameters & set(told["missing_keys"]))
+    if task != "causal-lm":
+        return whole_modules(model, missing, base)
+    if missing:
+        raise InputError(
+            f"the checkpoint of '{base}' lacks {', '.join(missing[:4])}, which task = 'causal-lm' needs",
+            why="it would be drawn at random, and causal-lm trains no layer whole",
+            fix="take the checkpoint of a language model, or task = 'sequence-classification'",
+        )
+    return ()
 
 
 def _not_loaded(what: str, base: str, error: Exception) -> InputError:
@@ -112,15 +147,19 @@ def _quantization(bits: str, device: torch.device) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def with_lora(base: Any, settings: r.Model, task: str) -> Any:
+def with_lora(base: Any, settings: r.Model, task: str, whole: Sequence[str]) -> Any:
     """The base model as a PEFT model with one adapter.
+
+    Args:
+        whole: the modules that are trained and saved whole.
 
     Raises:
         InputError: a target or a pattern that matches no module (the nearest right one named), or a kind of module that
             cannot be adapted so.
     """
+    chosen = adapted_modules(base, settings.target_modules, whole, settings.base)
     config = LoraConfig(
-        task_type=_AUTO[task][1],
+        task_type=AUTO[task][1],
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
@@ -128,46 +167,29 @@ def with_lora(base: Any, settings: r.Model, task: str) -> Any:
         use_dora=settings.variant == "dora",
         rank_pattern=dict(settings.rank_pattern),
         alpha_pattern=dict(settings.alpha_pattern),
-        target_modules=settings.target_modules,
+        target_modules=list(chosen) if settings.target_modules == ALL_LINEAR else settings.target_modules,
+        modules_to_save=[name for name in whole if name not in ALWAYS_WHOLE] or None,
         fan_in_fan_out=any(isinstance(m, transformers.pytorch_utils.Conv1D) for m in base.modules()),
     )
-    linear = sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in base.named_modules()
-            if isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D)
-        }
-    )
-    if isinstance(settings.target_modules, str):
-        pattern = settings.target_modules
-        if pattern != "all-linear" and not any(re.fullmatch(pattern, name) for name, _ in base.named_modules()):
-            raise InputError(
-                f"model.target_modules: no module of the model '{settings.base}' matches the pattern {pattern!r}",
-                why="it must match the whole name, such as "
-                + next(
-                    (repr(name) for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)), ""
-                ),
-                fix=r"for example '.*\.(query|value)'; a list of last parts matches without a pattern",
-            )
-    else:
-        suffixes = {name for name, _ in base.named_modules()}
-        for target in settings.target_modules:
-            if not any(name == target or name.endswith("." + target) for name in suffixes):
-                raise InputError(
-                    f"model.target_modules: the model '{settings.base}' has no module '{target}'",
-                    fix=nearest(target, linear) if linear else "",
-                )
     try:
         with renamings_ignored():
             warnings.filterwarnings("ignore", message=".*keys did not match any targeted module.*")  # an error below
+            warnings.filterwarnings("ignore", message=".*fan_in_fan_out is set to.*")  # each layer gets its own
             model = get_peft_model(base, config)
-    except (ValueError, NotImplementedError) as error:
+    except Exception as error:  # PEFT raises what it likes
         raise InputError(
             f"LoRA cannot be put on the model '{settings.base}'",
             why=str(error).splitlines()[0],
-            fix=f"choose model.target_modules among {', '.join(linear)}",
+            fix=f"choose model.target_modules among {', '.join(sorted({last(name) for name in chosen}))}",
         ) from None
     adapted = [name.removeprefix(PREFIX) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    if lost := sorted((set(chosen) ^ set(adapted)) | _forgotten(model, adapted)):
+        beside = sorted({last(name) for name in chosen} - {last(name) for name in lost})
+        raise InputError(
+            f"model.target_modules: PEFT would not load what is trained of {', '.join(lost[:4])} in '{settings.base}'",
+            why="it takes these names for those of another layer, as it does with experts",
+            fix=f"choose model.target_modules among {', '.join(beside)}" if beside else "name other modules",
+        )
     for key, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
         for pattern in patterns:
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
@@ -176,6 +198,18 @@ def with_lora(base: Any, settings: r.Model, task: str) -> Any:
                     fix=nearest(pattern, {name.rsplit(".", 1)[-1] for name in adapted}),
                 )
     return model
+
+
+def _forgotten(model: Any, adapted: Sequence[str]) -> set[str]:
+    """The adapted modules whose factors PEFT, loading the adapter, would put elsewhere: it renames keys of some models.
+
+    The adapter's own values are loaded back, so that nothing changes.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stored = get_peft_model_state_dict(model, save_embedding_layers=False)
+        missing = set(set_peft_model_state_dict(model, stored).missing_keys)
+    return {name for name in adapted if f"{PREFIX}{name}.lora_A.default.weight" in missing}
 
 
 @contextlib.contextmanager

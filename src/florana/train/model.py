@@ -6,7 +6,7 @@ However many clients there are, there is one Workbench, and so one copy of the b
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ from florana.errors import InputError
 from florana.factors import Adapter, LoraFactors
 from florana.federation.sampling import derive
 from florana.train.inserts import Core, Residual, copied
-from florana.train.loading import PREFIX, load_base, load_tokenizer, locate, pick_device, renamings_ignored, with_lora
+from florana.train.loading import load_base, load_tokenizer, locate, pick_device, renamings_ignored, with_lora
+from florana.train.probe import probe
+from florana.train.targets import PREFIX
+from florana.train.tasks import Example, collate
 
 
 class Workbench:
@@ -46,12 +49,13 @@ class Workbench:
         self.tokenizer = load_tokenizer(place, settings.base)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "model"))
-            base = load_base(place, settings, task, len(labels), self.device)
-            self.model = with_lora(base, settings, task)
+            base, whole = load_base(place, settings, task, len(labels), self.device)
+            self.model = with_lora(base, settings, task, whole)
         self.model.to(self.device) if settings.quantization == "none" else None
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        for config in (self.model.config, self.model.config.get_text_config()):
+            config.pad_token_id = self.tokenizer.pad_token_id
         if settings.gradient_checkpointing:
             with renamings_ignored():
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -59,10 +63,13 @@ class Workbench:
         _widen_heads(self.model)
         self._layers = _lora_layers(self.model)
         self._extra = _whole_parameters(self.model) | _magnitudes(self._layers)
-        self._inputs = set(inspect.signature(base.forward).parameters)
+        self._inputs = {"labels", *inspect.signature(base.forward).parameters}
+        self.padding: str | None = None
+        """The side on which rows may be padded; None where that changes what the model makes of them."""
         self._residual: Adapter | None = None
         self._residual_hooks: list[Any] = []
         self._cores: dict[str, Core] = {}
+        self.padding = probe(self, task, settings.base)
         config = self.model.peft_config["default"]
         self.card = AdapterCard(
             base_model=settings.base,
@@ -165,6 +172,10 @@ class Workbench:
         return {
             name: (layer.get_base_layer().weight, bool(layer.fan_in_fan_out)) for name, layer in self._layers.items()
         }
+
+    def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Rows as tensors on the device, padded as the model reads them."""
+        return collate(examples, self.tokenizer.pad_token_id, self.device, self.padding or self.tokenizer.padding_side)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Any:
         """The model's output for a batch, without the inputs it does not know."""

@@ -13,7 +13,12 @@ import torch
 import transformers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL_TARGETS
 
-from florana.errors import InputError, nearest
+from florana import recipe as r
+from florana.errors import InputError
+from florana.train.loading import AUTO, modules_trained_whole, with_lora
+from florana.train.targets import ALL_LINEAR, adapted_modules, whole_modules
+
+TASKS = ("sequence-classification", "causal-lm")
 
 PRESETS: dict[str, Callable[[], Any]] = {
     "roberta-large": lambda: transformers.RobertaConfig(
@@ -70,38 +75,50 @@ class Shapes:
     parameters: int
 
 
-def shapes_of(model: str, targets: Sequence[str] = ()) -> Shapes:
-    """The shapes of a preset, of a folder with a config.json, or of a hub name.
+def shapes_of(model: str, targets: str | Sequence[str] = (), task: str | None = None) -> Shapes:
+    """The shapes of a preset, of a folder with a config.json, or of a hub name: the modules that a run would adapt.
 
     Args:
-        targets: last parts of module names, or `all-linear`; PEFT's usual ones for the model's kind where not given.
+        targets: as a recipe's `model.target_modules`; PEFT's usual ones for the model's kind where not given.
+        task: as a recipe's; without it, that of the first class that the family has, a classifier before a decoder.
 
     Raises:
-        InputError: no such model or configuration, or no module of that name.
+        InputError: no such model, configuration or task, or what a run refuses: no module of that name, experts, a
+            checkpoint that lacks a part of its model.
     """
     config = _config(model)
-    wanted = tuple(targets) or tuple(USUAL_TARGETS.get(config.model_type, ()))
+    wanted = targets or USUAL_TARGETS.get(config.model_type, ())
     if not wanted:
         raise InputError(f"florana knows no usual target modules for '{config.model_type}'", fix="give --targets")
+    known = [name for name in TASKS if type(config) in AUTO[name][0]._model_mapping]
+    if task is not None and task not in known:
+        raise InputError(f"the model '{model}' cannot be had for the task '{task}'", fix=f"tasks: {', '.join(known)}")
+    chosen = task or next(iter(known), None)
+    if chosen is None:
+        raise InputError(f"the model '{model}' is neither a classifier nor a decoder of Transformers")
     with torch.device("meta"), _quiet():
-        base = transformers.AutoModel.from_config(config)
-    linear = {
-        name: module
-        for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D)
-    }
-    chosen = {
-        name: module for name, module in linear.items() if wanted == ("all-linear",) or name.split(".")[-1] in wanted
-    }
-    for target in wanted:
-        if target != "all-linear" and not any(name.split(".")[-1] == target for name in chosen):
-            known = {name.split(".")[-1] for name in linear}
-            raise InputError(f"the model '{model}' has no module '{target}'", fix=nearest(target, known))
+        base, whole = _head_on(model, config, chosen)
+        given = [wanted] if isinstance(wanted, str) else list(wanted)
+        names = given[0] if isinstance(wanted, str) or given == [ALL_LINEAR] else given
+        modules = adapted_modules(base, names, whole, model)
+        with_lora(base, r.Model(base=model, target_modules=names, rank=1), chosen, whole)  # what a run would refuse
+        parameters = sum(parameter.numel() for parameter in transformers.AutoModel.from_config(config).parameters())
+    prefix = f"{base.base_model_prefix}."
     return Shapes(
-        model,
-        {name: _shape(module) for name, module in sorted(chosen.items())},
-        sum(parameter.numel() for parameter in base.parameters()),
+        model, {name.removeprefix(prefix): _shape(module) for name, module in sorted(modules.items())}, parameters
     )
+
+
+def _head_on(model: str, config: Any, task: str) -> tuple[Any, tuple[str, ...]]:
+    """The model of the task without a weight, and what a run would train whole: of a folder, by its checkpoint."""
+    loader = AUTO[task][0]
+    if Path(model).is_dir() and any(Path(model).glob("*.safetensors")):
+        base, told = loader.from_pretrained(
+            model, config=config, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        return base, modules_trained_whole(base, told | {"mismatched_keys": set()}, task, model)
+    base = loader.from_config(config)
+    return base, () if task == "causal-lm" else whole_modules(base, (), model)
 
 
 def _shape(module: torch.nn.Module) -> tuple[int, int]:

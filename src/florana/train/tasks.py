@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,7 +18,12 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Example:
-    """One row as tokens. `labels` has one class index, one score, or one entry per token (language modelling)."""
+    """One row as tokens.
+
+    Args:
+        ids: token ids. kinds: token type ids, empty where the tokenizer makes none.
+        labels: one class index, one score, or one entry per token (language modelling).
+    """
 
     ids: tuple[int, ...]
     kinds: tuple[int, ...]
@@ -31,7 +37,7 @@ def encode_classes(
     columns = [list(column) for column in zip(*texts, strict=True)]
     encoded = tokenizer(*columns, truncation=True, max_length=length)
     ids = encoded["input_ids"]
-    kinds = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
+    kinds = encoded.get("token_type_ids") or [[]] * len(ids)
     return [Example(tuple(row), tuple(kind), (label,)) for row, kind, label in zip(ids, kinds, labels, strict=True)]
 
 
@@ -48,7 +54,7 @@ def encode_language(texts: Sequence[tuple[str, ...]], tokenizer: Any, length: in
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     examples = []
     for row, parts in enumerate(texts):
-        pieces = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+        pieces = [tokens_of(tokenizer, part) for part in parts]
         prompt = pieces[0] if len(pieces) == 2 else []
         room = length - len(begin)
         answer = (pieces[-1] + end)[: room - min(len(prompt), room // 2)]
@@ -60,24 +66,59 @@ def encode_language(texts: Sequence[tuple[str, ...]], tokenizer: Any, length: in
             raise InputError(
                 f"text {row} has no token to predict: {' | '.join(parts)[:60]!r}", fix="remove the rows without text"
             )
-        examples.append(Example(tuple(ids), (0,) * len(ids), tuple(labels)))
+        examples.append(Example(tuple(ids), kinds_of(tokenizer, len(ids)), tuple(labels)))
     return examples
 
 
-def collate(examples: Sequence[Example], padding: int, device: torch.device) -> dict[str, Tensor]:
-    """A batch, padded on the right to its longest row: input_ids, attention_mask, token_type_ids (batch, time)."""
+def tokens_of(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of a piece of text, without special tokens."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def kinds_of(tokenizer: Any, length: int) -> tuple[int, ...]:
+    """Token type ids for one text put together from pieces: the first kind; empty where the tokenizer makes none."""
+    return (0,) * length if "token_type_ids" in tokenizer("a") else ()
+
+
+def collate(examples: Sequence[Example], padding: int, device: torch.device, side: str = "right") -> dict[str, Tensor]:
+    """A batch, padded to its longest row: what the tokenizer made of the texts, and the labels; no other input.
+
+    Args:
+        padding: the token id that fills. side: `right` or `left`, where it is put.
+
+    Returns:
+        input_ids, attention_mask, token_type_ids where there are any (batch, time); labels (batch, time) or (batch,).
+    """
     width = max(len(example.ids) for example in examples)
 
     def padded(rows: Sequence[tuple[float, ...]], fill: int) -> Tensor:
-        return torch.tensor([row + (fill,) * (width - len(row)) for row in rows], device=device)
+        fills = [(fill,) * (width - len(row)) for row in rows]
+        whole = [row + more if side == "right" else more + row for row, more in zip(rows, fills, strict=True)]
+        return torch.tensor(whole, device=device)
 
-    ids = padded([example.ids for example in examples], padding)
-    mask = padded([(1,) * len(example.ids) for example in examples], 0)
-    kinds = padded([example.kinds for example in examples], 0)
+    batch = {
+        "input_ids": padded([example.ids for example in examples], padding),
+        "attention_mask": padded([(1,) * len(example.ids) for example in examples], 0),
+    }
+    if all(example.kinds for example in examples):
+        batch["token_type_ids"] = padded([example.kinds for example in examples], 0)
     per_token = len(examples[0].labels) == len(examples[0].ids) and any(len(e.labels) > 1 for e in examples)
-    labels = (
+    batch["labels"] = (
         padded([example.labels for example in examples], IGNORED)
         if per_token
         else torch.tensor([example.labels[0] for example in examples], device=device)
     )
-    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": kinds, "labels": labels}
+    return batch
+
+
+def batches(examples: Sequence[Example], size: int, *, together: bool) -> Iterator[Sequence[Example]]:
+    """Rows in order of length, in batches; not `together`, each batch holds rows of one length, without padding.
+
+    >>> rows = [Example((5,), (), (0,)), Example((5, 6), (), (0,)), Example((7, 8), (), (1,))]
+    >>> [len(batch) for batch in batches(rows, 2, together=True)], [len(b) for b in batches(rows, 2, together=False)]
+    ([2, 1], [1, 2])
+    """
+    groups = [examples] if together else [list(same) for _, same in groupby(examples, lambda row: len(row.ids))]
+    for group in groups:
+        for start in range(0, len(group), size):
+            yield group[start : start + size]

@@ -1,0 +1,112 @@
+"""A few tokens through a model as it was loaded, before any row: whether it trains, and what padding does to it.
+
+Families differ in ways that no table keeps up with: what they refuse, where they read a row's answer, whether they
+leave padding out. So the model is asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from florana.errors import InputError
+from florana.train.tasks import Example, collate, encode_classes, encode_language
+
+if TYPE_CHECKING:
+    from florana.train.model import Workbench
+
+TEXTS = (("a film",), ("a good film and a quick story, b c d e f g",))
+TOKENS = 12
+"""The most that a text of the probe has."""
+NEAR = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""By the base's dtype, how far two readings of one row may lie apart, relative to the largest output."""
+
+
+def probe(bench: Workbench, task: str, base: str) -> str | None:
+    """The side on which rows are padded: the tokenizer's, if a padded row is then read as it is alone, else the other.
+
+    None where a padded row is another row to the model (FNet mixes all positions): rows are then measured in batches
+    of one length.
+
+    Raises:
+        InputError: the model fails on two short texts, or sees the tokens that a causal-lm is to predict.
+    """
+    rows = _rows(bench, task)
+    devices = [bench.device] if bench.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            _train(bench, rows)
+            bench.model.eval()
+            if task == "causal-lm" and not _is_causal(bench, rows[1]):
+                raise InputError(
+                    f"the model '{base}' sees the tokens that task = 'causal-lm' has it predict",
+                    why="it reads texts in both directions, as encoders do",
+                    fix="take a decoder, or one whose config.json says is_decoder = true",
+                )
+            usual = "right" if task == "causal-lm" else str(bench.tokenizer.padding_side)
+            other = "left" if usual == "right" else "right"
+            alone = _logits(bench, rows[:1], usual)
+            sides = [usual] if task == "causal-lm" else [usual, other]
+            return next((side for side in sides if _near(alone, _first(_logits(bench, rows, side), rows, side))), None)
+    except InputError:
+        raise
+    except Exception as error:  # models raise what they like
+        raise InputError(
+            f"the model '{base}' fails on two short texts",
+            why=f"{type(error).__name__}: {error}".splitlines()[0],
+            fix=f"it cannot be trained as task = '{task}': take another model",
+        ) from None
+
+
+def _rows(bench: Workbench, task: str) -> list[Example]:
+    if task == "causal-lm":
+        return encode_language(TEXTS, bench.tokenizer, TOKENS)
+    return encode_classes(TEXTS, [0.0, 0.0] if task == "sequence-regression" else [0, 0], bench.tokenizer, TOKENS)
+
+
+def _train(bench: Workbench, rows: list[Example]) -> None:
+    """One step's way there and back, without the step. Raises InputError where something else than LoRA moves."""
+    bench.model.train()
+    before = {name: buffer.clone() for name, buffer in bench.model.named_buffers()}
+    bench.forward(bench.batch(rows)).loss.backward()
+    bench.model.zero_grad(set_to_none=True)
+    moved = [name for name, buffer in bench.model.named_buffers() if not _same(buffer, before.get(name))]
+    if moved:
+        raise InputError(
+            f"training changes what is no part of an adapter: {', '.join(sorted(moved)[:4])}",
+            why="running statistics of the base model move with every row",
+            fix="take another model",
+        )
+
+
+def _is_causal(bench: Workbench, row: Example) -> bool:
+    """Whether all outputs before the last are the same when the last token is another."""
+    other = next(token for token in (*row.ids, 1, 0) if token != row.ids[-1])
+    changed = replace(row, ids=(*row.ids[:-1], other))
+    return _near(_logits(bench, [row], "right")[0, :-1], _logits(bench, [changed], "right")[0, :-1])
+
+
+@torch.inference_mode()
+def _logits(bench: Workbench, rows: list[Example], side: str) -> Tensor:
+    batch = collate(rows, bench.tokenizer.pad_token_id, bench.device, side)
+    del batch["labels"]
+    logits = bench.forward(batch).logits
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def _first(logits: Tensor, rows: list[Example], side: str) -> Tensor:
+    """The outputs of the first row without those of its padding."""
+    return logits[:1] if logits.ndim == 2 else logits[:1, : len(rows[0].ids)]
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    tolerance = NEAR.get(one.dtype, NEAR[torch.float32])
+    return one.shape == other.shape and bool((one - other).abs().max() <= tolerance * one.abs().max())
+
+
+def _same(buffer: Tensor, before: Tensor | None) -> bool:
+    return before is not None and torch.equal(buffer, before)
