@@ -186,8 +186,12 @@ def main() -> None:
             where = f"the traceback is in {log.resolve()}"
         except OSError:
             where = traceback.format_exc()
-        _complain(f"florana failed unexpectedly ({type(error).__name__}: {error}); this is a bug, {where}")
+        _complain(f"florana failed unexpectedly ({_told(error)}); this is a bug, {where}")
         sys.exit(1)
+
+
+def _told(error: Exception) -> str:
+    return "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
 
 
 def _complain(text: str) -> None:

@@ -22,8 +22,10 @@ log = logging.getLogger("florana")
 class LocalEngine:
     """Runs `fit` for one brief after the other.
 
-    A client that raises becomes a Failure with its reason; the traceback goes to the log. The memories are replaced,
-    never changed in place, so that what was committed stays what it was.
+    A client that cannot train (a FloranaError: its loss diverged, it has no rows) becomes a Failure with its reason.
+    Any other exception in the first round is a fault of florana or of the recipe: the run ends with it, before anything
+    is committed. In a later round, where clients have trained before, it is a Failure too, its traceback in the log.
+    The memories are replaced, never changed in place, so that what was committed stays what it was.
     """
 
     def __init__(self, fit: Fit, memories: Mapping[str, Memory] | None = None) -> None:
@@ -42,6 +44,9 @@ class LocalEngine:
             except FloranaError as error:
                 yield Failure(brief.client, str(error).replace("\n", "; "))
             except Exception as error:
+                if brief.round == 1:
+                    error.add_note(f"client '{brief.client}' failed so in the first round")
+                    raise
                 log.exception("client %s failed in round %d", brief.client, brief.round)
                 yield Failure(brief.client, f"{type(error).__name__}: {error}".splitlines()[0])
             else:

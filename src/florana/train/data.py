@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import datasets
-import pandas as pd
 
 from florana import recipe as r
 from florana.errors import FloranaError, InputError, nearest
@@ -20,11 +16,9 @@ from florana.score.glue import GLUE
 from florana.train.docstrings import docstrings
 from florana.train.glue import glue_rows
 from florana.train.instructions import required
+from florana.train.table_files import read_table
 
 DOCSTRINGS = "stdlib-docstrings"
-
-_CELLS: dict[str, Any] = {"encoding": "utf-8-sig", "keep_default_na": False, "na_values": [""]}
-"""Of csv and tsv: only an empty cell is missing; `NA`, `null` and `None` are words that sentences have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +115,7 @@ def _with_classes(train: datasets.Dataset, test: datasets.Dataset, settings: r.D
     assert settings.label is not None
     if settings.labels is not None:
         return _with_given_classes(train, test, settings.label, settings.labels)
+    train, test = _alike(train, test, settings.label)
     seen = set(train[settings.label])
     labels = sorted(seen, key=lambda value: (str(type(value)), value))
     for value in test[settings.label]:
@@ -142,6 +137,17 @@ def _with_classes(train: datasets.Dataset, test: datasets.Dataset, settings: r.D
         return table.add_column("class_index", values)
 
     return Tables(add(train), add(test), tuple(str(value) for value in labels), "class_index")
+
+
+def _alike(train: datasets.Dataset, test: datasets.Dataset, column: str) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The tables as they are; with labels as text where the two files have them in unlike types (0 and "0")."""
+    if len({type(value) for table in (train, test) for value in table[column]}) == 1:
+        return train, test
+
+    def named(table: datasets.Dataset) -> datasets.Dataset:
+        return table.remove_columns(column).add_column(column, [str(value) for value in table[column]])
+
+    return named(train), named(test)
 
 
 def _with_given_classes(train: datasets.Dataset, test: datasets.Dataset, column: str, labels: Sequence[str]) -> Tables:
@@ -184,8 +190,8 @@ def _read(name: str, settings: r.Data, split: str) -> datasets.Dataset:
         return _docstrings()
     path = Path(name)
     if path.is_absolute():
-        frame = _sliced(_read_file(path), split, path)
-        return datasets.Dataset.from_pandas(frame, preserve_index=False)
+        words = [] if settings.instructions == "messages" else _columns(settings)
+        return read_table(path, split, words, [*words, *([settings.label] if settings.label else [])])
     try:
         return datasets.load_dataset(name, settings.hub_config, split=split)
     except FloranaError:
@@ -196,53 +202,6 @@ def _read(name: str, settings: r.Data, split: str) -> datasets.Dataset:
             why=f"{type(error).__name__}: {error}".splitlines()[0],
             fix="check the name and the connection, or give the path of a csv, tsv, jsonl or parquet file",
         ) from None
-
-
-def _read_file(path: Path) -> pd.DataFrame:
-    suffixes = [suffix for suffix in path.suffixes if suffix.lower() != ".gz"]
-    kind = suffixes[-1].lower() if suffixes else ""
-    readers: dict[str, Any] = {
-        ".csv": lambda: pd.read_csv(path, **_CELLS),
-        ".tsv": lambda: pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, **_CELLS),
-        ".jsonl": lambda: pd.read_json(path, lines=True, dtype=False),
-        ".json": lambda: _read_json(path),
-        ".parquet": lambda: pd.read_parquet(path),
-    }
-    if kind not in readers:
-        raise InputError(f"{path}: the file type '{kind}' is not known", fix=f"one of {', '.join(readers)}")
-    if not path.exists():
-        raise InputError(f"the data file {path} does not exist", fix="relative paths count from the recipe's folder")
-    try:
-        frame = readers[kind]()
-    except (OSError, ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as {kind[1:]}", why=str(error).splitlines()[0]) from None
-    if not isinstance(frame, pd.DataFrame) or frame.empty:
-        raise InputError(f"{path} holds no rows")
-    return frame
-
-
-def _sliced(frame: pd.DataFrame, split: str, path: Path) -> pd.DataFrame:
-    """The rows that a split's brackets name; all without brackets. Raises InputError."""
-    if "[" not in split:
-        return frame
-    found = re.fullmatch(r"[^\[\]]*\[(\d*):(\d*)\]", split)
-    if found is None:
-        raise InputError(
-            f"the split {split!r} of {path} cannot be read",
-            why="of a file, rows are named by number: the first one counts as 0, the last one is left out",
-            fix="for example train[600:974]",
-        )
-    rows = frame.iloc[int(found[1] or 0) : int(found[2]) if found[2] else None].reset_index(drop=True)
-    if rows.empty:
-        raise InputError(f"the split {split!r} of {path} holds no rows", why=f"the file has {len(frame)}")
-    return rows
-
-
-def _read_json(path: Path) -> pd.DataFrame:
-    """A list of objects, or an object of objects keyed by an id (which is dropped)."""
-    frame = pd.read_json(path, dtype=False)
-    listed = isinstance(frame, pd.DataFrame) and frame.shape[1] > frame.shape[0]
-    return frame.T.reset_index(drop=True).infer_objects() if listed else frame
 
 
 def _docstrings() -> datasets.Dataset:

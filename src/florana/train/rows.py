@@ -12,6 +12,7 @@ from florana import recipe as r
 from florana.train.client import ClientData
 from florana.train.data import Tables, texts
 from florana.train.instructions import Encoded, encode_instructions
+from florana.train.limits import check_rows
 from florana.train.model import Workbench
 from florana.train.partition import Share, binned, deal, table_of
 from florana.train.tasks import Example, encode_classes, encode_language
@@ -36,6 +37,9 @@ def rows_of(recipe: r.Recipe, bench: Workbench, tables: Tables) -> Rows:
     """The tables as tokens, the training rows dealt out. Raises InputError where they cannot be."""
     train = _encode(recipe, bench, tables.train, tables.target, recipe.data.train)
     test = _encode(recipe, bench, tables.test, tables.target, recipe.data.test or recipe.data.train)
+    more = {name: _encode(recipe, bench, own, tables.target, name) for name, own in tables.more.items()}
+    encoded = {"data.train": train, "data.test": test} | {f"data.test_{name}": own for name, own in more.items()}
+    check_rows(bench, {name: dict(zip(own.kept, own.examples, strict=True)) for name, own in encoded.items()})
     table, by, classes, labels = _classes(recipe, tables)
     if train.left_out:
         table = table.select(train.kept)
@@ -47,10 +51,7 @@ def rows_of(recipe: r.Recipe, bench: Workbench, tables: Tables) -> Rows:
     return Rows(
         clients={client: _client_data(share, train.examples) for client, share in shares.items()},
         common=tuple(test.examples),
-        more={
-            ending: tuple(_encode(recipe, bench, own, tables.target, ending).examples)
-            for ending, own in tables.more.items()
-        },
+        more={name: tuple(own.examples) for name, own in more.items()},
         facts=facts,
     )
 

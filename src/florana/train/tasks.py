@@ -77,7 +77,7 @@ def tokens_of(tokenizer: Any, text: str) -> list[int]:
 
 def kinds_of(tokenizer: Any, length: int) -> tuple[int, ...]:
     """Token type ids for one text put together from pieces: the first kind; empty where the tokenizer makes none."""
-    return (0,) * length if "token_type_ids" in tokenizer("a") else ()
+    return (0,) * length if "token_type_ids" in tokenizer("a", add_special_tokens=False) else ()
 
 
 def collate(examples: Sequence[Example], padding: int, device: torch.device, side: str = "right") -> dict[str, Tensor]:
