@@ -11,6 +11,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # of the programs that tests start too
 
 import hypothesis
 import pytest
@@ -166,6 +167,7 @@ def recipe_table(tiny_bert: Path, sentences: Path) -> dict[str, object]:
     return {
         "task": "sequence-classification",
         "seed": 3,
+        "threads": 1,  # on which the last bits depend: the same in this process and in the programs that it starts
         "model": {
             "base": str(tiny_bert),
             "target_modules": ["query", "value", "output.dense"],
