@@ -77,6 +77,8 @@ def test_a_recipe_survives_flowers_run_configuration(recipe_table: dict[str, Any
     config = to_config(recipe, settings)
     assert all(isinstance(value, str | int | float | bool) for value in config.values())
     assert from_config(config) == (recipe, settings)
+    unnamed = check({**recipe_table, "threads": None}, "t")
+    assert from_config(to_config(unnamed, settings)) == (unnamed, settings)
     assert from_config({**config, "federation.rounds": 9})[0].federation.rounds == 9
     assert from_config({**config, "train.steps": "json:null", "train.epochs": 1})[0].train.epochs == 1
     for wrong, says in (({"run.deadlin": 1}, "deadline"), ({"run.base": "yes"}, "not of type bool")):
