@@ -13,37 +13,20 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 from florana.federation.journal import read_records
 from florana.recipe_file import check
 from florana.run import execute
+from tests import strikes
 from tests.chaos.counts import Tally, digest
 from tests.deployment import PROGRAM, Fed, environment, federation, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
-# Python tells an audit hook of every file that is opened, renamed or removed: the ServerApp, and no other program, ends
-# itself at the given one of those that its first commit causes.
-HOOK = """
-import os, signal, sys
-
-RUN, STEP, TOLD = os.environ["CHAOS_RUN"], int(os.environ["CHAOS_STEP"]), os.environ["CHAOS_TOLD"]
-EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
-steps = []
-
-def hook(event, arguments):
-    if event not in EVENTS or not isinstance(arguments[0], (str, bytes, os.PathLike)):
-        return
-    path = os.fsdecode(arguments[0])
-    if not path.startswith(RUN) or (not steps and not (event == "os.mkdir" and path.endswith(".tmp"))):
-        return
-    if event == "open" and (path.endswith(".lock") or "progress" in path):
-        return
-    steps.append(event + " " + path[len(RUN):])
-    if len(steps) == STEP:
-        with open(TOLD, "w") as stream:
-            stream.write("\\n".join(steps))
-        os.kill(os.getpid(), signal.SIGKILL)
-
+# The ServerApp, and no other program, ends itself at the given step of its first commit.
+HOOK = (
+    Path(strikes.__file__).read_text()
+    + """
 if any("flwr-serverapp" in word for word in sys.orig_argv):
-    sys.addaudithook(hook)
+    strike(os.environ["CHAOS_RUN"], int(os.environ["CHAOS_STEP"]), os.environ["CHAOS_TOLD"])
 """
+)
 
 
 def started(fed: Fed, step: int, told: Path) -> subprocess.Popen[bytes]:
