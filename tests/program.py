@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from tests.strikes import strike
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["pytest", "florana.cli", "florana.run", "florana.merge", "florana.inspection", "florana.study.work"]
+    [
+        *("pytest", "florana.cli", "florana.run", "florana.merge", "florana.inspection", "florana.study.work"),
+        *("florana.flower.server_app", "florana.flower.trainer"),  # where Flower is installed
+    ]
 )
 
 
@@ -44,20 +48,27 @@ def florana(
         return subprocess.CompletedProcess(arguments, process.exitcode or 0, *said)
 
 
-def struck(target: Callable[..., Any], arguments: tuple[Any, ...], folder: Path, step: int) -> bool:
-    """Call a function of the tests in a process of its own; whether it was killed at that step of its first commit."""
-    process = _FORKS.Process(target=_be_struck, args=(target, arguments, str(folder), step))
+def begun(target: Callable[..., Any], *arguments: Any) -> BaseProcess:
+    """A function of the tests in a process of its own."""
+    process = _FORKS.Process(target=target, args=arguments)
     process.start()
+    return process
+
+
+def struck(
+    target: Callable[..., Any], arguments: tuple[Any, ...], folder: Path, step: int, committing: bool = True
+) -> bool:
+    """The same to its end; whether it was killed at that step below the folder (see `strike`)."""
+    process = begun(_be_struck, target, arguments, str(folder), step, committing)
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode != 0
 
 
-def _be_struck(target: Callable[..., Any], arguments: tuple[Any, ...], folder: str, step: int) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    strike(folder, step, f"{folder}.told")
+def _be_struck(
+    target: Callable[..., Any], arguments: tuple[Any, ...], folder: str, step: int, committing: bool
+) -> None:
+    strike(folder, step, f"{folder}.told", committing)
     target(*arguments)
 
 

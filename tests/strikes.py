@@ -30,7 +30,7 @@ def strike(folder: str, step: int, told: str, committing: bool = True) -> None:
         if not isinstance(place, str | bytes | os.PathLike):
             return
         path = os.fsdecode(place)
-        if not path.startswith(folder) or path == told:
+        if not path.startswith(folder):
             return
         if committing and not steps and not (event == "os.mkdir" and path.endswith(".tmp")):
             return
