@@ -24,7 +24,9 @@ from florana.recipe_file import check
 from florana.score.programs import run_program
 
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("florana", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.register_profile(
+    "florana", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("florana")
 
 ROOT = Path(__file__).resolve().parent.parent

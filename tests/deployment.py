@@ -17,6 +17,8 @@ from florana.flower.keys import Certificates
 from florana.flower.processes import SWITCHED_OFF, free_port
 from tests.conftest import ROOT
 
+HANGS = 900.0
+"""Seconds after which a program is taken to hang, however busy the machine."""
 PROGRAM = [sys.executable, "-m", "florana"]
 
 
@@ -42,7 +44,7 @@ class Fed:
         self.home = folder / "home"
         self.sites: dict[str, subprocess.Popen[bytes]] = {}
 
-    def florana(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def florana(self, *arguments: str, timeout: float = HANGS) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*PROGRAM, *arguments],
             env=environment(self.home),
@@ -57,7 +59,7 @@ class Fed:
         place = ["--fed", str(self.files.folder), "--out", str(self.out), "--host", "127.0.0.1"]
         return ["serve", str(self.recipe), *place, "--port", str(self.port), *options]
 
-    def serve(self, *options: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def serve(self, *options: str, timeout: float = HANGS) -> subprocess.CompletedProcess[str]:
         return self.florana(*self.serving(*options), timeout=timeout)
 
     def join(self, name: str, *options: str) -> subprocess.Popen[bytes]:
@@ -92,7 +94,7 @@ def federation(table: dict[str, Any], folder: Path, names: list[str], join: bool
         for process in fed.sites.values():
             process.terminate()
         for process in fed.sites.values():
-            process.wait(30)
+            process.wait(HANGS)
         end_all(folder)
 
 
@@ -112,7 +114,7 @@ def end_all(folder: Path) -> list[int]:
     return left
 
 
-def wait_for(what: Callable[[], bool], seconds: float) -> bool:
+def wait_for(what: Callable[[], bool], seconds: float = HANGS) -> bool:
     end = time.monotonic() + seconds
     while not what():
         if time.monotonic() > end:

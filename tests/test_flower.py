@@ -27,6 +27,7 @@ from florana.flower.settings import Settings, from_config, to_config
 from florana.flower.trainer import answer_until, listening
 from florana.recipe_file import check
 from florana.strategy.base import Pruning
+from tests.deployment import HANGS
 from tests.flower_fake import identify
 from tests.flower_grid import trainer_at
 
@@ -182,7 +183,7 @@ def test_the_trainer_answers_its_own_user_and_ends_when_told(tmp_path: Path) -> 
         assert answer.kind == "failure"
         assert ask(Frame("x")) == Frame("hello")
         done.set()
-        thread.join(5)
+        thread.join(HANGS)
         assert not thread.is_alive()
     assert not listener.path.exists()
 

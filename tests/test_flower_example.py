@@ -28,6 +28,7 @@ from florana.flower.answers import fingerprint
 from florana.flower.names import names_of
 from florana.strategy import STRATEGIES
 from tests.conftest import ROOT
+from tests.deployment import HANGS
 from tests.flower_fake import FakeGrid, identify
 
 APP = ROOT / "examples" / "flower_app"
@@ -175,15 +176,15 @@ def test_flwr_run_on_ray_gives_the_same_bits(apps: tuple[Path, Path], tmp_path: 
         done = subprocess.run(
             [str(tools / "flwr"), "run", str(apps[1]), "own", "--stream", "--run-config", wanted,
              "--federation-config", "num-supernodes=3 client-resources-num-cpus=1"],
-            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS,
         )  # fmt: skip
     finally:
         os.killpg(link.pid, signal.SIGTERM)
         try:
-            link.wait(20)
+            link.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(link.pid, signal.SIGKILL)
-            link.wait(20)
+            link.wait(60)
     assert done.returncode == 0, done.stdout + done.stderr
     assert saved.exists(), done.stdout + (tmp_path / "superlink.log").read_text()[-3000:]
     assert "florana-error" in done.stdout
@@ -191,7 +192,7 @@ def test_flwr_run_on_ray_gives_the_same_bits(apps: tuple[Path, Path], tmp_path: 
 
 
 def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + HANGS
     while time.monotonic() < end:
         assert process.poll() is None, "the SuperLink ended"
         with socket.socket() as probe:
