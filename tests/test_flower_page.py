@@ -99,6 +99,8 @@ def test_the_page_makes_a_federation_of_three_sites(tiny_bert: Path, sentences: 
         rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
         assert [entry["round"] for entry in rounds] == [1, 2]
         assert all(entry["clients"] == SITES for entry in rounds)
+        computes = json.loads((run / "setup.json").read_text())["computes"]
+        assert {name: own["threads"] for name, own in computes.items()} == dict.fromkeys(SITES, recipe["threads"])
         adapter = "adapter/adapter_model.safetensors"
         assert (run / adapter).read_bytes() == (run.parent / "rehearsal" / adapter).read_bytes()
         for site in SITES:
