@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import tomli_w
 
 from florana.flower.keys import Certificates
-from florana.flower.processes import SWITCHED_OFF, free_port
+from florana.flower.processes import SWITCHED_OFF, free_port, start
 from tests.conftest import ROOT
 
 HANGS = 900.0
@@ -96,6 +97,33 @@ def federation(table: dict[str, Any], folder: Path, names: list[str], join: bool
         for process in fed.sites.values():
             process.wait(HANGS)
         end_all(folder)
+
+
+@contextmanager
+def simulation(home: Path, own: dict[str, str]) -> Iterator[Path]:
+    """A SuperLink that simulates, on a port of its own and in the environment `own`: `flwr run APP own`; its log.
+
+    The one that Flower starts by itself has a port that is the same for everybody on the machine.
+    """
+    port, log = free_port(), home / "superlink.log"
+    home.mkdir()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    options = ["--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
+    child = start(["flower-superlink", *options, "--disable-runtime-dependency-installation"], log, own, home)
+    try:
+        assert wait_for(lambda: not child.running() or listens(port)), "the SuperLink does not listen"
+        assert child.running(), child.tail()
+        yield log
+    finally:
+        child.end()
+        end_all(home)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def end_all(folder: Path) -> list[int]:

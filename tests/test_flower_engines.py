@@ -17,7 +17,7 @@ from florana.flower.settings import Settings
 from florana.recipe import Recipe
 from florana.recipe_file import check
 from florana.run import execute
-from tests.deployment import HANGS, end_all, environment, federation, wait_for
+from tests.deployment import HANGS, environment, federation, simulation, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -29,16 +29,14 @@ def local(recipe: Recipe, unlike: dict[str, Any], folder: Path) -> Path:
 
 def simulated(recipe: Recipe, unlike: dict[str, Any], folder: Path) -> Path:
     out, home = folder / "simulated", folder / "home"
-    home.mkdir()
     app = export(recipe, folder / "app", Settings(out=str(out), wait=HANGS, deadline=HANGS))
-    command = ["flwr", "run", str(app), "--stream", "--federation-config", "num-supernodes=3"]
+    command = ["flwr", "run", str(app), "own", "--stream", "--federation-config", "num-supernodes=3"]
     own = environment(home)
-    try:
+    with simulation(home, own):
         done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=HANGS, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
         # Flower follows a run only while it is told; what counts is the run's own outcome
         assert wait_for(lambda: (out / "outcome.json").exists()), done.stdout + done.stderr
-    finally:
-        end_all(home)
     return out
 
 

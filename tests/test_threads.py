@@ -25,7 +25,7 @@ from florana.run import execute, prepare
 from florana.run_folder import recorded_threads
 from florana.study.cells import plan_of
 from florana.study.work import Group, execute_study, finished, folder_of, swap_file, threads_of
-from florana.threads import threads
+from florana.threads import VARIABLES, instructions, threads
 from tests.program import florana
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -118,6 +118,16 @@ def test_an_older_folder_has_its_number_beside_the_versions(table: dict[str, Any
     with pytest.raises(InputError, match=r"environment\.json cannot be read"):
         recorded_threads(tmp_path / "run")
     assert recorded_threads(tmp_path / "nothing") is None
+
+
+def test_variables_that_choose_other_sums_stand_beside_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    alone = instructions()
+    assert alone == torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    monkeypatch.setenv("OMP_THREAD_LIMIT", "1")
+    assert instructions() == f"{alone} MKL_CBWR=COMPATIBLE OMP_THREAD_LIMIT=1"
 
 
 def test_what_a_resumed_run_has_otherwise_is_said(table: dict[str, Any], tmp_path: Path) -> None:

@@ -5,10 +5,13 @@ A long sum is split over the threads, so its last bits depend on how many there 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+VARIABLES = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "OMP_DYNAMIC", "OMP_THREAD_LIMIT")
 
 
 @contextmanager
@@ -30,5 +33,9 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def instructions() -> str:
-    """The processor's instructions that torch's own kernels use, like AVX2: their sums differ in the last bits too."""
-    return str(torch.backends.cpu.get_cpu_capability())
+    """The processor's instructions that torch's own kernels use, like AVX2: their sums differ in the last bits too.
+
+    With those variables of the environment that choose others for the libraries below torch, or fewer threads.
+    """
+    chosen = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *chosen])[:200]

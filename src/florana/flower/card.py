@@ -58,7 +58,7 @@ class Card(_Said):
     florana: str
     torch: str
     threads: Annotated[int, Field(ge=1, strict=True)]
-    instructions: Annotated[str, Field(max_length=80)]
+    instructions: Annotated[str, Field(max_length=200)]
     agreed: dict[str, Any]
     holds: Holds
     common: Common
