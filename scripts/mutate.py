@@ -137,7 +137,7 @@ MUTATIONS = [
     ("aggregate/project.py", "if passes > 4:", "if passes < 4:", "test_power"),
     ("aggregate/project.py", "inputs.is_finite(first) and", "True or", "test_contract"),
     ("study/work.py", '.get("asked") == asked', '.get("asked") is not None', "test_swap"),
-    ("study/work.py", "min(group.threads, torch.get_num_threads())", "group.threads", "test_study"),
+    ("study/work.py", "min(max(1, share), torch.get_num_threads())", "max(1, share)", "test_study"),
     ("study/publish.py", "np.where(errors < EXACT, 0.0, errors)", "errors", "test_swap"),
     ("study/swap.py", "scored is None or round_ in scored", "True", "test_swap"),
     ("study/table.py", "targets.get(seed)", "_mean(list(targets.values()))", "test_study"),

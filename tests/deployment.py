@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -14,9 +15,11 @@ from typing import Any
 import tomli_w
 
 from florana.flower.keys import Certificates
-from florana.flower.processes import SWITCHED_OFF, free_port
+from florana.flower.processes import SWITCHED_OFF, free_port, start
 from tests.conftest import ROOT
 
+HANGS = 900.0
+"""Seconds after which a program is taken to hang, however busy the machine."""
 PROGRAM = [sys.executable, "-m", "florana"]
 
 
@@ -42,7 +45,7 @@ class Fed:
         self.home = folder / "home"
         self.sites: dict[str, subprocess.Popen[bytes]] = {}
 
-    def florana(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def florana(self, *arguments: str, timeout: float = HANGS) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*PROGRAM, *arguments],
             env=environment(self.home),
@@ -57,7 +60,7 @@ class Fed:
         place = ["--fed", str(self.files.folder), "--out", str(self.out), "--host", "127.0.0.1"]
         return ["serve", str(self.recipe), *place, "--port", str(self.port), *options]
 
-    def serve(self, *options: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def serve(self, *options: str, timeout: float = HANGS) -> subprocess.CompletedProcess[str]:
         return self.florana(*self.serving(*options), timeout=timeout)
 
     def join(self, name: str, *options: str) -> subprocess.Popen[bytes]:
@@ -92,8 +95,35 @@ def federation(table: dict[str, Any], folder: Path, names: list[str], join: bool
         for process in fed.sites.values():
             process.terminate()
         for process in fed.sites.values():
-            process.wait(30)
+            process.wait(HANGS)
         end_all(folder)
+
+
+@contextmanager
+def simulation(home: Path, own: dict[str, str]) -> Iterator[Path]:
+    """A SuperLink that simulates, on a port of its own and in the environment `own`: `flwr run APP own`; its log.
+
+    The one that Flower starts by itself has a port that is the same for everybody on the machine.
+    """
+    port, log = free_port(), home / "superlink.log"
+    home.mkdir()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    options = ["--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
+    child = start(["flower-superlink", *options, "--disable-runtime-dependency-installation"], log, own, home)
+    try:
+        assert wait_for(lambda: not child.running() or listens(port)), "the SuperLink does not listen"
+        assert child.running(), child.tail()
+        yield log
+    finally:
+        child.end()
+        end_all(home)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def end_all(folder: Path) -> list[int]:
@@ -112,7 +142,7 @@ def end_all(folder: Path) -> list[int]:
     return left
 
 
-def wait_for(what: Callable[[], bool], seconds: float) -> bool:
+def wait_for(what: Callable[[], bool], seconds: float = HANGS) -> bool:
     end = time.monotonic() + seconds
     while not what():
         if time.monotonic() > end:

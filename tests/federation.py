@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -114,20 +112,3 @@ def run(
     state = last.state if last else chosen.init(first_adapter())
     engine = FakeEngine(answer or (lambda brief: [noisy(brief, strategy)]), last.memories if last else None)
     return run_rounds(chosen, state, engine, federation(rounds, minimum), journal, show)
-
-
-def main() -> None:
-    """`python -m tests.federation FOLDER STRATEGY ROUNDS`: says `ready`, then runs; the kill tests kill it."""
-    torch.set_num_threads(1)
-    print("ready", flush=True)
-
-    def slow(brief: Brief) -> list[Reply | Failure]:
-        time.sleep(0.002)
-        return [noisy(brief, sys.argv[2])]
-
-    run(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), slow)
-    print("done", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,6 @@ Everything else is the real thing: records, roll call, engine, gate, journal, tr
 from __future__ import annotations
 
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -37,7 +36,8 @@ class Node:
 class FakeGrid(Grid):
     """Nodes by number, each with its key and who answers.
 
-    `tamper` may change the content of a reply on its way; `slow` says how many seconds a node takes.
+    `tamper` may change the content of a reply on its way; `slow` says how many seconds a node takes. By the
+    grid's clock sites take no time: it stands still while they work, so that no deadline depends on how fast they are.
     """
 
     nodes: Mapping[int, tuple[bytes, Answer]]
@@ -46,9 +46,14 @@ class FakeGrid(Grid):
     sent: list[tuple[int, Frame]] = field(default_factory=list)
     bytes_up: dict[int, int] = field(default_factory=dict)
     _due: dict[str, tuple[float, Message]] = field(default_factory=dict)
+    _worked: float = 0.0
 
     def __post_init__(self) -> None:
         identify()
+
+    def monotonic(self) -> float:
+        """The clock; `led` puts it in the place of the engine's."""
+        return time.monotonic() - self._worked
 
     def set_run(self, run: Any) -> None:
         """Nothing to set."""
@@ -74,20 +79,22 @@ class FakeGrid(Grid):
         """Each is answered at once; the answer is held back as long as its node is slow."""
         identities = []
         for message in messages:
+            began = time.monotonic()
             node, identity = message.metadata.dst_node_id, f"message-{len(self.sent)}"
             asked = from_record(message.content)
             self.sent.append((node, asked))
             identities.append(identity)
             content = self.tamper(node, asked, to_record(self.nodes[node][1](asked)))
+            self._worked += time.monotonic() - began
             if content is not None:
                 message.metadata.__dict__["_message_id"] = identity
                 reply = Message(content, reply_to=message)
-                self._due[identity] = (time.monotonic() + self.slow.get(node, 0.0), reply)
+                self._due[identity] = (self.monotonic() + self.slow.get(node, 0.0), reply)
         return identities
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The answers that are due."""
-        now = time.monotonic()
+        now = self.monotonic()
         due = [name for name in message_ids if name in self._due and self._due[name][0] <= now]
         return [self._due.pop(name)[1] for name in due]
 
@@ -137,10 +144,3 @@ def trainer_process(recipe_path: str, who: str, sockets: str, kept: str) -> None
         link.with_suffix(".new").symlink_to(listener.path)
         link.with_suffix(".new").replace(link)
         answer_until(listener, site.answer, threading.Event())
-
-
-if __name__ == "__main__":
-    import torch
-
-    torch.set_num_threads(1)
-    {"lead": lead_with_trainers, "trainer": trainer_process}[sys.argv[1]](*sys.argv[2:])

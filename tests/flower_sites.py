@@ -44,7 +44,9 @@ def roster_of(members: Mapping[str, Site], folder: Path) -> str:
 def led(recipe: Recipe, grid: FakeGrid, roster: str, out: Path, **named: Any) -> list[Event]:
     events: list[Event] = []
     settings = Settings(**{"out": str(out), "roster": roster, "deadline": 30, "wait": 0.2, "base": False, **named})
-    lead(grid, recipe, settings, out, events.append)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("florana.flower.engine.time", grid)  # of which the engine takes `monotonic` alone
+        lead(grid, recipe, settings, out, events.append)
     return events
 
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from tests.conftest import ROOT
+from tests.strikes import strike
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["pytest", "florana.cli", "florana.run", "florana.merge", "florana.inspection", "florana.study.work"]
+    [
+        *("pytest", "florana.cli", "florana.run", "florana.merge", "florana.inspection", "florana.study.work"),
+        *("florana.flower.server_app", "florana.flower.trainer"),  # where Flower is installed
+    ]
 )
 
 
@@ -22,18 +30,51 @@ def started(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
     return subprocess.run([sys.executable, "-m", "florana", *arguments], cwd=cwd, capture_output=True, text=True)
 
 
-def florana(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """The same, without the seconds that the imports take."""
+def florana(
+    *arguments: str, cwd: Path = ROOT, killed_at: tuple[Path, int] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The same, without the seconds that the imports take.
+
+    Args:
+        killed_at: a folder and a step in it, counted from the first commit on, at which the program ends by SIGKILL.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        out, error = Path(folder) / "out", Path(folder) / "error"
-        process = _FORKS.Process(target=_be_florana, args=(arguments, str(cwd), str(out), str(error)))
+        out, error, told = (Path(folder) / name for name in ("out", "error", "told"))
+        given = (arguments, str(cwd), str(out), str(error), killed_at, str(told))
+        process = _FORKS.Process(target=_be_florana, args=given)
         process.start()
         process.join()
         said = out.read_text(), error.read_text()
         return subprocess.CompletedProcess(arguments, process.exitcode or 0, *said)
 
 
-def _be_florana(arguments: tuple[str, ...], cwd: str, out: str, error: str) -> None:
+def begun(target: Callable[..., Any], *arguments: Any) -> BaseProcess:
+    """A function of the tests in a process of its own."""
+    process = _FORKS.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def struck(
+    target: Callable[..., Any], arguments: tuple[Any, ...], folder: Path, step: int, committing: bool = True
+) -> bool:
+    """The same to its end; whether it was killed at that step below the folder (see `strike`)."""
+    process = begun(_be_struck, target, arguments, str(folder), step, committing)
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def _be_struck(
+    target: Callable[..., Any], arguments: tuple[Any, ...], folder: str, step: int, committing: bool
+) -> None:
+    strike(folder, step, f"{folder}.told", committing)
+    target(*arguments)
+
+
+def _be_florana(
+    arguments: tuple[str, ...], cwd: str, out: str, error: str, killed_at: tuple[Path, int] | None, told: str
+) -> None:
     for number, path in ((1, out), (2, error)):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT)
         os.dup2(opened, number)
@@ -42,4 +83,6 @@ def _be_florana(arguments: tuple[str, ...], cwd: str, out: str, error: str) -> N
     sys.argv = ["florana", *arguments]
     from florana.cli import main
 
+    if killed_at is not None:
+        strike(str(killed_at[0]), killed_at[1], told)
     main()

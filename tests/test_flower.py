@@ -27,6 +27,7 @@ from florana.flower.settings import Settings, from_config, to_config
 from florana.flower.trainer import answer_until, listening
 from florana.recipe_file import check
 from florana.strategy.base import Pruning
+from tests.deployment import HANGS
 from tests.flower_fake import identify
 from tests.flower_grid import trainer_at
 
@@ -77,6 +78,8 @@ def test_a_recipe_survives_flowers_run_configuration(recipe_table: dict[str, Any
     config = to_config(recipe, settings)
     assert all(isinstance(value, str | int | float | bool) for value in config.values())
     assert from_config(config) == (recipe, settings)
+    unnamed = check({**recipe_table, "threads": None}, "t")
+    assert from_config(to_config(unnamed, settings)) == (unnamed, settings)
     assert from_config({**config, "federation.rounds": 9})[0].federation.rounds == 9
     assert from_config({**config, "train.steps": "json:null", "train.epochs": 1})[0].train.epochs == 1
     for wrong, says in (({"run.deadlin": 1}, "deadline"), ({"run.base": "yes"}, "not of type bool")):
@@ -180,7 +183,7 @@ def test_the_trainer_answers_its_own_user_and_ends_when_told(tmp_path: Path) -> 
         assert answer.kind == "failure"
         assert ask(Frame("x")) == Frame("hello")
         done.set()
-        thread.join(5)
+        thread.join(HANGS)
         assert not thread.is_alive()
     assert not listener.path.exists()
 

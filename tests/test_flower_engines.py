@@ -17,7 +17,7 @@ from florana.flower.settings import Settings
 from florana.recipe import Recipe
 from florana.recipe_file import check
 from florana.run import execute
-from tests.deployment import end_all, environment, federation, wait_for
+from tests.deployment import HANGS, environment, federation, simulation, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -29,15 +29,14 @@ def local(recipe: Recipe, unlike: dict[str, Any], folder: Path) -> Path:
 
 def simulated(recipe: Recipe, unlike: dict[str, Any], folder: Path) -> Path:
     out, home = folder / "simulated", folder / "home"
-    home.mkdir()
-    app = export(recipe, folder / "app", Settings(out=str(out), wait=60, deadline=120))
-    command = ["flwr", "run", str(app), "--stream", "--federation-config", "num-supernodes=3"]
-    try:
-        done = subprocess.run(command, env=environment(home), capture_output=True, text=True, timeout=240, check=False)
+    app = export(recipe, folder / "app", Settings(out=str(out), wait=HANGS, deadline=HANGS))
+    command = ["flwr", "run", str(app), "own", "--stream", "--federation-config", "num-supernodes=3"]
+    own = environment(home)
+    with simulation(home, own):
+        done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=HANGS, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
         # Flower follows a run only while it is told; what counts is the run's own outcome
-        assert wait_for(lambda: (out / "outcome.json").exists(), 120), done.stdout + done.stderr
-    finally:
-        end_all(home)
+        assert wait_for(lambda: (out / "outcome.json").exists()), done.stdout + done.stderr
     return out
 
 
@@ -65,8 +64,9 @@ def deployed(recipe: Recipe, unlike: dict[str, Any], folder: Path) -> Path:
     mark = folder / "mark"
     (folder / "evil.py").write_text(EVIL.format(mark=str(mark)))
     with federation(unlike, folder, [f"client-{index}" for index in range(3)]) as fed:
-        command = [sys.executable, str(folder / "evil.py"), *fed.serving("--wait", "120", "--deadline", "120")]
-        done = subprocess.run(command, env=environment(fed.home), capture_output=True, text=True, timeout=300)
+        options = ["--wait", str(HANGS), "--deadline", str(HANGS)]
+        command = [sys.executable, str(folder / "evil.py"), *fed.serving(*options)]
+        done = subprocess.run(command, env=environment(fed.home), capture_output=True, text=True, timeout=HANGS)
         assert done.returncode == 0, done.stdout + done.stderr
     assert "write_text('ran')" in next(fed.files.folder.rglob("client_app.py")).read_text(), "it was sent"
     assert not mark.exists(), "and no site ran it"

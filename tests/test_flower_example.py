@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +24,7 @@ from florana.flower.answers import fingerprint
 from florana.flower.names import names_of
 from florana.strategy import STRATEGIES
 from tests.conftest import ROOT
+from tests.deployment import HANGS, environment, simulation
 from tests.flower_fake import FakeGrid, identify
 
 APP = ROOT / "examples" / "flower_app"
@@ -140,65 +137,26 @@ def test_both_apps_run_and_the_changed_one_is_floranas_own_arithmetic(apps: tupl
     assert not same(changed, own_arithmetic("fedit"))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.slow
 def test_flwr_run_on_ray_gives_the_same_bits(apps: tuple[Path, Path], tmp_path: Path) -> None:
     """The changed app by `flwr run`, on a SuperLink of its own that simulates three nodes."""
     pytest.importorskip("ray", reason="the extra florana[simulation] is not installed")
-    port, home, saved = free_port(), tmp_path / "home", tmp_path / "saved.safetensors"
-    home.mkdir()
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    )
-    tools = Path(sys.executable).parent
-    source = str(Path(florana_folder()).parent)
-    environment = {
-        **os.environ, "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": source,
-        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    home, saved = tmp_path / "home", tmp_path / "saved.safetensors"
+    own = {
+        **environment(home), "PYTHONPATH": str(Path(florana_folder()).parent), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"
     }  # fmt: skip
     wanted = " ".join(f'{key}="{value}"' if isinstance(value, str) else f"{key}={value}" for key, value in
                       config(saved).items())  # fmt: skip
-    link_options = ["--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
-    with (tmp_path / "superlink.log").open("wb") as log:
-        link = subprocess.Popen(
-            [str(tools / "flower-superlink"), *link_options, "--disable-runtime-dependency-installation"],
-            env=environment, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-    try:
-        wait_for(port, link)
+    with simulation(home, own) as log:
         done = subprocess.run(
-            [str(tools / "flwr"), "run", str(apps[1]), "own", "--stream", "--run-config", wanted,
+            ["flwr", "run", str(apps[1]), "own", "--stream", "--run-config", wanted,
              "--federation-config", "num-supernodes=3 client-resources-num-cpus=1"],
-            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+            env=own, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS,
         )  # fmt: skip
-    finally:
-        os.killpg(link.pid, signal.SIGTERM)
-        try:
-            link.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(link.pid, signal.SIGKILL)
-            link.wait(20)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert saved.exists(), done.stdout + (tmp_path / "superlink.log").read_text()[-3000:]
+    assert saved.exists(), done.stdout + log.read_text()[-3000:]
     assert "florana-error" in done.stdout
     assert same(load_file(saved), own_arithmetic("flora-na"))
-
-
-def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        assert process.poll() is None, "the SuperLink ended"
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    raise AssertionError("the SuperLink does not listen")
 
 
 def florana_folder() -> str:

@@ -18,7 +18,7 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 from florana.flower.processes import free_port
 from tests.conftest import ROOT
-from tests.deployment import PROGRAM, end_all, environment, wait_for
+from tests.deployment import HANGS, PROGRAM, end_all, environment, wait_for
 
 pytestmark = pytest.mark.slow
 PAGE = (ROOT / "docs" / "flower.md").read_text()
@@ -45,7 +45,7 @@ class Place:
         if words[1] in ("serve",) or words[2:3] == ["invite"] or words[1:3] == ["doctor", "recipe.toml"]:
             words += ["--port", str(self.port)]
         if words[1] == "serve":
-            words += ["--host", "127.0.0.1", "--wait", "200", "--deadline", "120"]
+            words += ["--host", "127.0.0.1", "--wait", str(HANGS), "--deadline", str(HANGS)]
         arguments = {
             "cwd": self.folder / who,
             "env": environment(self.folder / "home"),
@@ -54,10 +54,10 @@ class Place:
             with (self.folder / f"{who}.log").open("ab") as log:
                 self.left.append((who, subprocess.Popen([*PROGRAM, *words[1:]], stdout=log, stderr=log, **arguments)))
             if words[1] == "serve":
-                assert wait_for(lambda: "the door is open" in self.said(who), 120), self.said(who)
+                assert wait_for(lambda: "the door is open" in self.said(who)), self.said(who)
             return
         done = subprocess.run(
-            [*PROGRAM, *words[1:]], capture_output=True, text=True, timeout=300, check=False, **arguments
+            [*PROGRAM, *words[1:]], capture_output=True, text=True, timeout=HANGS, check=False, **arguments
         )
         assert done.returncode == 0, f"{who}$ {command}\n{done.stdout}{done.stderr}"
         assert "Traceback" not in done.stderr
@@ -88,7 +88,7 @@ def test_the_page_makes_a_federation_of_three_sites(tiny_bert: Path, sentences: 
                 for site in SITES:
                     shutil.copy(tmp_path / site / "site" / f"{site}.pub", tmp_path / "operator")
             if "--resume" in command:  # "if anything dies": it does, in the last round
-                assert wait_for(lambda: (run / "rounds.jsonl").exists(), 300), place.said("operator")
+                assert wait_for(lambda: (run / "rounds.jsonl").exists()), place.said("operator")
                 serve = next(process for name, process in place.left if name == "operator")
                 serve.kill()
                 serve.wait()
@@ -99,6 +99,8 @@ def test_the_page_makes_a_federation_of_three_sites(tiny_bert: Path, sentences: 
         rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
         assert [entry["round"] for entry in rounds] == [1, 2]
         assert all(entry["clients"] == SITES for entry in rounds)
+        computes = json.loads((run / "setup.json").read_text())["computes"]
+        assert {name: own["threads"] for name, own in computes.items()} == dict.fromkeys(SITES, recipe["threads"])
         adapter = "adapter/adapter_model.safetensors"
         assert (run / adapter).read_bytes() == (run.parent / "rehearsal" / adapter).read_bytes()
         for site in SITES:
@@ -110,8 +112,8 @@ def test_the_page_makes_a_federation_of_three_sites(tiny_bert: Path, sentences: 
         for _, process in place.left:
             process.terminate()
         for _, process in place.left:
-            process.wait(60)
-        gone = wait_for(lambda: not any(p.is_running() and p.status() != "zombie" for p in children), 30)
+            process.wait(HANGS)
+        gone = wait_for(lambda: not any(p.is_running() and p.status() != "zombie" for p in children), 120)
         end_all(tmp_path)
     assert gone, "programs that florana started outlived it"
 

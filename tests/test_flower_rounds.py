@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -39,18 +38,19 @@ def test_an_answer_that_is_begun_and_never_ended_holds_up_nobody(pooled: Recipe,
     members = sites(pooled, tmp_path / "kept")
     grid = grid_of(members)
     never, pull = threading.Event(), grid.pull_messages
+    waited: list[int] = []
 
     def pulling(message_ids: Iterable[str]) -> Iterable[Message]:
         messages = list(pull(message_ids))
         if any(m.metadata.src_node_id == 3 and from_record(m.content).kind == "reply" for m in messages):
-            never.wait(60)  # as Flower's own grid does until all objects of the message are there
+            never.wait()  # as Flower's own grid does until all objects of the message are there
+            waited.append(3)
         return messages
 
     grid.pull_messages = pulling  # type: ignore[method-assign]
-    begun = time.monotonic()
     led(pooled, grid, roster_of(members, tmp_path), tmp_path / "run", deadline=3.0)
+    assert waited == [], "the run has ended, and that answer has not"
     never.set()
-    assert time.monotonic() - begun < 30
     for record in read_records(tmp_path / "run" / "rounds.jsonl"):
         assert record.clients == ["client-0", "client-1"]
         assert record.refused == {"client-2": "did not answer within 3 seconds"}
@@ -58,17 +58,15 @@ def test_an_answer_that_is_begun_and_never_ended_holds_up_nobody(pooled: Recipe,
 
 def test_stragglers_do_not_hold_up_a_round(pooled: Recipe, tmp_path: Path) -> None:
     members = sites(pooled, tmp_path / "kept")
-    started = time.monotonic()
     slow = {3: 0.0}
     grid = grid_of(members, slow=slow)
 
     def late(node: int, asked: Frame, content: RecordDict) -> RecordDict:
-        slow[3] = 60.0 if asked.kind == "train" else 0.0
+        slow[3] = 1e9 if asked.kind == "train" else 0.0
         return content
 
     grid.tamper = late
     led(pooled, grid, roster_of(members, tmp_path), tmp_path / "run", deadline=2.0)
-    assert time.monotonic() - started < 30
     for record in read_records(tmp_path / "run" / "rounds.jsonl"):
         assert record.refused == {"client-2": "did not answer within 2 seconds"}
 

@@ -21,6 +21,7 @@ from florana.flower.held import hold
 from florana.flower.processes import Child, on_path, start, until
 from florana.flower.site_programs import PROGRAM, site_programs
 from tests.conftest import ROOT
+from tests.deployment import HANGS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the process forks on Linux only")
 
@@ -38,6 +39,12 @@ serve_forks(Path(sys.argv[1]), run)
 """
 
 
+def listens(place: Path) -> bool:
+    """Whether somebody answers there: the socket is in its folder a moment before."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
+        return channel.connect_ex(str(place)) == 0
+
+
 def handed(place: Path, program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
@@ -48,7 +55,7 @@ def handed(place: Path, program: Path, *arguments: str) -> subprocess.CompletedP
         json.dumps([str(program), "held"]),
         *arguments,
     ]
-    return subprocess.run(command, env={"OWN": "mine"}, capture_output=True, text=True, check=False, timeout=30)
+    return subprocess.run(command, env={"OWN": "mine"}, capture_output=True, text=True, check=False, timeout=HANGS)
 
 
 @pytest.fixture
@@ -65,11 +72,11 @@ def test_a_fork_has_the_arguments_and_the_environment_that_the_caller_gave(tmp_p
     script.write_text(ECHO)
     child = start([Path(sys.executable).name, str(script), str(place)], tmp_path / "log", {"OF_THE_STARTER": "x"})
     try:
-        assert until(place.exists, 30.0), child.tail()
+        assert until(lambda: listens(place), HANGS), child.tail()
         for arguments in (["--token", "a b"], ["raise"], ["again"]):
             done = handed(place, itself, *arguments)
             assert (done.returncode, done.stdout) == (0, ""), "the caller's work is done when the fork is there"
-        assert until(lambda: child.tail(40).count("ran ") == 3, 10.0), child.tail(40)
+        assert until(lambda: child.tail(40).count("ran ") == 3, HANGS), child.tail(40)
         text = child.tail(40)
         assert f"ran {[PROGRAM, '--token', 'a b']} mine None True" in text
         assert "ValueError: its own fault" in text
@@ -83,7 +90,7 @@ def _children(child: Child) -> list[str]:
     def there() -> list[str]:
         return Path(f"/proc/{child.process.pid}/task/{child.process.pid}/children").read_text().split()
 
-    until(lambda: not there(), 5.0)
+    until(lambda: not there(), HANGS)
     return there()
 
 
@@ -92,7 +99,7 @@ def test_senseless_requests_start_nothing(tmp_path: Path) -> None:
     script.write_text(ECHO)
     child = start([Path(sys.executable).name, str(script), str(place)], tmp_path / "log", {})
     try:
-        assert until(place.exists, 30.0), child.tail()
+        assert until(lambda: listens(place), HANGS), child.tail()
         for content in (b"", b"no json", b"[1]", b'{"arguments": 3, "environment": {}}', b'{"arguments": []}'):
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
                 channel.connect(str(place))
@@ -115,10 +122,10 @@ def test_flowers_own_program_answers_through_it_and_no_other_does(tmp_path: Path
 
         early = run(PROGRAM)
         assert "--runtime-api-address" in early.stdout + (tmp_path / "log").read_text(), "before the process is ready"
-        assert until((folder / "socket").exists, 60.0), (tmp_path / "log").read_text()
+        assert until(lambda: listens(folder / "socket"), HANGS), (tmp_path / "log").read_text()
         done = run(PROGRAM)
         assert (done.returncode, done.stdout) == (0, "")
-        assert until(lambda: "--runtime-api-address" in (tmp_path / "log").read_text(), 10.0)
+        assert until(lambda: "--runtime-api-address" in (tmp_path / "log").read_text(), HANGS)
         for other in ("flwr-agentapp", "flwr-serverapp", "flwr-model", "flwr-connector", "flwr-simulation"):
             done = run(other)
             assert (done.returncode, done.stdout) == (1, "")

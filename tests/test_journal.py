@@ -6,10 +6,6 @@ import errno
 import hashlib
 import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,8 +14,8 @@ import torch
 from florana.errors import FederationError, InputError
 from florana.federation.journal import Journal, read_records
 from florana.strategy import STRATEGIES
-from tests.conftest import ROOT
 from tests.federation import CARD, VARIANTS, run
+from tests.program import struck
 
 
 def digest(folder: Path) -> str:
@@ -145,35 +141,17 @@ def test_a_disk_that_refuses_leaves_the_round_before(
         assert digest(folder) == digest(tmp_path / "clean")
 
 
-def test_sigkill_at_random_moments_loses_no_committed_round(tmp_path: Path) -> None:
+def test_sigkill_at_every_step_of_a_commit_loses_no_committed_round(tmp_path: Path) -> None:
     """A real process, killed again and again while it works; the end is the same bytes as of a run left alone."""
-    rounds, kills = 40, 0
+    rounds, folder, seen = 40, tmp_path / "killed", 0
     run(tmp_path / "alone", "flora-na", rounds)
-    folder, rng = tmp_path / "killed", random.Random(1)
-    seen = 0
-    for _ in range(60):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.federation", str(folder), "flora-na", str(rounds)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(rng.uniform(0.0, 0.35))
-        done = process.poll() is not None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        done = done or "done" in process.stdout.read()
-        process.stdout.close()
+    for step in range(1, 31):  # of a commit and the beginning of the next
+        assert struck(run, (folder, "flora-na", rounds), folder, step)
         committed = len(read_records(folder / "rounds.jsonl"))
         assert committed >= seen, "a committed round was lost"
         seen = committed
-        if done:
-            break
-        kills += 1
+    assert 0 < seen < rounds
     run(folder, "flora-na", rounds)
-    assert kills >= 3
     assert digest(folder) == digest(tmp_path / "alone")
     plain = [_timeless(record.to_json()) for record in read_records(folder / "rounds.jsonl")]
     assert plain == [_timeless(record.to_json()) for record in read_records(tmp_path / "alone" / "rounds.jsonl")]

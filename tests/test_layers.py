@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "florana"
 FLOORS = [
     {"errors"},
     {"whole_files"},
-    {"factors"},
+    {"factors", "threads"},
     {"linalg", "tensor_files", "module_patterns", "score"},
     {"adapter_config"},
     {"adapter_reader"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import os
-import time
 import warnings
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from tests.score_cases import HUMANEVAL, MBPP
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
-QUICK = Limits(seconds=2.5, cpu_seconds=1, memory_mib=256)
+QUICK = Limits(seconds=60.0, cpu_seconds=1, memory_mib=256)  # the clock is for those alone that take no processor time
 
 
 @pytest.mark.usefixtures("runnable")
@@ -112,15 +111,16 @@ HOSTILE: dict[str, tuple[str, set[str]]] = {
 
 @pytest.mark.usefixtures("runnable")
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_program_ends_soon_with_the_right_verdict(name: str) -> None:
+def test_a_hostile_program_ends_with_the_right_verdict(name: str) -> None:
     program, reasons = HOSTILE[name]
     if name == "fills the disk" and run_program("open('/proc/self/status')", "").passed:
         pytest.skip("this kernel lets nobody make namespaces: the number of files is not limited")
-    started = time.monotonic()
-    verdict = run_program(program, "assert False", QUICK)  # to pass would be a lie
+    sleeps = "time.sleep" in program
+    limits = dataclasses.replace(QUICK, seconds=4.0) if sleeps else QUICK
+    verdict = run_program(program, "assert False", limits)  # to pass would be a lie
     assert verdict.reason in reasons, verdict
     assert not verdict.passed
-    assert time.monotonic() - started < 15
+    assert ("not done after" in verdict.detail) == sleeps, "all others end long before the clock ends them"
     assert set(verdict.barriers) == set(BARRIERS)
 
 
@@ -135,7 +135,7 @@ def test_a_program_cannot_speak_for_the_harness() -> None:
 
 @pytest.mark.usefixtures("runnable")
 def test_processor_time_ends_a_program_before_the_clock_does() -> None:
-    verdict = run_program("while True: pass", "", dataclasses.replace(QUICK, seconds=60.0))
+    verdict = run_program("while True: pass", "", QUICK)
     assert (verdict.reason, verdict.detail) == ("timeout", "used 1 s of processor time")
 
 

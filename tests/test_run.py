@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 import signal
-import subprocess
-import sys
-import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -28,6 +24,7 @@ from florana.run import execute, global_scores, prepare
 from florana.run_folder import read_run
 from florana.strategy import STRATEGIES
 from tests.conftest import ROOT
+from tests.program import florana, started
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -202,44 +199,22 @@ def test_clients_that_diverge_are_refused_and_named(recipe_table: dict[str, Any]
 
 
 def test_sigkill_of_a_real_run_then_resume_gives_the_same_bytes(recipe_table: dict[str, Any], tmp_path: Path) -> None:
-    """The whole program, killed at random moments after its first round, until it is done."""
+    """The whole program, killed again and again at some step of a commit, until it is done."""
     recipe = made(
         recipe_table, federation={"rounds": 12}, strategy={"name": "flora-na"}, evaluate={"personal": "never"}
     )
     (tmp_path / "r.toml").write_text(recipe.to_toml())
     execute(recipe, tmp_path / "alone")
-    rng, kills = random.Random(3), 0
-    command = [
-        sys.executable,
-        "-m",
-        "florana",
-        "run",
-        str(tmp_path / "r.toml"),
-        "--out",
-        str(tmp_path / "killed"),
-        "--resume",
-    ]
-    for _ in range(8):
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=None
-        )
-        assert process.stdout is not None
-        for line in process.stdout:  # wait until this sitting has committed a round, then strike
-            if "round" in line:
-                break
-        time.sleep(rng.uniform(0.0, 0.15))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.stdout.read()
-        process.stdout.close()
-        if process.wait() == 0:
-            break
-        if kills == 3:
-            break
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert kills >= 1
-    assert weights(tmp_path / "killed") == weights(tmp_path / "alone")
+    killed, done = tmp_path / "killed", []
+    command = ("run", str(tmp_path / "r.toml"), "--out", str(killed), "--resume")
+    for step in (4, 11, 30, 52):  # before and after the rename of the first commit; in later ones
+        ended = florana(*command, killed_at=(killed, step))
+        assert ended.returncode == -signal.SIGKILL, ended.stdout + ended.stderr
+        done.append(len(read_records(killed / "rounds.jsonl")))
+    assert done == sorted(done), "a committed round was lost"
+    assert 0 < done[-1] < 12
+    assert started(*command).returncode == 0
+    assert weights(killed) == weights(tmp_path / "alone")
 
 
 def test_the_plan_is_true_and_leaves_no_trace(recipe_table: dict[str, Any], tmp_path: Path) -> None:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +24,7 @@ from florana.report.views import summary, views
 from florana.run import clients_of, engine_of, execute, federation_of, prepare, strategy_of
 from florana.strategy import STRATEGIES
 from florana.study import cells
-from tests.conftest import ROOT
+from tests.program import florana
 
 NARROW = ["bfloat16", "int8"]
 NEW_PAIRS = {"best-rank", "oracle", "flora", "flexlora", "florist", "fedsvd"}
@@ -166,21 +162,12 @@ def test_sigkill_of_a_run_with_int8_then_resume_gives_the_same_bytes(
     recipe = narrow(recipe_table, "int8", {"name": "fedit"}, 8)
     (tmp_path / "r.toml").write_text(recipe.to_toml())
     execute(recipe, tmp_path / "alone")
-    command = [sys.executable, "-m", "florana", "run", str(tmp_path / "r.toml"), "--out", str(tmp_path / "killed")]
-    process = subprocess.Popen([*command, "--resume"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, env=dict(os.environ))  # fmt: skip
-    assert process.stdout is not None
-    rounds = 0
-    for line in process.stdout:
-        rounds += "round" in line
-        if rounds == 3:
-            break
-    time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.stdout.read()
-    process.stdout.close()
-    assert process.wait() == -signal.SIGKILL, "it was done before it was killed"
-    subprocess.run([*command, "--resume"], cwd=ROOT, check=True, capture_output=True)
+    command = ("run", str(tmp_path / "r.toml"), "--out", str(tmp_path / "killed"), "--resume")
+    for step in (40, 75):  # what clients keep comes back from a checkpoint
+        ended = florana(*command, killed_at=(tmp_path / "killed", step))
+        assert ended.returncode == -signal.SIGKILL, ended.stdout + ended.stderr
+    assert 1 < len(read_records(tmp_path / "killed" / "rounds.jsonl")) < 8
+    assert florana(*command).returncode == 0
     assert weights(tmp_path / "killed") == weights(tmp_path / "alone")
 
 

@@ -114,14 +114,17 @@ def run(
     from florana.run_folder import check_folder
 
     check_folder(resolved, folder, resume)
+    from florana.conduct import settled
     from florana.report.page import write_report
     from florana.report.views import rows_note, shown_figures, summary, views
     from florana.run import execute, prepare
     from florana.screen import Screen, figures_table, summary_table
 
-    if console:
-        console.print(f"loading {resolved.model.base} and {resolved.data.train}", highlight=False, soft_wrap=True)
-    setup = prepare(resolved)
+    with settled(resolved, folder) as own:
+        if console:
+            what = f"loading {own.model.base} and {own.data.train}, threads {own.threads}"
+            console.print(what, highlight=False, soft_wrap=True)
+        setup = prepare(own)
     if console and rows_note(setup.partition):
         console.print(rows_note(setup.partition), highlight=False)
     shown = shown_figures(resolved.model_dump())
@@ -216,8 +219,10 @@ def _print_plan(recipe: Recipe, console: Console | None) -> None:
     from florana.plan import plan as plan_run
     from florana.run import prepare
     from florana.screen import plan_table
+    from florana.threads import threads
 
-    result = plan_run(recipe, prepare(recipe))
+    with threads(recipe.threads):
+        result = plan_run(recipe, prepare(recipe))
     if console:
         console.print(plan_table(result))
     else:

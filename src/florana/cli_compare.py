@@ -43,14 +43,14 @@ def compare(
     from florana.screen import console_of
     from florana.screen_study import others_table, study_progress, study_table
     from florana.study.publish import publish
-    from florana.study.work import execute_study, rounds_left
+    from florana.study.work import execute_study, rounds_left, threads_of
 
     console = console_of(as_json, width=200)
     left = rounds_left(plan, folder)
     if console:
         console.print(
             f"{len(plan.cells)} runs ({len(plan.methods)} methods, {len(plan.settings)} settings x seeds), "
-            f"{left} rounds to do",
+            f"{left} rounds to do, threads {threads_of(plan, folder, jobs)} each",
             highlight=False,
         )
     with study_progress(console, left) as advance:

@@ -6,7 +6,8 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from florana.federation.journal import Journal, read_records
 from florana.federation.loop import Event, Federation, run_rounds
 from florana.federation.messages import Engine
 from florana.federation.records import RoundRecord
-from florana.run_folder import locked, logged
+from florana.run_folder import locked, logged, read_environment, recorded_threads
 from florana.strategy.base import State, Strategy
+from florana.threads import instructions, threads
 from florana.whole_files import explained, replace_file
 
 Show = Callable[[Event], None]
@@ -38,6 +40,29 @@ class Result:
     records: tuple[RoundRecord, ...]
 
 
+@contextmanager
+def settled(recipe: r.Recipe, folder: Path, show: Show = lambda event: None) -> Iterator[r.Recipe]:
+    """The recipe with its number of threads, which are taken meanwhile: what it names, or the run in the folder has,
+    or, of a new run, what this process takes.
+
+    Args:
+        show: told, as `resumed`, of all on which the last bits depend and in which a run goes on otherwise than it
+            began: with another number of threads than this process would take, other versions, another processor.
+
+    Raises:
+        InputError: the folder's own files cannot be read.
+    """
+    here, recorded = torch.get_num_threads(), recorded_threads(folder)
+    count = recipe.threads or recorded or here
+    if recorded is not None:
+        if recipe.threads is None and recorded != here:
+            show(Event("resumed", 0, detail=f"threads {recorded}, as it began (this process would take {here})"))
+        for line in _otherwise(read_environment(folder), environment(recipe)):
+            show(Event("resumed", 0, detail=f"{line}: the last bits may differ from those of a run left alone"))
+    with threads(count):
+        yield recipe.model_copy(update={"threads": count})
+
+
 def conduct(
     recipe: r.Recipe,
     folder: Path,
@@ -52,6 +77,7 @@ def conduct(
     """Run the rounds that the folder does not hold yet; `run_folder.check_folder` was asked before.
 
     Args:
+        recipe: as `settled` gives it.
         begun: the strategy's first state. card: what the exported adapter says of itself.
         engine_with: the engine, given what clients kept according to the last checkpoint.
         facts: what setup.json holds, made only for a new run.
@@ -88,11 +114,24 @@ def environment(recipe: r.Recipe) -> dict[str, Any]:
         "system": platform.system(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
+        "instructions": instructions(),
         "torch_threads": torch.get_num_threads(),
         "device": recipe.model.device,
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "seed": recipe.seed,
     }
+
+
+def _otherwise(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs of that on which the last bits depend, of all that was written down then."""
+    kinds = [f"{name} {began.get(name)} -> {now[name]}" for name in ("machine", "instructions", "gpu")
+             if name in began and began[name] != now[name]]  # fmt: skip
+    before = began.get("versions", {})
+    return kinds + [
+        f"{name} {before[name]} -> {version}"
+        for name, version in now["versions"].items()
+        if before.get(name, version) != version
+    ]
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

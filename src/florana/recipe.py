@@ -213,6 +213,9 @@ class Recipe(Section):
 
     title: str = ""
     seed: int = Field(0, ge=0)
+    threads: int | None = Field(None, ge=1, le=1024)
+    """Of torch's arithmetic, on which the last bits depend; None: the cores that it finds, or OMP_NUM_THREADS. A run
+    that is resumed keeps its number; in a federation, what is given here holds for the server and every site."""
     task: Literal["sequence-classification", "sequence-regression", "causal-lm"]
     """sequence-regression: one output, trained by the mean squared error."""
     model: Model

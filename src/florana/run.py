@@ -1,6 +1,6 @@
 """The only joiner: a recipe becomes a model, data, clients, a strategy and an engine; the result is a run folder.
 
-RUN/recipe.toml       resolved, runs again      RUN/environment.json  versions, hardware, seed
+RUN/recipe.toml       resolved, runs again      RUN/environment.json  versions, hardware, threads, seed
 RUN/setup.json        who holds what, the starting model's score, sizes
 RUN/rounds.jsonl      one line per committed round      RUN/checkpoint/  the last states
 RUN/adapter/          the global adapter, as PEFT loads it      RUN/log.txt  warnings and tracebacks
@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from florana import recipe as r
-from florana.conduct import Result, Show, conduct
+from florana.conduct import Result, Show, conduct, settled
 from florana.engine.local import LocalEngine
 from florana.factors import Adapter
 from florana.federation.loop import Federation, by_examples, uniformly
@@ -103,7 +103,7 @@ def execute(
     show: Show = lambda event: None,
     step: Callable[[str], None] = lambda client: None,
 ) -> Result:
-    """Run a recipe into a folder, or continue the run that the folder holds.
+    """Run a recipe into a folder, or continue the run that the folder holds, with the number of threads it began with.
 
     Args:
         setup: a `prepare`d set-up to use; it must come from a recipe that differs in the strategy at most.
@@ -115,20 +115,21 @@ def execute(
         FederationError: too few usable updates, or the disk refused; the rounds committed before stand.
     """
     check_folder(recipe, folder, resume)
-    here = setup or prepare(recipe)
-    strategy = strategy_of(recipe, sorted(here.clients))
-    begun = strategy.init(begin(recipe, here, strategy))
-    return conduct(
-        recipe,
-        folder,
-        strategy,
-        begun,
-        here.bench.card,
-        lambda memories: engine_of(recipe, here, begun, memories, step),
-        federation_of(recipe, here, sorted(here.clients), here.examples),
-        lambda: facts_of(recipe, here, here.partition),
-        show,
-    )
+    with settled(recipe, folder, show) as recipe:
+        here = setup or prepare(recipe)
+        strategy = strategy_of(recipe, sorted(here.clients))
+        begun = strategy.init(begin(recipe, here, strategy))
+        return conduct(
+            recipe,
+            folder,
+            strategy,
+            begun,
+            here.bench.card,
+            lambda memories: engine_of(recipe, here, begun, memories, step),
+            federation_of(recipe, here, sorted(here.clients), here.examples),
+            lambda: facts_of(recipe, here, here.partition),
+            show,
+        )
 
 
 def engine_of(

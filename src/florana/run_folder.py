@@ -45,7 +45,11 @@ def check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
             raise RecipeError(f"--out {folder} is not a run folder", fix="name a new folder")
         return
     old = check(tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")), str(folder / "recipe.toml"))
-    changed = [line for line in differences(old, recipe) if not line.startswith(("federation.rounds:", "title:"))]
+    may = ("federation.rounds:", "title:", "threads:")
+    changed = [line for line in differences(old, recipe) if not line.startswith(may)]
+    recorded = recorded_threads(folder)
+    if recipe.threads is not None and recorded not in (None, recipe.threads):
+        changed.append(f"threads: {recorded} -> {recipe.threads}")
     if changed:
         raise RecipeError(
             f"{folder} was made by another recipe: " + "; ".join(changed),
@@ -56,6 +60,33 @@ def check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
             f"{folder} was planned for {old.federation.rounds} rounds, the recipe asks for {recipe.federation.rounds}",
             fix="only more rounds can be added",
         )
+
+
+def recorded_threads(folder: Path) -> int | None:
+    """With how many threads the run in the folder works; None where there is none. Raises InputError."""
+    if not (folder / "recipe.toml").exists():
+        return None
+    try:
+        recorded = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")).get("threads")
+    except (OSError, ValueError) as error:
+        raise InputError(f"the run folder {folder} cannot be read", why=str(error)) from None
+    if recorded is None:  # older folders have it beside the versions alone
+        recorded = read_environment(folder).get("torch_threads")
+    return recorded if isinstance(recorded, int) and recorded > 0 else None
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """What the run in the folder began with, as `conduct.environment` wrote it; empty where there is none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    path = folder / "environment.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read", why=str(error)) from None
+    return found if isinstance(found, dict) else {}
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[RoundRecord]]:

@@ -100,8 +100,8 @@ class Screen:
                 highlight=False,
             )
         elif event.kind == "joined":
-            self._console.print(f"{event.client} is here: {event.detail} to train on", highlight=False)
-        elif event.kind == "mended":
+            self._console.print(f"{event.client} is here: {event.detail}", highlight=False)
+        elif event.kind in ("mended", "resumed"):
             self._console.print(event.detail, style="yellow", highlight=False)
         elif event.kind == "committed" and event.record is not None:
             self._console.print(f"{self._name}  {_round_line(event.record, self._figures)}", highlight=False)

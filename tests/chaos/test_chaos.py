@@ -5,15 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +36,9 @@ from florana.recipe_file import check
 from florana.run import execute
 from florana.strategy import STRATEGIES
 from tests.chaos.counts import Tally, digest, often
-from tests.conftest import ROOT
-from tests.flower_grid import FakeGrid, trainer_at
+from tests.flower_grid import FakeGrid, lead_with_trainers, trainer_at, trainer_process
 from tests.flower_sites import FAMILIES, grid_of, led, roster_of, sites, spoilt
+from tests.program import begun, struck
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 SMALL = {"ravan": {"heads": 2, "size": 4}}
@@ -78,43 +75,28 @@ def trainers(members: dict[str, Site], folder: Path) -> Iterator[Path]:
             manager.__exit__(None, None, None)
 
 
-def program(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "tests.flower_grid", *arguments]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-
-
 @often(1, 50)
 def test_a_killed_server_goes_on_from_its_last_round(
     count: int, table: dict[str, Any], tmp_path: Path, tally: Tally
 ) -> None:
-    rounds = 4 * count
+    rounds = 4 * count  # a hundred steps are less than four rounds
     recipe = with_rounds(table, rounds)
     (tmp_path / "recipe.toml").write_text(tomli_w.dumps(json.loads(recipe.model_dump_json(exclude_none=True))))
     members = sites(recipe, tmp_path / "kept")
     roster, out, rng = roster_of(list(members), tmp_path), tmp_path / "run", random.Random(7)
     kills = 0
     with trainers(members, tmp_path / "sockets") as sockets:
-        while rounds_of(out) < rounds:
+        led_by = (str(tmp_path / "recipe.toml"), str(out), roster, str(sockets))
+        for _ in range(count):  # somewhere in the first rounds of this sitting, or before them
             before = rounds_of(out)
-            command = program("lead", str(tmp_path / "recipe.toml"), str(out), roster, str(sockets))
-            process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
-            if kills < count:
-                # somewhere in the rounds, or, one time in five, before the first of them
-                if rng.random() < 0.8:
-                    wait_until(lambda start=before, p=process: rounds_of(out) > start or p.poll() is not None, 120)
-                time.sleep(rng.uniform(0, 0.4))
-                process.kill()
-                kills += 1
-            _, error = process.communicate(timeout=300)
-            assert process.returncode in (0, -signal.SIGKILL), error.decode()[-2000:]
+            kills += struck(lead_with_trainers, led_by, tmp_path, rng.randint(1, 100), committing=False)
             assert rounds_of(out) >= before, "a committed round is never lost"
+        lead_with_trainers(*led_by)
+    assert kills == count
     assert [record.round for record in read_records(out / "rounds.jsonl")] == list(range(1, rounds + 1))
     execute(recipe, tmp_path / "local")
     assert digest(out) == digest(tmp_path / "local")
-    tally("SIGKILL of the server at random moments", kills, "0 rounds lost, the same bytes at the end")
+    tally("SIGKILL of the server at random steps", kills, "0 rounds lost, the same bytes at the end")
 
 
 def wait_until(what: Callable[[], bool], seconds: float) -> None:
@@ -132,12 +114,13 @@ def test_killed_clients_come_back_and_the_rounds_go_on(
     names, sockets, rng = ["client-0", "client-1", "client-2"], tmp_path / "sockets", random.Random(11)
     sockets.mkdir()
     roster, kills, enough = roster_of(names, tmp_path), 0, threading.Event()
-    running: dict[str, subprocess.Popen[bytes]] = {}
+    running: dict[str, BaseProcess] = {}
 
     def begin(name: str) -> None:
-        command = program("trainer", str(tmp_path / "recipe.toml"), name, str(sockets), str(tmp_path / "kept"))
         (sockets / name).unlink(missing_ok=True)
-        running[name] = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+        running[name] = begun(
+            trainer_process, str(tmp_path / "recipe.toml"), name, str(sockets), str(tmp_path / "kept")
+        )
         wait_until((sockets / name).is_symlink, 120)
 
     class EnoughError(Exception):
@@ -166,7 +149,7 @@ def test_killed_clients_come_back_and_the_rounds_go_on(
             time.sleep(rng.uniform(0.0, 0.3))
             name = rng.choice(names)
             running[name].kill()
-            running[name].wait()
+            running[name].join()
             kills += 1
             begin(name)
         enough.set()
@@ -184,7 +167,7 @@ def test_killed_clients_come_back_and_the_rounds_go_on(
         thread.join(600)
         for process in running.values():
             process.kill()
-            process.wait()
+            process.join()
     done = read_records(tmp_path / "run" / "rounds.jsonl")
     assert kills == count
     assert all(sorted([*record.clients, *record.refused]) == names for record in done)
@@ -208,17 +191,16 @@ def test_slow_clients_cost_a_deadline_and_no_more(
     grid = grid_of(members, slow=slow)
 
     def late(node: int, asked: Frame, content: RecordDict) -> RecordDict:
-        slow[node] = 10.0 if node in (2, 5, 9) and asked.kind == "train" else 0.0
+        slow[node] = 1e9 if node in (2, 5, 9) and asked.kind == "train" else 0.0
         return content
 
     grid.tamper = late
-    started, deadline = time.monotonic(), 1.5
-    led(recipe, grid, roster_of(names, tmp_path), tmp_path / "run", deadline=deadline)
-    took = time.monotonic() - started
+    led(recipe, grid, roster_of(names, tmp_path), tmp_path / "run", deadline=1.5)
     records = read_records(tmp_path / "run" / "rounds.jsonl")
     assert all(len(record.clients) == 7 and len(record.refused) == 3 for record in records)
-    assert took < count * (deadline + 3) + 10
-    tally("rounds with 30 % of clients ten times slower", count, f"each ended by its deadline ({took / count:.1f} s)")
+    reasons = {reason for record in records for reason in record.refused.values()}
+    assert reasons == {"did not answer within 1.5 seconds"}
+    tally("rounds with 30 % of clients that answer too late", count, "each ended by its deadline")
 
 
 def test_a_run_without_a_quorum_ends_by_itself(table: dict[str, Any], tmp_path: Path, tally: Tally) -> None:

@@ -13,37 +13,20 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 from florana.federation.journal import read_records
 from florana.recipe_file import check
 from florana.run import execute
+from tests import strikes
 from tests.chaos.counts import Tally, digest
-from tests.deployment import PROGRAM, Fed, environment, federation, wait_for
+from tests.deployment import HANGS, PROGRAM, Fed, environment, federation, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
-# Python tells an audit hook of every file that is opened, renamed or removed: the ServerApp, and no other program, ends
-# itself at the given one of those that its first commit causes.
-HOOK = """
-import os, signal, sys
-
-RUN, STEP, TOLD = os.environ["CHAOS_RUN"], int(os.environ["CHAOS_STEP"]), os.environ["CHAOS_TOLD"]
-EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
-steps = []
-
-def hook(event, arguments):
-    if event not in EVENTS or not isinstance(arguments[0], (str, bytes, os.PathLike)):
-        return
-    path = os.fsdecode(arguments[0])
-    if not path.startswith(RUN) or (not steps and not (event == "os.mkdir" and path.endswith(".tmp"))):
-        return
-    if event == "open" and (path.endswith(".lock") or "progress" in path):
-        return
-    steps.append(event + " " + path[len(RUN):])
-    if len(steps) == STEP:
-        with open(TOLD, "w") as stream:
-            stream.write("\\n".join(steps))
-        os.kill(os.getpid(), signal.SIGKILL)
-
+# The ServerApp, and no other program, ends itself at the given step of its first commit.
+HOOK = (
+    Path(strikes.__file__).read_text()
+    + """
 if any("flwr-serverapp" in word for word in sys.orig_argv):
-    sys.addaudithook(hook)
+    strike(os.environ["CHAOS_RUN"], int(os.environ["CHAOS_STEP"]), os.environ["CHAOS_TOLD"])
 """
+)
 
 
 def started(fed: Fed, step: int, told: Path) -> subprocess.Popen[bytes]:
@@ -51,7 +34,7 @@ def started(fed: Fed, step: int, told: Path) -> subprocess.Popen[bytes]:
     own = environment(fed.home)
     own |= {"PYTHONPATH": f"{fed.folder / 'hook'}:{own['PYTHONPATH']}"}
     own |= {"CHAOS_RUN": str(fed.out), "CHAOS_STEP": str(step), "CHAOS_TOLD": str(told)}
-    command = [*PROGRAM, *fed.serving("--resume", "--wait", "120", "--deadline", "60", "--no-base")]
+    command = [*PROGRAM, *fed.serving("--resume", "--wait", str(HANGS), "--deadline", str(HANGS), "--no-base")]
     with (fed.folder / "serve.log").open("wb") as log:
         return subprocess.Popen(command, env=own, stdout=log, stderr=log)
 
@@ -69,21 +52,21 @@ def test_a_server_that_dies_at_a_step_of_a_commit_goes_on(table: dict[str, Any],
         for step in steps:
             told, before = tmp_path / f"told-{step}", rounds_of(fed)
             server = started(fed, step, told)
-            assert wait_for(lambda t=told, s=server: t.exists() or s.poll() is not None, 120), log_of(fed)
+            assert wait_for(lambda t=told, s=server: t.exists() or s.poll() is not None), log_of(fed)
             if not told.exists():
-                assert server.wait(30) == 0, log_of(fed)
+                assert server.wait(HANGS) == 0, log_of(fed)
                 break  # a commit has fewer steps: the run went to its end
             at.append(told.read_text().splitlines()[-1])
             if step % 2:
                 server.kill()  # the whole server
-                server.wait(30)
+                server.wait(HANGS)
             else:
                 # the ServerApp alone: the operator is told, and not left waiting
-                assert server.wait(60) == 4, log_of(fed)
+                assert server.wait(HANGS) == 4, log_of(fed)
                 assert "the server's part of the run was killed" in log_of(fed)
                 assert "--resume" in log_of(fed)
             assert rounds_of(fed) >= before, "a committed round is never lost"
-        done = fed.serve("--resume", "--wait", "120", "--deadline", "60", "--no-base")
+        done = fed.serve("--resume", "--wait", str(HANGS), "--deadline", str(HANGS), "--no-base")
         assert done.returncode == 0, done.stdout + done.stderr
         records = read_records(fed.out / "rounds.jsonl")
     assert [record.round for record in records] == list(range(1, table["federation"]["rounds"] + 1))

@@ -27,7 +27,7 @@ from florana.flower.processes import free_port
 from florana.flower.serve import _register, check_certificates, serve, superlink
 from florana.flower.settings import Settings
 from florana.recipe_file import read_recipe
-from tests.deployment import PROGRAM, end_all, environment
+from tests.deployment import HANGS, PROGRAM, end_all, environment
 
 pytestmark = [pytest.mark.chaos, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
@@ -78,7 +78,7 @@ def join(standing: Standing, site: Path, invitation: Path | None = None) -> subp
     place = invitation or standing.folder / "invitation"
     command = [*PROGRAM, "join", str(place), "--site", str(site)]
     home = environment(standing.folder / "home")
-    return subprocess.run(command, env=home, capture_output=True, text=True, timeout=180, check=False)
+    return subprocess.run(command, env=home, capture_output=True, text=True, timeout=HANGS, check=False)
 
 
 def test_an_unapproved_key_is_refused(standing: Standing, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ Scores = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Event:
-    """Something to show while a run goes on: `kind` is joined, round, reply, refused, committed or mended."""
+    """Something to show while a run goes on: `kind` is joined, resumed, mended, round, reply, refused or committed."""
 
     kind: str
     round: int

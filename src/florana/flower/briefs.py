@@ -45,7 +45,10 @@ def read_reply(frame: Frame, client: str, nonce: str) -> Reply | Failure:
     if frame.kind == "failure":
         return Failure(client, str(frame.fields.get("reason", ""))[:1000] or "failed without a reason")
     if frame.kind == "changed":
-        return Failure(client, "is not as it was at the roll call (another recipe, data or model): it is asked anew")
+        return Failure(
+            client,
+            "is not as it was at the roll call (another recipe, data, model or number of threads): it is asked anew",
+        )
     if frame.kind != "reply":
         return Failure(client, f"answered with a message of kind '{frame.kind[:40]}'")
     if frame.fields.get("nonce") != nonce:

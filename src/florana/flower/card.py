@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -49,16 +49,33 @@ class Card(_Said):
     """One site.
 
     Args:
-        client: its name. florana, torch: versions. agreed: its recipe, as `site.agreed` gives it.
+        client: its name. florana, torch: versions. threads, instructions: with how many threads and what kind of
+            processor it computes. agreed: its recipe, as `site.agreed` gives it.
         holds: its rows, counted. common: see `Common`.
     """
 
     client: str
     florana: str
     torch: str
+    threads: Annotated[int, Field(ge=1, strict=True)]
+    instructions: Annotated[str, Field(max_length=200)]
     agreed: dict[str, Any]
     holds: Holds
     common: Common
+
+    @property
+    def computes(self) -> dict[str, Any]:
+        """All beside the data on which the last bits of its answers depend."""
+        return self.model_dump(include={"threads", "instructions", "torch"})
+
+    def introduced(self, began: Mapping[str, Any] | None) -> str:
+        """Who joins, in words; `began` is what it computed with when the run began, where it took part then."""
+        words = f"{self.holds.train} rows, threads {self.threads}"
+        if began is None or began == self.computes:
+            return words
+        now = self.computes
+        changed = [f"{key} {began.get(key)} -> {value}" for key, value in now.items() if began.get(key) != value]
+        return f"{words} (since the run began: {', '.join(changed)}: its last bits may differ)"
 
 
 NAMES = {

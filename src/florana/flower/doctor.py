@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from florana import recipe as r
 from florana.errors import FederationError, FloranaError
 from florana.flower.held import holdable
@@ -23,6 +25,7 @@ from florana.flower.reach import clock_difference
 from florana.flower.serve import check_certificates
 from florana.flower.site import base_digest
 from florana.run import Setup, prepare
+from florana.threads import instructions
 
 CLOCK_SECONDS = 60.0
 """Flower takes signatures that are at most 300 seconds old; a clock that is off by more than this will soon be."""
@@ -45,7 +48,7 @@ class Finding:
 
 def at_site(invitation: Invitation, recipe: r.Recipe, keys: Path, data: Path | None) -> Iterator[Finding]:
     """The findings at a site, each as soon as it is there."""
-    yield from _common(keys)
+    yield from _common(keys, recipe)
     yield _tried("key", lambda: f"{read_private(keys)[0]}, readable by its owner alone")
     yield _tried("the server's code", _not_run)
     yield from _server(invitation)
@@ -67,7 +70,7 @@ def at_server(
     recipe: r.Recipe, files: Certificates, out: Path, host: str, port: int, *, base: bool
 ) -> Iterator[Finding]:
     """The findings at the operator's machine."""
-    yield from _common(out)
+    yield from _common(out, recipe)
 
     def valid() -> str:
         check_certificates(files)
@@ -97,10 +100,12 @@ def at_server(
             yield _memory(setup[0])
 
 
-def _common(folder: Path) -> Iterator[Finding]:
+def _common(folder: Path, recipe: r.Recipe) -> Iterator[Finding]:
     names = ["florana", "flwr", "torch", "transformers", "peft"]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     yield Finding("versions", True, f"Python {sys.version.split()[0]}, {versions}")
+    count, whose = recipe.threads or torch.get_num_threads(), "the recipe's" if recipe.threads else "this process's own"
+    yield Finding("threads", True, f"{count}, {whose}, on a processor with {instructions()}")
     yield _tried("Flower's programs", lambda: f"beside {Path(program('flower-supernode')).parent.name}/python")
     place = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(place).free

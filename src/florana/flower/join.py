@@ -68,7 +68,7 @@ def join(
     who, key = read_private(keys)
     setup = prepare_site(recipe, who, data)
     site = site_of(recipe, setup, who, keys / "kept", step)
-    say(f"{who}: {site.card.holds.train} rows to train on; connecting to {invitation.address}")
+    say(f"{who}: {site.card.introduced(None)}; connecting to {invitation.address}")
     if not _reached(invitation, done, say):
         return
     with explained(keys, "the site's folder could not be written"):

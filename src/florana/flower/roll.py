@@ -32,10 +32,11 @@ class Roll:
     Args:
         grid: Flower's connection. keys: client -> its node's public key (bytes), as the operator approved it; None in
             a simulation, where every node says which client it is.
-        agreed: the server's recipe, as `site.agreed` gives it.
+        agreed: the server's recipe, as `site.agreed` gives it; with `threads`, where it names their number.
         own: what the server itself holds; None without the base model, where most sites decide at the end of `wait`.
         deadline: seconds of a round; in a simulation also those to say who it is, since it loads the model first.
         show: told of every client that joins or is refused.
+        began: client -> what it computed with when the run began, of a run that goes on.
         cards: client -> its card, of all whose name and recipe are right. examples: client -> its training rows.
     """
 
@@ -45,6 +46,7 @@ class Roll:
     own: Common | None
     deadline: float
     show: Callable[[Event], None]
+    began: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cards: dict[str, Card] = field(default_factory=dict)
     examples: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -165,7 +167,7 @@ class Roll:
             self._clients[node], self._again[node] = card.client, math.inf
             self.refused.pop(card.client, None)
             if self._fits(card.client, self._settled):
-                self.show(Event("joined", 0, card.client, f"{card.holds.train} rows"))
+                self.show(Event("joined", 0, card.client, card.introduced(self.began.get(card.client))))
 
     def _known(self, new: Mapping[int, bytes]) -> dict[int, str]:
         """The new nodes whose keys are approved, with their names; in a simulation all, and no names."""
@@ -183,10 +185,11 @@ class Roll:
             return f"calls itself '{card.client[:80]}', but its key is that of '{known}'"
         if not known and card.client in self._clients.values():
             return f"two nodes call themselves '{card.client[:80]}'"
+        theirs = {**card.agreed, **({"threads": card.threads} if "threads" in self.agreed else {})}
         different = [
-            f"{key} is {card.agreed.get(key)!r}, here {self.agreed.get(key)!r}"
-            for key in sorted(self.agreed.keys() | card.agreed.keys())
-            if card.agreed.get(key) != self.agreed.get(key)
+            f"{key} is {theirs.get(key)!r}, here {self.agreed.get(key)!r}"
+            for key in sorted(self.agreed.keys() | theirs.keys())
+            if theirs.get(key) != self.agreed.get(key)
         ]
         return "has another recipe: " + "; ".join(different)[:500] if different else ""
 

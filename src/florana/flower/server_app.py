@@ -23,7 +23,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from florana import recipe as r
-from florana.conduct import Show, conduct
+from florana.conduct import Show, conduct, settled
 from florana.errors import FederationError, FloranaError, RecipeError
 from florana.factors import Adapter
 from florana.federation.loop import Event
@@ -72,12 +72,19 @@ def lead(grid: Grid, recipe: r.Recipe, settings: Settings, folder: Path, show: S
         FederationError: too few clients, at the start or in a round. RecipeError: the strategy needs the base model
             at the server, which has none. InputError: a model or data that cannot be read.
     """
+    with settled(recipe, folder, show) as own:
+        _lead(grid, own, settings, folder, show, named=recipe.threads)
+
+
+def _lead(grid: Grid, recipe: r.Recipe, settings: Settings, folder: Path, show: Show, named: int | None) -> None:
+    """`named`: the number of threads that the operator's recipe asks of everybody."""
     keys = read_roster(Path(settings.roster)) if settings.roster else None
     here = prepare(recipe, {} if recipe.partition.kind == "sites" else None) if settings.base else None
     run = _run_name(folder)
 
     def called(own: Common | None) -> Roll:
-        roll = Roll(grid, keys, agreed(recipe), own, settings.deadline, show)
+        everyone = agreed(recipe) | ({} if named is None else {"threads": named})
+        roll = Roll(grid, keys, everyone, own, settings.deadline, show, _computed(folder))
         wanted = len(keys) if keys is not None else _simulated(grid, recipe)
         roll.wait(recipe.federation.min_clients, wanted, settings.wait)
         return roll
@@ -143,8 +150,17 @@ def _simulated(grid: Grid, recipe: r.Recipe) -> int:
     return nodes
 
 
+def _computed(folder: Path) -> Mapping[str, Mapping[str, Any]]:
+    """With what the clients of the run in the folder began; of a new run nothing."""
+    path = folder / "setup.json"
+    begun = (folder / "rounds.jsonl").exists() and path.exists()
+    found = json.loads(path.read_text(encoding="utf-8")).get("computes", {}) if begun else {}
+    return found if isinstance(found, dict) else {}
+
+
 def _facts(recipe: r.Recipe, here: Setup | None, roll: Roll, begun: State) -> dict[str, Any]:
     partition = {
+        "computes": {name: card.computes for name, card in sorted(roll.cards.items())},
         "labels": roll.common.labels,
         "clients": {name: card.holds.model_dump(exclude_none=True) for name, card in sorted(roll.cards.items())},
     }

@@ -54,7 +54,7 @@ def to_config(recipe: Recipe, settings: Settings) -> dict[str, Scalar]:
     All keys are there, since Flower lets nobody set one that the app did not declare.
     """
     table = recipe.model_dump(mode="json")
-    flat: dict[str, Any] = {"title": recipe.title, "seed": recipe.seed, "task": recipe.task}
+    flat: dict[str, Any] = {key: table[key] for key in ("title", "seed", "threads", "task")}
     for section in _SECTIONS:
         flat |= {f"{section}.{key}": value for key, value in table[section].items()}
     if recipe.generation is not None:

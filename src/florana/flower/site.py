@@ -23,6 +23,7 @@ from florana.flower.card import Card, Common, digest
 from florana.flower.frames import Frame
 from florana.run import Setup, begin, clients_of, strategy_of
 from florana.strategy.base import Strategy
+from florana.threads import instructions, threads
 
 PLACES = {
     "model": {"base", "device"},
@@ -73,7 +74,8 @@ class Site:
         if frame.fields.get("card") != digest(self.card):  # it was started anew since, with something else
             return Frame("changed")
         memory = recall(self.folder, run, self.who, brief.round)
-        reply, kept = self.fit(brief, memory)
+        with threads(self.card.threads):  # in whatever thread Flower asks
+            reply, kept = self.fit(brief, memory)
         keep(self.folder, run, self.who, brief.round, kept)
         return reply_frame(reply, str(frame.fields["nonce"]))
 
@@ -86,10 +88,11 @@ def site_of(recipe: r.Recipe, setup: Setup, who: str, folder: Path, step: Callab
     """
     if who not in setup.clients:
         raise RecipeError(f"there is no client '{who}'", why=f"the data have {', '.join(sorted(setup.clients))}")
-    strategy = strategy_of(recipe, sorted(setup.clients))
-    begun = strategy.init(begin(recipe, setup, starts_anywhere(strategy)))
-    clients = clients_of(recipe, setup, begun, step or (lambda client: None))
-    return Site(who, clients.fit, card_of(recipe, setup, who, clients.first), clients.first, folder)
+    with threads(recipe.threads):
+        strategy = strategy_of(recipe, sorted(setup.clients))
+        begun = strategy.init(begin(recipe, setup, starts_anywhere(strategy)))
+        clients = clients_of(recipe, setup, begun, step or (lambda client: None))
+        return Site(who, clients.fit, card_of(recipe, setup, who, clients.first), clients.first, folder)
 
 
 def starts_anywhere(strategy: Strategy) -> Strategy:
@@ -113,6 +116,8 @@ def card_of(recipe: r.Recipe, setup: Setup, who: str, start: Adapter) -> Card:
         client=who,
         florana=importlib.metadata.version("florana"),
         torch=torch.__version__.partition("+")[0],
+        threads=torch.get_num_threads(),
+        instructions=instructions(),
         agreed=agreed(recipe),
         holds=setup.partition["clients"][who],
         common=common_of(setup, start),

@@ -18,11 +18,15 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
+import torch
+
 from florana import recipe as r
 from florana.errors import FloranaError
 from florana.federation.journal import read_records
 from florana.federation.loop import Event
+from florana.run_folder import recorded_threads
 from florana.study.cells import CENTRALISED, Cell, Plan, Setting, recipe_of
+from florana.threads import threads
 from florana.whole_files import explained, replace_file
 
 MEMORY_PER_JOB = 2 * 2**30
@@ -50,10 +54,9 @@ def execute_study(plan: Plan, out: Path, jobs: int | None, advance: Callable[[in
     with explained(out, "the study's folder could not be made"):
         out.mkdir(parents=True, exist_ok=True)
     count = min(jobs or default_jobs(), len(plan.settings))
-    threads = max(1, (os.cpu_count() or 1) // count)
     groups = [
-        Group(plan.base, setting, [cell for cell in plan.cells if cell.setting == setting], out, threads,
-              plan.swap_rounds)
+        Group(plan.base, setting, [cell for cell in plan.cells if cell.setting == setting], out,
+              threads_of(plan, out, jobs), plan.swap_rounds)
         for setting in plan.settings
     ]  # fmt: skip
     failures: dict[str, str] = {}
@@ -85,6 +88,15 @@ def default_jobs() -> int:
     return max(1, min(os.cpu_count() or 1, free // MEMORY_PER_JOB))
 
 
+def threads_of(plan: Plan, out: Path, jobs: int | None) -> int:
+    """With how many threads each run of the study works, in all of it the same: as the recipe says, or as the study
+    was begun, or a share of the cores, never more than OMP_NUM_THREADS says."""
+    begun = (recorded_threads(folder_of(out, cell)) for cell in plan.cells)
+    recorded = plan.base.threads or next(filter(None, begun), None)
+    share = (os.cpu_count() or 1) // min(jobs or default_jobs(), len(plan.settings))
+    return recorded or min(max(1, share), torch.get_num_threads())
+
+
 def rounds_left(plan: Plan, out: Path) -> int:
     """Rounds of the study that are not committed yet."""
     rounds = plan.base.federation.rounds
@@ -103,12 +115,14 @@ def swap_file(out: Path, setting: Setting) -> Path:
 
 def work(group: Group, tell: Callable[[str], Any]) -> dict[str, str]:
     """One group: prepare once, run what is unfinished, then the swap test. Returns cell id -> why it failed."""
-    import torch
+    with threads(group.threads):
+        return _work(group, tell)
 
+
+def _work(group: Group, tell: Callable[[str], Any]) -> dict[str, str]:
     from florana.run import execute, prepare
     from florana.study.swap import swap
 
-    torch.set_num_threads(min(group.threads, torch.get_num_threads()))  # never more than OMP_NUM_THREADS says
     failures: dict[str, str] = {}
     setup = None
     todo = [cell for cell in group.cells if not finished(group, cell)]
@@ -140,7 +154,8 @@ def work(group: Group, tell: Callable[[str], Any]) -> dict[str, str]:
             failures[f"swap test, {group.setting.name}, seed {group.setting.seed}"] = str(error).replace("\n", "; ")
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
-            content = {"seconds": time.perf_counter() - started, "asked": asked, "rows": rows}
+            seconds = time.perf_counter() - started
+            content = {"seconds": seconds, "threads": group.threads, "asked": asked, "rows": rows}
             replace_file(target, (json.dumps(content, indent=1) + "\n").encode())
     return failures
 
@@ -150,9 +165,9 @@ def finished(group: Group, cell: Cell) -> bool:
     folder = folder_of(group.out, cell)
     if len(read_records(folder / "rounds.jsonl")) < group.base.federation.rounds:
         return False
-    return (folder / "recipe.toml").exists() and (folder / "recipe.toml").read_text() == recipe_of(
-        group.base, cell
-    ).to_toml()
+    recipe, recorded = recipe_of(group.base, cell), recorded_threads(folder)
+    wanted = recipe.model_copy(update={"threads": recipe.threads or recorded})
+    return recorded is not None and (folder / "recipe.toml").read_text() == wanted.to_toml()
 
 
 def swap_asked(group: Group) -> str:
