@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from florana.aggregate import als, gradient
+from florana.aggregate import als, component, gradient
 from florana.aggregate.core import folded, mean_cores
 from florana.aggregate.fair import corrected_mean
 from florana.aggregate.gauge import orthonormal
@@ -204,6 +204,8 @@ ROWS = [
     Row("flora-na factors/model", lambda p: mix(p, solver=als.solve, fit=per_model).adapter),
     Row("flora-na updates/module", lambda p: mix(p, solver=als.solve, base=zero_base(p)).adapter),
     Row("flora-na updates/model", lambda p: mix(p, solver=als.solve, fit=per_model, base=zero_base(p)).adapter),
+    Row("flora-na factors/component", lambda p: mix(p, solver=component.solve).adapter),
+    Row("flora-na updates/component", lambda p: mix(p, solver=component.solve, base=zero_base(p)).adapter),
     Row("flora-na adamw", lambda p: mix(p, solver=few_steps).adapter, weight_two=False),
 ]
 every = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

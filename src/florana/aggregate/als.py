@@ -43,9 +43,9 @@ def solve(modules: Sequence[Products], *, sweeps: int = 50, tolerance: float | N
         sweeps: the most rounds of (p, then q) from each start.
         tolerance: with Blocks, stop when a sweep lowers the squared error by less than this share of it (1e-6 if
             None). With Directions, where a sweep costs as much as all blocks of a few clients, stop when what further
-            sweeps are expected to bring is less than this share of it (3e-3 if None, held to 0.5 % of the error, which
-            is a share of 1e-2). Both figures are estimates there: the squared error from random probes (||T||^2 itself would cost as much as the
-            blocks), the further falls from the last two as a geometric series.
+            sweeps are expected to bring is less than this share of it (3e-3 if None; what is held to is 0.5 % of the
+            error, a share of 1e-2). Both figures are estimates there: the squared error from random probes (||T||^2
+            itself would cost as much as the blocks), the further falls from the last two as a geometric series.
 
     Returns:
         p and q scaled to equal norms where the base is zero (the product has that freedom), as found otherwise, and the
@@ -101,19 +101,31 @@ def _lowest(errors: Sequence[float], margin: float, floor: float) -> int:
 def _by_factors(
     modules: Sequence[Directions], sweeps: int, tolerance: float
 ) -> tuple[Tensor, Tensor, tuple[float, ...]]:
-    """One start after the other; their ends are compared by || B A ||^2 - 2 <T, B A>, which is the error less ||T||^2."""
-    found = [_descent(modules, start, sweeps, tolerance) for start in starts.of_directions(modules)]
-    ends = [
-        sum(direct.square_less_target(module, module.left(p), module.right(q)) for module in modules)
-        for p, q, _ in found
-    ]
+    """One start after the other; their ends are compared by || B A ||^2 - 2 <T, B A>, the error less ||T||^2."""
+    first, *alone = starts.of_directions(modules)
+    begun = [(first, first), *((_scale(modules, start) * start, start) for start in alone)]
+    found = [_descent(modules, p, q, sweeps, tolerance) for p, q in begun]
+    if not alone:
+        return found[0]
+    ends = []
+    for p, q, _ in found:
+        figures = [direct.against_target(module, module.left(p), module.right(q)) for module in modules]
+        ends.append(sum(own - 2 * cross for cross, own in figures))
     return found[_lowest(ends, 0.0, 32 * torch.finfo(modules[0].D.dtype).eps * abs(ends[0]))]
 
 
+def _scale(modules: Sequence[Directions], start: Tensor) -> float:
+    """What p is best multiplied by where p = q = start; 1 where a base makes that another model."""
+    if any(module.has_base for module in modules):
+        return 1.0
+    figures = [direct.against_target(module, module.left(start), module.right(start)) for module in modules]
+    cross, own = (sum(column) for column in zip(*figures, strict=True))
+    return cross / own if own > 0 else 1.0
+
+
 def _descent(
-    modules: Sequence[Directions], start: Tensor, sweeps: int, tolerance: float
+    modules: Sequence[Directions], p: Tensor, q: Tensor, sweeps: int, tolerance: float
 ) -> tuple[Tensor, Tensor, tuple[float, ...]]:
-    p = q = start
     pairs = [(module.left(p), module.right(q)) for module in modules]
     rounding = 32 * torch.finfo(modules[0].D.dtype).eps
     precision = min(HALF_STEP, 10 * tolerance)
@@ -155,9 +167,7 @@ def _with_base(rows: Tensor) -> Tensor:
     return torch.cat([torch.ones((len(rows), 1), dtype=rows.dtype), rows], dim=1)
 
 
-def _half_step(
-    sides: Sequence[tuple[Tensor, Tensor, float]], weights: Tensor, x: Tensor, other: Tensor
-) -> Tensor:
+def _half_step(sides: Sequence[tuple[Tensor, Tensor, float]], weights: Tensor, x: Tensor, other: Tensor) -> Tensor:
     """The best x (S, U+1) for the other side fixed, row by row."""
     M = torch.zeros((*x.shape, x.shape[1]), dtype=x.dtype)
     b = torch.zeros_like(x)

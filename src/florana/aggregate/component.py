@@ -3,8 +3,8 @@
     B_hat = B_0 + sum_u (B_u - B_0) diag(p_u)        A_hat = A_0 + sum_u diag(q_u) (A_u - A_0),      p_u, q_u in R^r
 
 As wide as the scalars of `als` on the wire and in the clients' own coordinates, with r times the freedom. Write b_k and
-a_k for the columns of B_u and the rows of A_u (less those of the base), k = (u, i). With q fixed and a_hat_i the rows of
-A_hat, the error is quadratic in p with
+a_k for the columns of B_u and the rows of A_u (less those of the base), k = (u, i). With q fixed and a_hat_i the rows
+of A_hat, the error is quadratic in p with
 
     N_kl = (b_k . b_l)(a_hat_i(k) . a_hat_i(l))        g_k = b_k . (T - B_hat A_hat) a_hat_i(k)
 
@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from florana.aggregate import als
-from florana.aggregate.blocks import Blocks, Coefficients, target_square
+from florana.aggregate.blocks import Coefficients, target_square
 from florana.aggregate.direct import Directions, Products
 from florana.errors import InputError
 
-RIDGE = 1e-11
+RIDGE = 1e-9
 """Of the trace of W N W."""
 
 MOST = 4096
@@ -75,11 +75,11 @@ def solve(modules: Sequence[Products], *, sweeps: int = 60, tolerance: float = 1
     for _ in range(sweeps):
         p_new, _ = _half_step(sides, weights, p, q)
         q_new, square = _half_step(turned, weights, q, p_new)
-        if not target + square < history[-1]:
-            break  # rounding is all that is left
+        if not target + square < history[-1] - floor:
+            break  # rounding is all that is left: twins keep what they have
         p, q = p_new, q_new
         history.append(max(target + square, 0.0))
-        if history[-2] - history[-1] <= tolerance * history[-2] + floor:
+        if history[-2] - history[-1] <= tolerance * history[-2]:
             break
     p, q = p[1:], q[1:]
     if not any(block.has_base for block in blocks):

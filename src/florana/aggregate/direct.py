@@ -186,10 +186,11 @@ def square_estimate(module: Directions, B: Tensor, A: Tensor) -> float:
     return module.unit * float(torch.linalg.vector_norm(missed)) ** 2 / PROBES
 
 
-def square_less_target(module: Directions, B: Tensor, A: Tensor) -> float:
-    """|| T - B A ||_F^2 - || T ||_F^2 = || B A ||^2 - 2 <T A^T, B>: exact, for what the two squares' difference is."""
-    whole = (B.T @ B).double() * (A @ A.T).double()
-    return module.unit * (float(whole.sum()) - 2 * float((target_times(module, A.T) * B).sum(dtype=torch.float64)))
+def against_target(module: Directions, B: Tensor, A: Tensor) -> tuple[float, float]:
+    """<T, B A> and ||B A||_F^2, exact: the error of c B A is ||T||^2 - 2 c <T, B A> + c^2 ||B A||^2."""
+    own = float(((B.T @ B).double() * (A @ A.T).double()).sum())
+    cross = float((target_times(module, A.T) * B).sum(dtype=torch.float64))
+    return module.unit * cross, module.unit * own
 
 
 def step(sides: Sequence[Quadratic], precision: float, rounding: float) -> tuple[Tensor, list[Tensor | float], float]:

@@ -97,7 +97,7 @@ def factors_cost(modules: Mapping[str, Directions]) -> float:
 
 READS = 120.0
 """The multiply-adds of a float64 matrix product in the time of one solve from the factors, per entry of them: two or
-three sweeps of six to ten conjugate-gradient iterations. One or two took 70 to 80 at 4096 x 4096, 10 and 100 clients."""
+three sweeps of six to ten conjugate-gradient iterations. One or two measured 70 to 80 at 4096 x 4096."""
 
 STEP_CALLS = 2e7
 """The same for the hundred or so calls of such a solve on small tensors."""

@@ -38,7 +38,7 @@ class FedIT(LoraStrategy):
 
 
 class FloraNA(LoraStrategy):
-    """FLoRA-NA: one fitted coefficient per client and factor. See `florana.strategy.flora_na`.
+    """FLoRA-NA: one fitted coefficient per client and factor, or rank component too. See `florana.strategy.flora_na`.
 
     >>> FloraNA(lora_alpha=16, min_train_nodes=3).method.name
     'flora-na'
@@ -48,7 +48,7 @@ class FloraNA(LoraStrategy):
         self,
         *,
         combine: Literal["factors", "updates"] = "factors",
-        scope: Literal["module", "model", "model-relative"] = "module",
+        scope: Literal["module", "model", "model-relative", "component"] = "module",
         solver: Literal["als", "adamw"] = "als",
         **common: Unpack[Common],
     ) -> None:

@@ -70,6 +70,7 @@ class Facts:
         shape: the recipe's rank -> (the rank of the pair, the blocks of its core).
         coordinates: `stay` where the pair that goes back continues the clients' pairs entry by entry; `move` where it
             is chosen anew, so that what rounding left out of the last pair says nothing about the next.
+        most: the largest product of clients in a round and rank that the server's step takes on; None: any.
         one_model: False for methods without a global product; they have no global score and no aggregation error.
     """
 
@@ -88,4 +89,5 @@ class Facts:
     residual: Callable[[int, int, int], int] = lambda clients, rank, rounds: 0
     shape: Callable[[int], tuple[int, int]] = lambda rank: (rank, 1)
     coordinates: Literal["stay", "move"] = "stay"
+    most: int | None = None
     one_model: bool = True
