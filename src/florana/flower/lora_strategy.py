@@ -37,7 +37,7 @@ from florana.flower.answers import (
 from florana.flower.arrays import pack, unpack
 from florana.flower.names import Names, names_of, scaling_rule
 from florana.strategy import facts
-from florana.strategy.base import PAIR, Outcome, Payload, State, Strategy, rank_of
+from florana.strategy.base import MARK, PAIR, Outcome, Payload, State, Strategy, rank_of
 
 log = logging.getLogger("florana")
 
@@ -209,7 +209,7 @@ class LoraStrategy(FedAvg):
             )
         if self.state is None or server_round == 1:
             begun = self.method.init(adapter)
-        elif self.state.residual is not None or self.state.memory or names != self._names:
+        elif self.state.residual is not None or _remembers(self.state) or names != self._names:
             raise RecipeError(
                 f"round {server_round} was given other arrays than the round before made",
                 why=f"'{self.method.name}' keeps more than the adapter, or the tensors have other names",
@@ -266,6 +266,11 @@ class LoraStrategy(FedAvg):
             error = measure(parts, outcome.state.adapter, outcome.state.residual)
             metrics["florana-error"], metrics["florana-optimum"] = error.error, error.optimum
         return metrics
+
+
+def _remembers(state: State) -> bool:
+    """Whether the method keeps something that belongs to the adapter it sent."""
+    return any(not name.startswith(MARK) for name in state.memory)
 
 
 def _require_finite(outcome: Outcome) -> None:

@@ -156,5 +156,11 @@ class LoraFair(LoraStrategy):
 class FedRot(LoraStrategy):
     """Factors turned to the last broadcast before averaging. See `florana.strategy.fedrot`."""
 
-    def __init__(self, **common: Unpack[Common]) -> None:
-        super().__init__(_built("fedrot"), **common)
+    def __init__(
+        self,
+        *,
+        align: Literal["in-turn", "joint"] = "in-turn",
+        strength: float | None = None,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(_built("fedrot", align=align, strength=strength), **common)

@@ -59,6 +59,7 @@ class Facts:
         trains: what a client trains.
         up, down: parameters sent per module, client and round; k is the rank of the frozen part.
         exact: how near the server's step comes to the true average.
+        differs: where florana departs from the publication, or where that could not be told; empty: nowhere known.
         base: whether what clients add to the base model besides the trained pair changes over the rounds.
         absent: what a client needs that missed rounds. client_state: what it keeps, and what its loss means.
         mixed_ranks: what a client of a lower rank gets, or why all must have one rank.
@@ -79,6 +80,7 @@ class Facts:
     up: Count
     down: Count
     exact: str
+    differs: str = ""
     base: str = "stays"
     absent: str = "nothing: every broadcast is complete"
     client_state: str = "none"

@@ -42,6 +42,8 @@ FACTS = facts.Facts(
     down=facts.PAIR,
     exact="no: never above `fedit` in the fit, never below `best-rank`",
     mixed_ranks="with `combine = factors`: zero-padded, the first r_u columns of B and rows of A",
+    differs="weights are the federation's (published: 1 / U); the default solver is alternating least squares; "
+    "`scope = component` is not in the paper",
     noise="in both factors: a product of noises; the fit is post-processing, and fits the noise too",
 )
 

@@ -40,6 +40,7 @@ FACTS = facts.Facts(
     trained=lambda s: facts.CORE.of(s) + s.blocks,  # the scales
     secure_aggregation="yes: sums of s H, and of weights per head where clients train some (others padded with zeros)",
     noise="in s H alone: linear",
+    differs="written from the abstract and notes: which heads a client takes is drawn anew in every round",
 )
 WORK = work(trains=["core", "scale"], up=["core"], down=["core"])
 _SEED = "seed"
