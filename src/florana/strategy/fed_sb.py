@@ -35,8 +35,8 @@ FACTS = facts.Facts(
     trained=facts.CORE.of,
     secure_aggregation="yes: sums of R",
     noise="in R alone: linear, in the fewest dimensions; a first gradient must be accounted for",
-    differs="published unweighted, here weighted; published with `begin = gradient`, which is no default here: it pools "
-    "the clients' gradients",
+    differs="published unweighted, here weighted; published with `begin = gradient`, which pools gradients "
+    "and is no default here",
 )
 WORK = work(trains=["core"], up=["core"], down=["core"])
 

@@ -22,8 +22,8 @@ from florana.strategy import facts
 from florana.strategy.base import MARK, Outcome, State, Strategy, advance, broadcast
 
 FACTS = facts.Facts(
-    does="turns each client's factors to the last broadcast, A's and B's way in turn (or both at once, option `align`), "
-    "then averages",
+    does="turns each client's factors to the last broadcast, by A and by B in turn (or by both, option `align`), then "
+    "averages",
     trains="A, B",
     up=facts.PAIR,
     down=facts.PAIR,

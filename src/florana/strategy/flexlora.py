@@ -27,7 +27,6 @@ FACTS = facts.Facts(
     mixed_ranks="the best adapter of its own rank",
     noise="in both factors: a product of noises; the rest is post-processing",
     coordinates="move",
-    differs="the same product, from factors: neither the dense sum nor its whole decomposition is formed",
 )
 
 

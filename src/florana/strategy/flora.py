@@ -37,7 +37,7 @@ FACTS = facts.Facts(
     noise="in both factors, and in the base for good",
     residual=lambda clients, rank, rounds: clients * rank * rounds,
     coordinates="move",
-    differs="the stacks of all rounds travel as one frozen residual in as few terms as it takes, not each round's stack",
+    differs="not each round's stack travels but the sum of all, as one frozen residual in as few terms as it takes",
 )
 _SPREAD = "spread/"
 WORK = work(trains=["A", "B"], up=["A", "B"], down=["A"])

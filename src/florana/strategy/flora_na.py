@@ -43,7 +43,7 @@ FACTS = facts.Facts(
     exact="no: never above `fedit` in the fit, never below `best-rank`",
     mixed_ranks="with `combine = factors`: zero-padded, the first r_u columns of B and rows of A",
     differs="weights are the federation's (published: 1 / U); the default solver is alternating least squares; "
-    "`scope = component` is not in the paper",
+    "`scope = component` is not in the paper (its step solves dense systems of U r unknowns, of at most 4096)",
     noise="in both factors: a product of noises; the fit is post-processing, and fits the noise too",
 )
 

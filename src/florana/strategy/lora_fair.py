@@ -23,7 +23,7 @@ FACTS = facts.Facts(
     up=facts.PAIR,
     down=facts.PAIR,
     exact="no: between `best-rank` and `fedit`",
-    differs="the ridge form with its closed solution; published: a cosine similarity and the penalty, by gradient descent",
+    differs="the ridge form with its closed solution; published: a similarity and the penalty, by gradient descent",
 )
 
 
