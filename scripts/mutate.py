@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = "test_methods test_mixed_ranks test_rules test_beyond"
 PARTIAL = "test_pruning test_heads test_partial"
 TRAIN = "test_train test_data"
+PUBLISHED = "test_as_published"
 DROP_IN = "test_flower_faults test_flower_strategies"
 
 # file, what stands there, what is put in its place, the tests that must notice
@@ -72,7 +73,18 @@ MUTATIONS = [
     ("aggregate/accumulate.py", "(less, -1.0)", "(less, 1.0)", METHODS),
     ("strategy/rolora.py", "% 2 == 0", "% 2 == 1", METHODS),
     ("strategy/flora.py", "torch.zeros_like(pair.B)", "pair.B.clone()", METHODS),
-    ("strategy/ranks.py", "if rank < len(whole.values) and", "if False and", METHODS),
+    ("strategy/flora.py", "_spreads(state.adapter) | dict(state.memory)", "_spreads(state.adapter)", PUBLISHED),
+    ("strategy/fedrot.py", "if state.round == 0:", "if False:", PUBLISHED),
+    ("strategy/fedrot.py", "state.round % 2 == 1", "state.round % 2 == 0", PUBLISHED),
+    ("strategy/fedrot.py", "if _IN_TURN not in state.memory:", "if False:", PUBLISHED),
+    ("strategy/florist.py", "min(most, max(1, outgoing))", "most", PUBLISHED),
+    ("strategy/florist.py", "max(1, outgoing)", "outgoing", PUBLISHED),
+    ("strategy/florist.py", "if len(parts) == 1:", "if False:", PUBLISHED),
+    ("strategy/fed_sb.py", "_one_step_in if", "_spanned if", PUBLISHED),
+    ("aggregate/rotate.py", "torch.linalg.det(left @ right).sign()", "1.0", PUBLISHED),
+    ("aggregate/rotate.py", "(1 - strength) * torch.eye", "strength * torch.eye", PUBLISHED),
+    ("strategy/ranks.py", "min(rank, pair.rank)", "rank", PUBLISHED),
+    ("strategy/ranks.py", "if own < len(whole.values) and", "if False and", METHODS),
     ("strategy/best_rank.py", "added=_kept(state.memory)", "added=None", METHODS),
     ("strategy/fedsvd.py", "A=orthonormal_rows(pair.A)", "A=pair.A.clone()", METHODS),
     ("strategy/frlora.py", "less=state.adapter", "less=None", METHODS),
@@ -115,7 +127,7 @@ MUTATIONS = [
     ("train/inserts.py", "...hk,hjk,h->...hj", "...hk,hkj,h->...hj", TRAIN),
     ("train/inserts.py", "copied(blocks * scale[:, None, None])", "copied(blocks)", TRAIN),
     ("train/model.py", "requires_grad_(letter in trains)", "requires_grad_(True)", TRAIN),
-    ("train/beginnings.py", "-torch.sign(", "torch.sign(", TRAIN),
+    ("train/beginnings.py", "-rate * torch.sign(", "rate * torch.sign(", TRAIN),
     ("module_patterns.py", r"\A(?:.*\.)?(?:{key})\z", r"(?:.*\.)?(?:{key})\z", "test_module_patterns"),
     ("module_patterns.py", r"\A(?:.*\.)?(?:{key})\z", r"\A(?:.*\.)?(?:{key})", "test_module_patterns"),
     ("module_patterns.py", "if piece is None:", "if False:", "test_module_patterns"),
@@ -158,6 +170,9 @@ MUTATIONS = [
     ("aggregate/starts.py", "towards.square() / own", "0.0 * own", "test_starts"),
     ("aggregate/direct.py", "if left == right == 0:", "if True:", "test_starts"),
     ("aggregate/component.py", "gather(1, component[:, None])", "gather(1, 0 * component[:, None])", "test_component"),
+    ("aggregate/component.py", "if not target + square < history[-1] - floor:", "if False:", "test_component"),
+    ("recipe_file.py", "if isinstance(value, bool) or not", "if not", "test_strategy_options"),
+    ("recipe_file.py", "float in kinds and math.isfinite(value)", "float in kinds", "test_strategy_options"),
     ("aggregate/component.py", "S[component][:, component]", "S[0, 0]", "test_component"),
     ("aggregate/component.py", "start = als.solve(blocks)", "start = als.solve(blocks, sweeps=0)", "test_component"),
     ("aggregate/als.py", "p, q = p * ratio, q / ratio", "p, q = p * ratio, q * ratio", "test_mix"),

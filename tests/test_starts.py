@@ -18,7 +18,7 @@ from florana.aggregate.mix import Solver, Way, as_blocks, as_factors, cheaper, d
 from florana.factors import Adapter, Contribution, LoraFactors
 from tests import oracle
 from tests.cases import Case, cases, dense, make_case
-from tests.test_mix import squares
+from tests.test_mix import base_of, squares
 
 WAYS = pytest.mark.parametrize("way", [as_blocks, as_factors], ids=["blocks", "factors"])
 
@@ -104,6 +104,19 @@ def test_never_above_any_start(way: Way, kind: str, case: Case, seed: int) -> No
         product = client.B @ client.A
         best = np.vdot(product, target) / np.vdot(product, product)
         bounds.append(float(np.sum((best * product - target) ** 2)))
+    assert ours <= min(bounds) * (1 + 1e-6) + 1e-10 * float(np.sum(target**2))
+
+
+@WAYS
+@given(case=cases(), seed=st.integers(0, 1000))
+def test_never_above_any_start_of_updates(way: Way, case: Case, seed: int) -> None:
+    """With a base, p = q = e_u is the client itself."""
+    case = refactored(case, seed, "turned")
+    ((name, column),) = case.modules.items()
+    target, base = oracle.target(column), base_of(case, "updates")
+    ours = squares(mix(case.parts, way=way, base=base).adapter, case)[name]
+    bounds = [float(np.sum((oracle.fedit(column) - target) ** 2))]
+    bounds += [float(np.sum((client.scaling * client.B @ client.A - target) ** 2)) for client in column]
     assert ours <= min(bounds) * (1 + 1e-6) + 1e-10 * float(np.sum(target**2))
 
 

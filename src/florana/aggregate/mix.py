@@ -80,7 +80,7 @@ def as_factors(modules: Mapping[str, Directions]) -> Mapping[str, Directions]:
 def cheaper(modules: Mapping[str, Directions]) -> Mapping[str, Products]:
     """`as_factors` where that costs less, with as many starts as the modules need (`starts`), else `as_blocks`."""
     one, dear = factors_cost(modules), blocks_cost(modules)
-    if one >= dear or one * max(len(starts.of_directions([m])) for m in modules.values()) >= dear:
+    if one >= dear or one * max(len(starts.of_directions([replace(m, unit=1.0)])) for m in modules.values()) >= dear:
         return as_blocks(modules)
     return as_factors(modules)
 

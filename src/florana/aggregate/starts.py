@@ -4,8 +4,9 @@ Clients that share a start differ little, and from p = q = w alternating least s
 (measured on real adapters and made-up ones). Adapters that were trained apart need not: their factors may cancel in the
 mean ((B, A) and (-B, -A) hold one product and average to zero), and one minimum is not another. So the solver begins
 at single clients too, p = q = e_u, and the lowest end counts. That is left out where FedIT's squared error is below
-`NEAR` times the least that one client's product, scaled at best, has: measured on real adapters with their factors
-turned, permuted or with other signs, no lone start then ended lower, and the answer is below every start in any case.
+`NEAR` times the least that one client's product has (scaled at best, where there is no base): measured on real adapters
+with their factors turned, permuted or with other signs, no lone start then ended lower, and the answer is below every
+start in any case.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from florana.aggregate.blocks import Blocks, whole_blocks
-from florana.aggregate.direct import PROBES, Directions, probes, target_times
+from florana.aggregate.direct import PROBES, Directions, Products, probes, target_times
 
 NEAR = 0.5
 """Where FedIT's squared error is below this share of the best single client's, it is the only start."""
@@ -45,7 +46,7 @@ def of_blocks(blocks: Sequence[Blocks], fedit: float) -> Tensor:
         towards = torch.einsum("v,vuab,vuab->u", block.weights, G, H)
         own = torch.einsum("uuab,uuab->u", G, H)
         figures += block.unit * torch.stack([(block.weights @ towards).expand_as(own), towards, own])
-    return _chosen(blocks[0].weights, fedit, figures, MOST)
+    return _chosen(blocks, fedit, figures, MOST)
 
 
 def of_directions(modules: Sequence[Directions]) -> Tensor:
@@ -62,17 +63,20 @@ def of_directions(modules: Sequence[Directions]) -> Tensor:
         target = target.double().flatten()
         whole, own = (target @ target).expand(len(products)), products.square().sum(dim=1)
         figures += module.unit / PROBES * torch.stack([whole, products @ target, own])
-    return _chosen(modules[0].weights, fedit, figures, FEW)
+    return _chosen(modules, fedit, figures, FEW)
 
 
-def _chosen(weights: Tensor, fedit: float, figures: Tensor, most: int) -> Tensor:
+def _chosen(modules: Sequence[Products], fedit: float, figures: Tensor, most: int) -> Tensor:
     """The weights, and the best clients alone unless FedIT is near.
 
     Args:
         figures: (3, U), ||T||^2 and for each client's product P_u = B_u A_u <T, P_u> and ||P_u||^2.
     """
-    whole, towards, own = figures
-    alone = whole - torch.where(own > 0, towards.square() / own.clamp_min(torch.finfo(own.dtype).tiny), 0.0)
+    weights, (whole, towards, own) = modules[0].weights, figures
+    if any(module.has_base for module in modules):  # p = q = e_u is that client, and a multiple of it is another model
+        alone = whole - 2 * towards + own
+    else:
+        alone = whole - torch.where(own > 0, towards.square() / own.clamp_min(torch.finfo(own.dtype).tiny), 0.0)
     if fedit <= NEAR * float(alone.min()):
         return weights[None]
     best = torch.argsort(alone, stable=True)[: most - 1]
