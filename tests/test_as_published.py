@@ -13,6 +13,7 @@ import torch
 
 from florana import read_adapter
 from florana.aggregate.error import measure
+from florana.aggregate.rotate import rotation
 from florana.errors import RecipeError
 from florana.factors import Adapter, Contribution, LoraFactors
 from florana.federation.journal import read_records
@@ -67,6 +68,23 @@ def test_fedrot_is_plain_first_and_then_aligns_a_and_b_in_turn(strength: float) 
             if factor != "none" and strength > 0:
                 assert np.linalg.norm(wanted - dense(plain, name)) > 1e-3 * np.linalg.norm(wanted)
         state = after
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_a_rotation_is_the_nearest_one_and_never_a_reflection(size: int) -> None:
+    """Matrices of both signs of the determinant: the oracle's, and no random rotation has a larger trace."""
+    rng = np.random.default_rng(size)
+    seen = set()
+    for _ in range(20):
+        matrix = rng.normal(size=(size, size))
+        seen.add(np.sign(np.linalg.det(matrix)))
+        turn = rotation(torch.from_numpy(matrix)).numpy()
+        assert np.allclose(turn @ turn.T, np.eye(size))
+        assert np.linalg.det(turn) == pytest.approx(1.0)
+        assert np.allclose(turn, nearest_rotation(matrix))
+        others = [nearest_rotation(rng.normal(size=(size, size))) for _ in range(20)]
+        assert np.vdot(turn, matrix) >= max(np.vdot(other, matrix) for other in others) - 1e-12
+    assert seen == {-1.0, 1.0}
 
 
 def test_fedrot_jointly_and_a_run_begun_before_the_turns() -> None:
