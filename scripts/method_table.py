@@ -60,6 +60,7 @@ def page(built: dict[str, Strategy]) -> str:
             "up": facts.up.text,
             "down": facts.down.text,
             "step": facts.exact,
+            "differs from the paper": facts.differs,
             "base": facts.base,
             "after absence": facts.absent,
             "client keeps": facts.client_state,
@@ -78,7 +79,7 @@ def page(built: dict[str, Strategy]) -> str:
             "options": ", ".join(options) or "none",
         }
         lines += [f"## {name}", "", f"Source: {strategy.source}.", "", "| | |", "|---|---|"]
-        lines += [f"| {key} | {value.replace('|', '/')} |" for key, value in rows.items()] + [""]
+        lines += [f"| {key} | {value.replace('|', '/')} |" for key, value in rows.items() if value] + [""]
     return "\n".join(lines)
 
 

@@ -53,3 +53,29 @@ def mixed(
     B = B_0 + sum(p_u * (c.B.astype(np.float64) * c.scaling / scaling - B_0) for p_u, c in zip(p, clients, strict=True))
     A = A_0 + sum(q_u * (c.A.astype(np.float64) - A_0) for q_u, c in zip(q, clients, strict=True))
     return scaling * B @ A
+
+
+def mixed_by_component(
+    clients: list[Client], p: np.ndarray, q: np.ndarray, base: tuple[np.ndarray, np.ndarray] | None
+) -> np.ndarray:
+    """As `mixed`, with p and q (U, r): one coefficient per client and column of B, or row of A."""
+    scaling = max(c.scaling for c in clients)
+    B_0, A_0 = base if base is not None else (np.zeros(clients[0].B.shape), np.zeros(clients[0].A.shape))
+    B = B_0 + sum((c.B.astype(np.float64) * c.scaling / scaling - B_0) * p_u for p_u, c in zip(p, clients, strict=True))
+    A = A_0 + sum((c.A.astype(np.float64) - A_0) * q_u[:, None] for q_u, c in zip(q, clients, strict=True))
+    return scaling * B @ A
+
+
+def best_by_component(
+    clients: list[Client], fixed: np.ndarray, side: str, base: tuple[np.ndarray, np.ndarray] | None
+) -> np.ndarray:
+    """The p (U, r) of least error for the given q, or the q for the given p, by dense least squares."""
+    shape = fixed.shape
+
+    def answer(free: np.ndarray) -> np.ndarray:
+        pair = (free.reshape(shape), fixed) if side == "p" else (fixed, free.reshape(shape))
+        return mixed_by_component(clients, *pair, base).ravel()
+
+    nothing = answer(np.zeros(shape))
+    columns = np.stack([answer(unit) - nothing for unit in np.eye(fixed.size)], axis=1)
+    return np.linalg.lstsq(columns, target(clients).ravel() - nothing, rcond=1e-12)[0].reshape(shape)

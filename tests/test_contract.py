@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from florana.aggregate import als, gradient
+from florana.aggregate import als, component, gradient
 from florana.aggregate.core import folded, mean_cores
 from florana.aggregate.fair import corrected_mean
 from florana.aggregate.gauge import orthonormal
@@ -22,7 +22,7 @@ from florana.aggregate.mix import mix, per_model
 from florana.aggregate.pad import norm_weighted_mean
 from florana.aggregate.project import best_rank, by_power
 from florana.aggregate.residual import mean_and_remainder
-from florana.aggregate.rotate import align, rotated_mean
+from florana.aggregate.rotate import align, by_A, by_B, rotated_mean
 from florana.aggregate.stack import combined, stack
 from florana.aggregate.terms import by_energy, divided, everything
 from florana.errors import InputError
@@ -187,6 +187,8 @@ ROWS = [
     Row("fedex-lora", exact_mean, exact=True, keeps_rank=False, gauge_free=True),
     Row("lora-fair", corrected_mean),
     Row("fedrot updates", lambda p: rotated_mean(p, zero_base(p))),
+    Row("fedrot updates by A", lambda p: rotated_mean(p, zero_base(p), by_A(0.5))),
+    Row("fedrot updates by B", lambda p: rotated_mean(p, zero_base(p), by_B(0.5))),
     Row("flexlora", lambda p: orthonormal(best_rank(p, rank_of(p)), p[0].adapter), mixed_ranks=True, gauge_free=True),
     Row("hetlora", lambda p: norm_weighted_mean(p, rank_of(p)), mixed_ranks=True),
     Row("ffa-lora", lambda p: mean_of_B(p, copy_of(p[0])), exact=True, prepare=with_one_A),
@@ -204,6 +206,8 @@ ROWS = [
     Row("flora-na factors/model", lambda p: mix(p, solver=als.solve, fit=per_model).adapter),
     Row("flora-na updates/module", lambda p: mix(p, solver=als.solve, base=zero_base(p)).adapter),
     Row("flora-na updates/model", lambda p: mix(p, solver=als.solve, fit=per_model, base=zero_base(p)).adapter),
+    Row("flora-na factors/component", lambda p: mix(p, solver=component.solve).adapter),
+    Row("flora-na updates/component", lambda p: mix(p, solver=component.solve, base=zero_base(p)).adapter),
     Row("flora-na adamw", lambda p: mix(p, solver=few_steps).adapter, weight_two=False),
 ]
 every = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

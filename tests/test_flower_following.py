@@ -65,8 +65,10 @@ class Sites:
         return [reply(own, message, state, {"num-examples": examples_of(node), "train_loss": 1.0})]
 
 
-def run(name: str, sites: Callable[[Message], list[Message]], rounds: int) -> tuple[LoraStrategy, FakeGrid]:
-    strategy = METHODS[name](lora_alpha=3, min_train_nodes=4, fraction_evaluate=0.0)
+def run(
+    name: str, sites: Callable[[Message], list[Message]], rounds: int, **options: object
+) -> tuple[LoraStrategy, FakeGrid]:
+    strategy = METHODS[name](lora_alpha=3, min_train_nodes=4, fraction_evaluate=0.0, **options)
     grid = FakeGrid(sites)
     strategy.start(grid, ArrayRecord(get_peft_model_state_dict(model())), num_rounds=rounds)
     return strategy, grid
@@ -97,6 +99,26 @@ def test_a_client_of_two_calls_goes_with_every_method(name: str) -> None:
     target = inner @ head["head.weight"].double().T + head["head.bias"].double()
     assert torch.allclose(own(x).double(), target, atol=1e-5)
     assert (RESIDUAL in messages[0].content) == (strategy.state.residual is not None)
+
+
+def test_a_client_that_is_sent_fewer_terms_trains_them_and_can_get_more_again() -> None:
+    """FLoRIST at two thresholds: one term in round 2, then both again; the model's own rank is checked."""
+    sites, key = Sites(), "base_model.model.q.lora_A.weight"
+    strategy, grid = run("Florist", sites, 2, energy=0.3)
+    assert strategy.refused == {}
+    assert [m.content["arrays"][key].shape[0] for m in grid.sent[::4]] == [2, 1]
+    assert strategy.state is not None
+    assert strategy.state.adapter.modules["q"].rank == 1
+    one = next(m for m in grid.sent if m.metadata.group_id == "2")
+    node = one.metadata.dst_node_id
+    own = sites.models[node]
+    assert own.base_model.model.q.lora_B["default"].weight.shape == (7, 1)
+    assert own(torch.ones(2, 5)).shape == (2, 3)
+    receive(own, grid.sent[0], context())
+    assert own.base_model.model.q.lora_B["default"].weight.shape == (7, 2)
+    with pytest.raises(InputError, match="name this client's rank"):
+        receive(model(3), one, context())
+    assert unpack(reply(own, grid.sent[0], context(), {"num-examples": 1}).content["arrays"])[key].shape == (2, 5)
 
 
 def test_what_a_client_keeps_comes_back_and_never_leaves() -> None:

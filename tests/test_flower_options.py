@@ -74,6 +74,10 @@ def test_options_reach_the_method_and_wrong_ones_are_explained() -> None:
     rounds(one, following, 2)
     rounds(other, following, 2)
     assert bytes_of(one) != bytes_of(other)
+    third = made("FloraNA", scope="component")
+    rounds(third, following, 2)
+    assert third.method.facts.most is not None
+    assert bytes_of(third) not in (bytes_of(one), bytes_of(other))
     with pytest.raises(RecipeError, match=r"'strategy\.solver' is 'als2'"):
         made("FloraNA", solver="als2")
     with pytest.raises(RecipeError, match=r"FloraNA has no option 'solvr'\nfix: did you mean 'solver'\?"):

@@ -20,7 +20,8 @@ from tests.cases import dense, make_case
         for c in ("factors", "updates")
         for s in ("module", "model", "model-relative")
         for v in ("als", "adamw")
-    ],
+    ]
+    + [{"combine": c, "scope": "component"} for c in ("factors", "updates")],
     ids=str,
 )
 def test_every_reading_of_flora_na_runs_and_says_its_coefficients(options: dict[str, str]) -> None:

@@ -266,7 +266,7 @@ def test_every_module_keeps_its_rank_and_its_scaling(name: str, recipe_table: di
     assert last is not None
     for module, (rank, alpha) in wanted.items():
         pair = last.state.adapter.modules[module]
-        assert pair.rank == rank, module
+        assert pair.rank == rank or (name == "florist" and pair.rank < rank), module  # as few as hold the energy
         assert pair.scaling == pytest.approx(alpha / rank)
     if "global" in result.records[-1].eval:
         assert_peft_gives_the_runs_outputs(recipe, setup, tmp_path / "run")

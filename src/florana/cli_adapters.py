@@ -21,6 +21,7 @@ def merge(
     weights: Annotated[str | None, typer.Option(help="One per adapter, like 3,1,1. Default: equal.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the widest.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model's name in the result.")] = None,
+    scope: Annotated[str | None, typer.Option(help="Of flora-na: module or component. Default: module.")] = None,
     as_json: Json = False,
 ) -> None:
     """Merge LoRA adapters exactly, or as exactly as a rank allows, and say how exactly that is.
@@ -40,6 +41,7 @@ def merge(
             weights=_numbers(weights),
             dtype=dtype,
             base=base,
+            scope=scope,
             done=done,
         )
     if as_json:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from florana.adapter_files import write_adapter
 from florana.adapter_reader import AdapterCard, AdapterReader, open_adapter
+from florana.aggregate import component
 from florana.aggregate.error import ModuleError
 from florana.aggregate.inputs import normalised
 from florana.aggregate.mean import mean
@@ -43,6 +44,12 @@ RULES: dict[str, Rule] = {
 }
 """Name -> the rule, of the contributions and the wanted rank (which only `best-rank` is free to choose)."""
 
+SCOPES: dict[str, Rule] = {
+    "module": RULES["flora-na"],
+    "component": lambda parts, rank: mix(parts, solver=component.solve).adapter,
+}
+"""How far one of flora-na's coefficients reaches: a client's factor in a module, or one of its rank components."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -55,6 +62,7 @@ def merge(
     weights: Sequence[float] | None = None,
     dtype: str | None = None,
     base: str | None = None,
+    scope: str | None = None,
     done: Callable[[int, int], None] = lambda count, total: None,
 ) -> Merged:
     """Merge PEFT adapter folders into a new one, with a model card that says what was merged and how exactly.
@@ -66,6 +74,7 @@ def merge(
         weights: one per folder, any scale; equal where not given. Extra tensors (heads) are averaged with them.
         dtype: of the result; the widest of the inputs' where not given.
         base: the base model's name in the result, where the inputs spell it differently.
+        scope: for `flora-na`, a name in `SCOPES`; `module` where it is not given.
         done: told of each finished module.
 
     Raises:
@@ -73,6 +82,7 @@ def merge(
             fit the others; the message names the folder, the module and both shapes.
     """
     _check(folders, out, method, rank, weights, dtype)
+    rule = _rule(method, scope)
     readers = [open_adapter(folder) for folder in folders]
     card = common_card(readers, base)
     shares = normalised(list(zip(map(str, folders), weights or [1.0] * len(folders), strict=True)))
@@ -82,7 +92,7 @@ def merge(
     names = list(readers[0].modules)
 
     def one(name: str) -> Answer:
-        return _answer(readers, shares, name, method, wanted, DTYPES[dtype] if dtype else widest_dtype(readers, name))
+        return _answer(readers, shares, name, rule, wanted, DTYPES[dtype] if dtype else widest_dtype(readers, name))
 
     with _workers() as workers, ThreadPoolExecutor(max_workers=1) as hashing:
         digests = hashing.map(AdapterReader.sha256, readers)  # in step with the work: it needs no interpreter
@@ -100,7 +110,7 @@ def merge(
             hashing.shutdown(wait=False, cancel_futures=True)
             workers.shutdown(wait=False, cancel_futures=True)
             raise
-    merged = _merged(method, answers, sources)
+    merged = _merged(method if scope is None else f"{method}[scope={scope}]", answers, sources)
     modules = {name: answer.pair for name, answer in answers.items()}
     try:
         write_adapter(out, Adapter(modules, extra), card, model_card(merged, card))
@@ -129,17 +139,31 @@ def _answer(
     readers: Sequence[AdapterReader],
     shares: Sequence[float],
     name: str,
-    method: str,
+    rule: Rule,
     rank: int,
     dtype: torch.dtype,
 ) -> Answer:
     """One module merged and judged. For best-rank the adapters' factors are read and let go one by one."""
-    if method == "best-rank":
+    if rule is best_rank:
         return nearest_pair(((w, reader.pair(name)) for w, reader in zip(shares, readers, strict=True)), rank, dtype)
     parts, _ = contributions_of(readers, shares, name)
-    pair = RULES[method](parts, rank).modules[name]
+    pair = rule(parts, rank).modules[name]
     stored = LoraFactors(B=pair.B.to(dtype), A=pair.A.to(dtype), scaling=pair.scaling)
     return judged(((part.weight, part.adapter.modules[name]) for part in parts), stored)
+
+
+def _rule(method: str, scope: str | None) -> Rule:
+    if scope is None:
+        return RULES[method]
+    if method != "flora-na":
+        raise RecipeError(f"--scope has no meaning for '{method}'", fix="leave it out, or use --method flora-na")
+    if scope not in SCOPES:
+        raise RecipeError(
+            f"there is no scope '{scope}' of a merge",
+            why="modules are merged one by one, so no coefficient is shared by several of them",
+            fix=f"one of {', '.join(SCOPES)}",
+        )
+    return SCOPES[scope]
 
 
 def _merged(method: str, answers: Mapping[str, Answer], sources: Sequence[Source]) -> Merged:

@@ -6,6 +6,7 @@ Nothing is written before a recipe has passed here.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import tomllib
 import types
@@ -83,6 +84,14 @@ def _check_combinations(recipe: Recipe, strategy: Strategy) -> None:
             f"the strategy '{strategy.name}' does not go with [generation]",
             why="its server has no model of its own that could write",
             fix="leave the section out, or choose another strategy",
+        )
+    asked = recipe.federation.clients_per_round or recipe.partition.clients
+    if strategy.facts.most is not None and asked is not None and asked * recipe.model.rank > strategy.facts.most:
+        raise RecipeError(
+            f"the strategy '{strategy.name}' takes on clients times rank up to {strategy.facts.most}, and "
+            f"{asked} clients of rank {recipe.model.rank} are {asked * recipe.model.rank}",
+            why="its step solves dense systems of that size",
+            fix="lower federation.clients_per_round or model.rank, or choose other options of it (scope = 'module')",
         )
     if strategy.begin != "lora" and recipe.model.quantization != "none":
         raise RecipeError(
@@ -208,8 +217,21 @@ def check_strategy(table: Mapping[str, Any], source: str) -> None:
         allowed = typing.get_args(known[key]) if typing.get_origin(known[key]) is Literal else None
         if allowed is not None and value not in allowed:
             raise RecipeError(f"{source}: 'strategy.{key}' is {value!r}", fix=f"one of {', '.join(map(repr, allowed))}")
-        expected = known[key]
-        if expected is float:
-            expected = float | int
-        if allowed is None and isinstance(expected, type | types.UnionType) and not isinstance(value, expected):
-            raise RecipeError(f"{source}: 'strategy.{key}' is {value!r}, not {expected}")
+        if allowed is None and key in known and not _is_of(value, known[key]):
+            wanted = "a finite number" if float in _kinds(known[key]) else "a whole number"
+            raise RecipeError(f"{source}: 'strategy.{key}' is {value!r}, not {wanted}")
+
+
+def _kinds(annotation: object) -> tuple[object, ...]:
+    """The types of an option that is a number, or absent."""
+    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+
+
+def _is_of(value: object, annotation: object) -> bool:
+    """Whether a value of a recipe is a number of that annotation: a bool is none, a whole number is a float too."""
+    kinds = _kinds(annotation)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if isinstance(value, float):
+        return float in kinds and math.isfinite(value)
+    return -(2**63) <= value < 2**63  # TOML's whole numbers; an annotation is int or float, or one of them or None

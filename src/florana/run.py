@@ -174,7 +174,7 @@ def begin(recipe: r.Recipe, setup: Setup, strategy: Strategy) -> Adapter:
         return beginnings.principal(setup.bench, setup.start)
     if strategy.begin == "gradient":
         batches = {client: data.train[: recipe.train.batch_size] for client, data in setup.clients.items()}
-        return beginnings.gradient(setup.bench, setup.start, batches)
+        return beginnings.gradient(setup.bench, setup.start, batches, recipe.train.learning_rate)
     return setup.start
 
 

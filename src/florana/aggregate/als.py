@@ -5,7 +5,8 @@ For q fixed the error is x^T M x - 2 x^T b + const in x = (1, p); the half-step 
     p <- p + N^+ (b - M x)[1:],     N = M[1:, 1:],     N^+ the pseudo-inverse
 
 and the same for q. No learning rate; the error never increases; the pseudo-inverse leaves directions without
-curvature alone, so identical clients keep p = q = w and one client of weight 2 is two of weight 1.
+curvature alone, so identical clients keep p = q = w and one client of weight 2 is two of weight 1. The error is not
+convex in (p, q): `starts` says from where the steps begin, and the lowest end counts.
 
 Two ways to the same step: from the inner products of all clients (`blocks`, dear to make and then nearly free), or
 from the factors by conjugate gradients (`direct`, a few reads of all factors per step); `mix.cheaper` chooses.
@@ -14,23 +15,24 @@ from the factors by conjugate gradients (`direct`, a few reads of all factors pe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from florana.aggregate import direct
+from florana.aggregate import direct, starts
 from florana.aggregate.blocks import Blocks, Coefficients, quadratic, target_square
 from florana.aggregate.direct import Directions, Products
 
 RELATIVE_CUT = 1e-10
 """Eigenvalues of N below this share of the largest count as zero."""
 
-HALF_STEP = 0.1
+LOWER = 1e-6
+"""An end counts as lower than FedIT's where its squared error is lower by more than this share of it."""
+
+HALF_STEP = 0.03
 """A half-step on the factors ends when an iteration adds less than this share to its fall; the next sweep sees the
 rest."""
-
-NEXT_FALL = 0.1
-"""The second sweep's fall as a share of the first's, before it is known. Measured: 0.02 to 0.07."""
 
 
 def solve(modules: Sequence[Products], *, sweeps: int = 50, tolerance: float | None = None) -> Coefficients:
@@ -38,63 +40,96 @@ def solve(modules: Sequence[Products], *, sweeps: int = 50, tolerance: float | N
 
     Args:
         modules: one entry per module, all of one kind; the same clients and weights in each.
-        sweeps: the most rounds of (p, then q).
+        sweeps: the most rounds of (p, then q) from each start.
         tolerance: with Blocks, stop when a sweep lowers the squared error by less than this share of it (1e-6 if
             None). With Directions, where a sweep costs as much as all blocks of a few clients, stop when what further
-            sweeps are expected to bring is less than this share of it (1e-2 if None, 0.5 % of the error). Both figures
-            are estimates there: the squared error from random probes (||T||^2 itself would cost as much as the
-            blocks), the further falls from the last two as a geometric series.
+            sweeps are expected to bring is less than this share of it (3e-3 if None; what is held to is 0.5 % of the
+            error, a share of 1e-2). Both figures are estimates there: the squared error from random probes (||T||^2
+            itself would cost as much as the blocks), the further falls from the last two as a geometric series.
 
     Returns:
-        p and q scaled to equal norms where the base is zero (the product has that freedom), as found otherwise. With
-        Directions the history starts at 0 and counts down: it is the error less the error of the start.
+        p and q scaled to equal norms where the base is zero (the product has that freedom), as found otherwise, and the
+        squared errors from the start that they were found from. With Directions the history starts at 0 and counts
+        down: it is the error less the error of that start.
     """
     blocks = [module for module in modules if isinstance(module, Blocks)]
     factors = [module for module in modules if isinstance(module, Directions)]
     if blocks and factors:
         raise ValueError("modules that share coefficients must be of one kind")
+    largest = max(module.unit for module in modules)
+    if largest > 0:  # squares of units may be out of range where units are not
+        blocks = [replace(block, unit=block.unit / largest) for block in blocks]
+        factors = [replace(module, unit=module.unit / largest) for module in factors]
     if blocks:
         p, q, history = _by_blocks(blocks, sweeps, 1e-6 if tolerance is None else tolerance)
     else:
-        p, q, history = _by_factors(factors, sweeps, 1e-2 if tolerance is None else tolerance)
+        p, q, history = _by_factors(factors, sweeps, 3e-3 if tolerance is None else tolerance)
     if not any(module.has_base for module in modules):
         p_norm, q_norm = float(p.norm()), float(q.norm())
         if p_norm > 0 and q_norm > 0:
             ratio = (q_norm / p_norm) ** 0.5
             p, q = p * ratio, q / ratio
-    return Coefficients(p, q, history)
+    return Coefficients(p, q, tuple(largest * square for square in history))
 
 
 def _by_blocks(blocks: Sequence[Blocks], sweeps: int, tolerance: float) -> tuple[Tensor, Tensor, tuple[float, ...]]:
-    weights = blocks[0].weights
-    one = torch.ones(1, dtype=weights.dtype)
-    p, q = torch.cat([one, weights]), torch.cat([one, weights])
-    target = sum((block.unit * target_square(block) for block in blocks), torch.zeros((), dtype=weights.dtype))
+    """All starts at once, one in each row."""
+    target = sum((block.unit * target_square(block) for block in blocks), torch.zeros((), dtype=torch.float64))
     floor = 4 * torch.finfo(torch.float64).eps * float(target)  # below this an error is rounding
-    error = float("inf")
-    history: list[float] = []
-    for sweep in range(sweeps):
-        p, start = _half_step([(b.G, b.H, b.unit) for b in blocks], weights, p, q, target)
-        if sweep == 0:
-            history.append(start)
-            error = start
-        q, _ = _half_step([(b.H, b.G, b.unit) for b in blocks], weights, q, p, target)
-        now = error_at(blocks, p, q, target)
-        history.append(min(now, error))
-        if error - now <= tolerance * error + floor:
+    fedit = _with_base(blocks[0].weights[None])
+    p = q = _with_base(starts.of_blocks(blocks, float(error_at(blocks, fedit, fedit, target))))
+    error = error_at(blocks, p, q, target)
+    history = [error]
+    for _ in range(sweeps):
+        p = _half_step([(b.G, b.H, b.unit) for b in blocks], blocks[0].weights, p, q)
+        q = _half_step([(b.H, b.G, b.unit) for b in blocks], blocks[0].weights, q, p)
+        now = torch.minimum(error_at(blocks, p, q, target), error)
+        history.append(now)
+        if bool((error - now <= tolerance * error + floor).all()):
             break
         error = now
-    return p[1:], q[1:], tuple(history)
+    best = _lowest(history[-1].tolist(), LOWER, floor)
+    return p[best, 1:], q[best, 1:], tuple(float(errors[best]) for errors in history)
+
+
+def _lowest(errors: Sequence[float], margin: float, floor: float) -> int:
+    """The row of the lowest error; the first one, FedIT's, unless another is clearly lower."""
+    best = min(range(len(errors)), key=lambda row: errors[row])
+    return best if errors[best] < errors[0] * (1 - margin) - floor else 0
 
 
 def _by_factors(
     modules: Sequence[Directions], sweeps: int, tolerance: float
 ) -> tuple[Tensor, Tensor, tuple[float, ...]]:
-    p = q = modules[0].weights
-    pairs = [(module.B, module.A) for module in modules]
+    """One start after the other; their ends are compared by || B A ||^2 - 2 <T, B A>, the error less ||T||^2."""
+    first, *alone = starts.of_directions(modules)
+    begun = [(first, first), *((_scale(modules, start) * start, start) for start in alone)]
+    found = [_descent(modules, p, q, sweeps, tolerance) for p, q in begun]
+    if not alone:
+        return found[0]
+    ends = []
+    for p, q, _ in found:
+        figures = [direct.against_target(module, module.left(p), module.right(q)) for module in modules]
+        ends.append(sum(own - 2 * cross for cross, own in figures))
+    return found[_lowest(ends, 0.0, 32 * torch.finfo(modules[0].D.dtype).eps * abs(ends[0]))]
+
+
+def _scale(modules: Sequence[Directions], start: Tensor) -> float:
+    """What p is best multiplied by where p = q = start; 1 where a base makes that another model."""
+    if any(module.has_base for module in modules):
+        return 1.0
+    figures = [direct.against_target(module, module.left(start), module.right(start)) for module in modules]
+    cross, own = (sum(column) for column in zip(*figures, strict=True))
+    return cross / own if own > 0 else 1.0
+
+
+def _descent(
+    modules: Sequence[Directions], p: Tensor, q: Tensor, sweeps: int, tolerance: float
+) -> tuple[Tensor, Tensor, tuple[float, ...]]:
+    pairs = [(module.left(p), module.right(q)) for module in modules]
     rounding = 32 * torch.finfo(modules[0].D.dtype).eps
     precision = min(HALF_STEP, 10 * tolerance)
-    start = sum(direct.square_estimate(module, *pair) for module, pair in zip(modules, pairs, strict=True))
+    square = sum(direct.square_estimate(module, *pair) for module, pair in zip(modules, pairs, strict=True))
     history = [0.0]
     for _ in range(sweeps):
         sides = [direct.in_p(module, *pair) for module, pair in zip(modules, pairs, strict=True)]
@@ -105,36 +140,40 @@ def _by_factors(
         q, pairs = q + change, [(B, A + move) for (B, A), move in zip(pairs, moves, strict=True)]
         history.append(history[-1] - fall_p - fall_q)
         floor = rounding**2 * sum(side.size for side in sides)
-        if fall_p + fall_q <= floor or _expected(history) <= tolerance * (start + history[-1]):
+        if fall_p + fall_q <= floor or _expected(history) <= tolerance * (square + history[-1]):
             break
     return p, q, tuple(history)
 
 
 def _expected(history: Sequence[float]) -> float:
-    """How far the error would still fall, were the falls to go on as a geometric series."""
-    last = history[-2] - history[-1]
-    before = history[-3] - history[-2] if len(history) > 2 else last / NEXT_FALL
+    """How far the error would still fall, were the falls to go on as a geometric series: two of them must be known."""
+    if len(history) < 3:
+        return float("inf")
+    before, last = history[-3] - history[-2], history[-2] - history[-1]
     return last * last / (before - last) if before > last else float("inf")
 
 
-def error_at(blocks: Sequence[Blocks], p: Tensor, q: Tensor, target: Tensor) -> float:
-    """The summed squared error of full coefficient vectors (1 first)."""
-    total = float(target)
+def error_at(blocks: Sequence[Blocks], p: Tensor, q: Tensor, target: Tensor) -> Tensor:
+    """The summed squared errors (S,) of full coefficient vectors (S, U+1), 1 first."""
+    total = target.expand(len(p)).clone()
     for block in blocks:
         M, b = quadratic(block.G, block.H, block.weights, q)
-        total += block.unit * float(p @ M @ p - 2 * p @ b)
-    return max(total, 0.0)
+        total += block.unit * (torch.einsum("si,sij,sj->s", p, M, p) - 2 * (p * b).sum(dim=1))
+    return total.clamp_min(0.0)
 
 
-def _half_step(
-    sides: Sequence[tuple[Tensor, Tensor, float]], weights: Tensor, x: Tensor, other: Tensor, target: Tensor
-) -> tuple[Tensor, float]:
-    """The best x for the other side fixed, and the error before the step."""
-    size = len(x)
-    M, b = torch.zeros((size, size), dtype=x.dtype), torch.zeros(size, dtype=x.dtype)
+def _with_base(rows: Tensor) -> Tensor:
+    """(S, U) -> (S, U+1): the base's coefficient, 1, before each row."""
+    return torch.cat([torch.ones((len(rows), 1), dtype=rows.dtype), rows], dim=1)
+
+
+def _half_step(sides: Sequence[tuple[Tensor, Tensor, float]], weights: Tensor, x: Tensor, other: Tensor) -> Tensor:
+    """The best x (S, U+1) for the other side fixed, row by row."""
+    M = torch.zeros((*x.shape, x.shape[1]), dtype=x.dtype)
+    b = torch.zeros_like(x)
     for free, fixed, unit in sides:
         M_l, b_l = quadratic(free, fixed, weights, other)
         M, b = M + unit * M_l, b + unit * b_l
-    before = max(float(target + x @ M @ x - 2 * x @ b), 0.0)
-    step = torch.linalg.pinv(M[1:, 1:], rtol=RELATIVE_CUT, hermitian=True) @ (b - M @ x)[1:]
-    return torch.cat([x[:1], x[1:] + step]), before
+    residual = (b - (M @ x[:, :, None])[:, :, 0])[:, 1:, None]
+    step = torch.linalg.pinv(M[:, 1:, 1:], rtol=RELATIVE_CUT, hermitian=True) @ residual
+    return torch.cat([x[:, :1], x[:, 1:] + step[:, :, 0]], dim=1)

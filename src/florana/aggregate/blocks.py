@@ -41,7 +41,7 @@ class Blocks:
 
 @dataclass(frozen=True, eq=False)
 class Coefficients:
-    """A solver's answer: p and q (U,), and the summed squared error at the start and after every step kept.
+    """A solver's answer: p and q, (U,) or (U, r), and the summed squared error at the start and after every step kept.
 
     Where the solver cannot know the error, only its falls, the history is the error less that of the start.
     """
@@ -51,11 +51,14 @@ class Coefficients:
     history: tuple[float, ...]
 
 
+def whole_blocks(G: Tensor) -> Tensor:
+    """The inner products of whole factors from those of directions: (U, U, r, r), B_u^T B_v with B_u = D_0 + D_u."""
+    return G[0, 0] + G[:1, 1:] + G[1:, :1] + G[1:, 1:]
+
+
 def target_square(block: Blocks) -> Tensor:
-    """|| sum_u w_u B_u A_u ||^2 from the blocks; B_u = D_0 + D_u, A_u = F_0 + F_u. A scalar."""
-    G = block.G[0, 0] + block.G[:1, 1:] + block.G[1:, :1] + block.G[1:, 1:]  # (U, U, r, r): B_u^T B_v
-    H = block.H[0, 0] + block.H[:1, 1:] + block.H[1:, :1] + block.H[1:, 1:]
-    return torch.einsum("u,v,uvab,uvab->", block.weights, block.weights, G, H)
+    """|| sum_u w_u B_u A_u ||^2 from the blocks, a scalar."""
+    return torch.einsum("u,v,uvab,uvab->", block.weights, block.weights, whole_blocks(block.G), whole_blocks(block.H))
 
 
 def quadratic(G: Tensor, H: Tensor, weights: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,17 +66,17 @@ def quadratic(G: Tensor, H: Tensor, weights: Tensor, other: Tensor) -> tuple[Ten
 
     Args:
         G: blocks of the side that is free; H: blocks of the side that is fixed, both (U+1, U+1, r, r).
-        weights: (U,). other: (U+1,), the fixed side's coefficients, 1 for the base.
+        weights: (U,). other: (..., U+1), the fixed side's coefficients, 1 for the base; one quadratic for each row.
 
     Returns:
-        M (U+1, U+1) with M_ij = <G_ij, S>, S = A_hat A_hat^T, and b (U+1,) with
+        M (..., U+1, U+1) with M_ij = <G_ij, S>, S = A_hat A_hat^T, and b (..., U+1) with
         b_i = sum_v w_v trace(D_i^T B_v A_v A_hat^T). For the other side swap G and H.
     """
-    half = torch.einsum("j,ijab->iab", other, H)  # F_i A_hat^T, (U+1, r, r)
-    S = torch.einsum("i,iab->ab", other, half)
-    M = torch.einsum("ijab,ab->ij", G, S)
-    towards = weights[:, None, None] * (half[0] + half[1:])  # w_v A_v A_hat^T
-    b = torch.einsum("ivab,vba->i", G[:, :1] + G[:, 1:], towards)
+    half = torch.einsum("...j,ijab->...iab", other, H)  # F_i A_hat^T, (..., U+1, r, r)
+    S = torch.einsum("...i,...iab->...ab", other, half)
+    M = torch.einsum("ijab,...ab->...ij", G, S)
+    towards = weights[:, None, None] * (half[..., :1, :, :] + half[..., 1:, :, :])  # w_v A_v A_hat^T
+    b = torch.einsum("ivab,...vba->...i", G[:, :1] + G[:, 1:], towards)
     return M, b
 
 

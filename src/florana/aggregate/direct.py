@@ -12,6 +12,7 @@ that is known exactly. Clients near one another give N = a 1 1^T + nearly diagon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -50,12 +51,12 @@ class Directions:
         return bool(self.D_0.any()) or bool(self.F_0.any())
 
     def left(self, p: Tensor) -> Tensor:
-        """B_hat for p (U,)."""
-        return self.D_0 + mixed(self.D, p)
+        """B_hat for p (U,), or for p (U, r) with one coefficient per column."""
+        return self.D_0 + (mixed(self.D, p) if p.ndim == 1 else torch.einsum("ur,uor->or", p.to(self.D), self.D))
 
     def right(self, q: Tensor) -> Tensor:
-        """A_hat for q (U,)."""
-        return self.F_0 + mixed(self.F, q)
+        """A_hat for q (U,), or for q (U, r) with one coefficient per row."""
+        return self.F_0 + (mixed(self.F, q) if q.ndim == 1 else torch.einsum("ur,uri->ri", q.to(self.F), self.F))
 
     def blocks(self) -> Blocks:
         """All inner products of the directions: U^2 r^2 (out + in) multiply-adds in float64."""
@@ -85,8 +86,46 @@ class Quadratic:
 
 
 def mixed(stack: Tensor, coefficients: Tensor) -> Tensor:
-    """sum_u coefficients_u stack_u, in one pass over the stack."""
+    """sum_u coefficients_u stack_u for coefficients (U,), in one pass over the stack."""
     return (coefficients.to(stack) @ stack.flatten(1)).view(stack.shape[1:])
+
+
+SAFE = 20
+"""Sides whose largest entry is within 2^-SAFE and 2^SAFE are taken as they are: products of eight such entries are far
+from the ends of float32."""
+
+
+def rescaled(module: Directions) -> Directions:
+    """The same problem with the largest entry of each side near 1, where it was not, by powers of two: nothing is
+    rounded, p and q stay, and `unit` makes up for the errors' new size. From 1e-9 or 1e9 on, squares of squares of
+    float32 factors would vanish or overflow, and the solver would stop where it began.
+
+    >>> tiny = torch.full((2, 1, 1), 1e-30)
+    >>> half = torch.tensor([0.5, 0.5]).double()
+    >>> module = Directions(tiny, tiny, torch.zeros(1, 1), torch.zeros(1, 1), half, tiny[0], tiny[0])
+    >>> 0.5 <= float(rescaled(module).D.max()) <= 1.0
+    True
+    """
+    left, right = _exponent(module.D, module.D_0), _exponent(module.F, module.F_0)
+    if left == right == 0:
+        return module
+    unit = module.unit * math.ldexp(1.0, max(-1000, min(1000, 2 * (left + right))))
+    D, D_0, B = (_shifted(x, -left) for x in (module.D, module.D_0, module.B))
+    F, F_0, A = (_shifted(x, -right) for x in (module.F, module.F_0, module.A))
+    return Directions(D, F, D_0, F_0, module.weights, B, A, unit)
+
+
+def _exponent(*tensors: Tensor) -> int:
+    """e with the largest entry in [2^(e-1), 2^e), or 0 where that is within SAFE."""
+    size = max(float(max(abs(bound) for bound in torch.aminmax(tensor))) for tensor in tensors)
+    exponent = math.frexp(size)[1]
+    return exponent if abs(exponent) > SAFE else 0
+
+
+def _shifted(tensor: Tensor, exponent: int) -> Tensor:
+    """tensor * 2^exponent, in two steps: one of them alone may be out of the type's range."""
+    half = exponent // 2
+    return tensor * 2.0**half * 2.0 ** (exponent - half)
 
 
 def inner(stack: Tensor, other: Tensor) -> Tensor:
@@ -97,11 +136,7 @@ def inner(stack: Tensor, other: Tensor) -> Tensor:
 def in_p(module: Directions, B: Tensor, A: Tensor) -> Quadratic:
     """The error in p around (B_hat, A_hat) = (B, A)."""
     S = A @ A.T
-    towards = (module.F.flatten(0, 1) @ A.T).view(len(module.F), *S.shape) + module.F_0 @ A.T  # A_v A_hat^T
-    towards *= module.weights.to(towards)[:, None, None]
-    wanted = module.D_0 @ towards.sum(dim=0)  # becomes T A_hat^T
-    for D_v, K_v in zip(module.D, towards, strict=True):
-        wanted.addmm_(D_v, K_v)
+    wanted = target_times(module, A.T)  # T A_hat^T
     return Quadratic(
         gradient=module.unit * inner(module.D, wanted - B @ S),
         spread=lambda s: mixed(module.D, s),
@@ -124,19 +159,38 @@ def in_q(module: Directions, B: Tensor, A: Tensor) -> Quadratic:
     )
 
 
+def probes(module: Directions) -> Tensor:
+    """PROBES random columns (in, PROBES), the same in every call."""
+    noise = torch.randn(module.A.shape[1], PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return noise.to(module.A)
+
+
+def target_times(module: Directions, columns: Tensor) -> Tensor:
+    """T columns, (out, k) for columns (in, k)."""
+    towards = (module.F.flatten(0, 1) @ columns).view(len(module.F), -1, columns.shape[1]) + module.F_0 @ columns
+    towards *= module.weights.to(towards)[:, None, None]  # w_v A_v columns
+    product = module.D_0 @ towards.sum(dim=0)
+    for D_v, K_v in zip(module.D, towards, strict=True):
+        product.addmm_(D_v, K_v)
+    return product
+
+
 def square_estimate(module: Directions, B: Tensor, A: Tensor) -> float:
     """|| T - B A ||_F^2 estimated without bias from PROBES random columns z: the mean of || (T - B A) z ||^2.
 
     Relative standard deviation sqrt(2 / (PROBES k)) for an error of k equal singular values (Hutchinson, 1990). The
     probes are the same in every call.
     """
-    noise = torch.randn(A.shape[1], PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(A)
-    towards = (module.F.flatten(0, 1) @ noise).view(len(module.F), -1, PROBES) + module.F_0 @ noise  # A_v z
-    towards *= module.weights.to(towards)[:, None, None]
-    missed = module.D_0 @ towards.sum(dim=0) - B @ (A @ noise)
-    for D_v, K_v in zip(module.D, towards, strict=True):
-        missed.addmm_(D_v, K_v)
+    noise = probes(module)
+    missed = target_times(module, noise) - B @ (A @ noise)
     return module.unit * float(torch.linalg.vector_norm(missed)) ** 2 / PROBES
+
+
+def against_target(module: Directions, B: Tensor, A: Tensor) -> tuple[float, float]:
+    """<T, B A> and ||B A||_F^2, exact: the error of c B A is ||T||^2 - 2 c <T, B A> + c^2 ||B A||^2."""
+    own = float(((B.T @ B).double() * (A @ A.T).double()).sum())
+    cross = float((target_times(module, A.T) * B).sum(dtype=torch.float64))
+    return module.unit * cross, module.unit * own
 
 
 def step(sides: Sequence[Quadratic], precision: float, rounding: float) -> tuple[Tensor, list[Tensor | float], float]:

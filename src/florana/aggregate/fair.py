@@ -51,7 +51,7 @@ def corrected_mean(parts: Sequence[Contribution], penalty: float = 0.01) -> Adap
         missed = -B @ gram  # E A^T, (out, r), summed client by client
         for weight, (B_u, A_u) in zip(weights, wide, strict=True):
             missed += weight * B_u @ (A_u @ A.T)
-        ridge = gram + penalty * gram.trace() / rank * torch.eye(rank, dtype=gram.dtype, device=gram.device)
+        ridge = gram + min(penalty, 1e30) * gram.trace() / rank * torch.eye(rank, dtype=gram.dtype, device=gram.device)
         correction = missed @ torch.linalg.pinv(ridge, hermitian=True)
         dtype = pairs[0].A.dtype
         modules[name] = LoraFactors(B=(B + correction).to(dtype), A=A.to(dtype), scaling=scaling)

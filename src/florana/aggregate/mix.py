@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from florana.aggregate import als, inputs
+from florana.aggregate import als, inputs, starts
 from florana.aggregate.blocks import Blocks, Coefficients, target_square
-from florana.aggregate.direct import Directions, Products, mixed
+from florana.aggregate.direct import Directions, Products, mixed, rescaled
 from florana.factors import Adapter, Contribution, LoraFactors
 
 
@@ -35,7 +35,7 @@ class Mixture:
 
 
 Solver = Callable[[Sequence[Products]], Coefficients]
-"""The modules that share one (p, q) -> the coefficients; starts at p = q = w and never ends above it."""
+"""The modules that share one (p, q) -> the coefficients; never ends above p = q = w."""
 
 Fit = Callable[[Mapping[str, Products], Solver], Mapping[str, Coefficients]]
 
@@ -78,8 +78,11 @@ def as_factors(modules: Mapping[str, Directions]) -> Mapping[str, Directions]:
 
 
 def cheaper(modules: Mapping[str, Directions]) -> Mapping[str, Products]:
-    """`as_factors` where `factors_cost` is below `blocks_cost`, else `as_blocks`."""
-    return as_factors(modules) if factors_cost(modules) < blocks_cost(modules) else as_blocks(modules)
+    """`as_factors` where that costs less, with as many starts as the modules need (`starts`), else `as_blocks`."""
+    one, dear = factors_cost(modules), blocks_cost(modules)
+    if one >= dear or one * max(len(starts.of_directions([replace(m, unit=1.0)])) for m in modules.values()) >= dear:
+        return as_blocks(modules)
+    return as_factors(modules)
 
 
 def blocks_cost(modules: Mapping[str, Directions]) -> float:
@@ -88,13 +91,13 @@ def blocks_cost(modules: Mapping[str, Directions]) -> float:
 
 
 def factors_cost(modules: Mapping[str, Directions]) -> float:
-    """A solve from the factors in the same unit: READS per entry, and STEP_CALLS per module."""
+    """A solve from the factors and one start in the same unit: READS per entry, and STEP_CALLS per module."""
     return sum(READS * (m.D.numel() + m.F.numel()) + STEP_CALLS for m in modules.values())
 
 
-READS = 80.0
-"""The multiply-adds of a float64 matrix product in the time of one solve from the factors, per entry of them: one or
-two sweeps of six to ten conjugate-gradient iterations. Measured 70 to 80 at 4096 x 4096, 10 and 100 clients."""
+READS = 120.0
+"""The multiply-adds of a float64 matrix product in the time of one solve from the factors, per entry of them: two or
+three sweeps of six to ten conjugate-gradient iterations. One or two measured 70 to 80 at 4096 x 4096."""
 
 STEP_CALLS = 2e7
 """The same for the hundred or so calls of such a solve on small tensors."""
@@ -112,7 +115,7 @@ def mix(
 
     Args:
         parts: one contribution per client; equal ranks, any scalings, weights on any scale.
-        solver: `als.solve` or `gradient.solve`.
+        solver: `als.solve`, `component.solve` (a coefficient per client and rank component) or `gradient.solve`.
         fit: `per_module`, `per_model` or `per_model_relative`.
         base: the adapter all clients started from, to mix updates; None to mix whole factors.
         way: `cheaper`, `as_blocks` or `as_factors`; the same stationary point by unlike arithmetic.
@@ -139,7 +142,7 @@ def mix(
         # A NaN or an infinity stays one in a weighted sum, so FedIT's pair speaks for all inputs.
         if not (inputs.is_finite(directions[name].B) and inputs.is_finite(directions[name].A)):
             inputs.require_finite_factors(parts, name, pairs)
-    coefficients = fit(way(directions), solver)
+    coefficients = fit(way({name: rescaled(module) for name, module in directions.items()}), solver)
     for name, pairs in columns.items():
         found, module, dtype = coefficients[name], directions[name], pairs[0].A.dtype
         modules[name] = LoraFactors(

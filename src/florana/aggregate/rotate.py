@@ -1,41 +1,90 @@
 """FedRot-LoRA: turn every client's factors towards a common reference, then average (arXiv 2602.23638).
 
+As published, one factor is aligned at a time and the rotation is softened by a strength lambda in [0, 1]:
+
+    R_u = argmin_{R rotation} || R^T A_u - A_ref ||_F      (or || B_u R - B_ref ||_F),   det R = 1
+    O_u = the rotation nearest to (1 - lambda) I + lambda R_u
+    B = sum_u w_u B_u O_u,    A = sum_u w_u O_u^T A_u
+
+The joint variant aligns both factors at once, by any orthogonal matrix (Procrustes):
+
     O_u = argmin_{O orthogonal} || B_u O - B_ref ||_F^2 + || O^T A_u - A_ref ||_F^2 = L V^T,
-    L S V^T the SVD of B_u^T B_ref + A_u A_ref^T                          (orthogonal Procrustes)
+    L S V^T the SVD of B_u^T B_ref + A_u A_ref^T
 
 B_u O_u and O_u^T A_u have the same product as B_u and A_u: only the part of the averaging error that comes from unlike
-bases of the same space goes away. Written from the abstract and notes: the paper's text was not at hand.
+bases of the same space goes away.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from florana.aggregate import inputs
 from florana.aggregate.mean import mean
 from florana.factors import Adapter, Contribution, LoraFactors
 
+Turn = Callable[[LoraFactors, LoraFactors], Tensor]
+"""(a client's pair, the reference) -> the orthogonal O (r, r), float64."""
 
-def align(pair: LoraFactors, reference: LoraFactors) -> LoraFactors:
-    """The pair turned by the orthogonal r x r matrix that brings it nearest to the reference; same product.
 
-    >>> turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+def jointly(pair: LoraFactors, reference: LoraFactors) -> Tensor:
+    """The orthogonal matrix that brings both factors nearest to the reference's."""
+    left, _, right = torch.linalg.svd(_towards_B(pair, reference) + _towards_A(pair, reference))
+    turn: Tensor = left @ right
+    return turn
+
+
+def by_A(strength: float) -> Turn:  # noqa: N802  (A is the field's name)
+    """The rotation that brings A nearest to the reference's, softened; B goes along."""
+    return lambda pair, reference: softened(rotation(_towards_A(pair, reference)), strength)
+
+
+def by_B(strength: float) -> Turn:  # noqa: N802
+    """The rotation that brings B nearest to the reference's, softened; A goes along."""
+    return lambda pair, reference: softened(rotation(_towards_B(pair, reference)), strength)
+
+
+def rotation(towards: Tensor) -> Tensor:
+    """The rotation R (determinant 1) of largest trace(R^T towards), for towards (r, r) (Kabsch, 1976).
+
+    >>> rotation(torch.diag(torch.tensor([3.0, -1.0], dtype=torch.float64)))
+    tensor([[1., 0.],
+            [0., 1.]], dtype=torch.float64)
+    """
+    left, _, right = torch.linalg.svd(towards)
+    last = torch.ones(len(towards), dtype=towards.dtype)
+    last[-1] = torch.linalg.det(left @ right).sign()
+    turn: Tensor = (left * last) @ right
+    return turn
+
+
+def softened(turn: Tensor, strength: float) -> Tensor:
+    """The rotation nearest to (1 - strength) I + strength turn."""
+    return rotation((1 - strength) * torch.eye(len(turn), dtype=turn.dtype) + strength * turn)
+
+
+def align(pair: LoraFactors, reference: LoraFactors, turn: Turn = jointly) -> LoraFactors:
+    """The pair turned towards the reference; same product.
+
+    >>> quarter = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
     >>> here = LoraFactors(torch.eye(3)[:, :2], torch.eye(2), 1.0)
-    >>> away = LoraFactors(here.B @ turn, turn.T @ here.A, 1.0)
+    >>> away = LoraFactors(here.B @ quarter, quarter.T @ here.A, 1.0)
     >>> bool(torch.allclose(align(away, here).B, here.B))
     True
     """
-    B, A = pair.B.double(), pair.A.double()
-    towards = B.T @ reference.B.double() + A @ reference.A.double().T  # (r, r)
-    left, _, right = torch.linalg.svd(towards)
-    turn = left @ right
-    return LoraFactors(B=(B @ turn).to(pair.B.dtype), A=(turn.T @ A).to(pair.A.dtype), scaling=pair.scaling)
+    O = turn(pair, reference)  # noqa: E741  (the field's name)
+    B, A = pair.B.double() @ O, O.T @ pair.A.double()
+    return LoraFactors(B=B.to(pair.B.dtype), A=A.to(pair.A.dtype), scaling=pair.scaling)
 
 
-def rotated_mean(parts: Sequence[Contribution], reference: Adapter) -> Adapter:
+def rotated_mean(parts: Sequence[Contribution], reference: Adapter, turn: Turn = jointly) -> Adapter:
     """The factor means after aligning every client to `reference` (the last broadcast).
+
+    Args:
+        turn: `jointly`, `by_A(strength)` or `by_B(strength)`.
 
     Raises:
         InputError: the contributions (or the reference) do not fit together, or the ranks differ.
@@ -48,7 +97,7 @@ def rotated_mean(parts: Sequence[Contribution], reference: Adapter) -> Adapter:
         Contribution(
             part.client,
             Adapter(
-                {name: align(pair, reference.modules[name]) for name, pair in part.adapter.modules.items()},
+                {name: align(pair, reference.modules[name], turn) for name, pair in part.adapter.modules.items()},
                 part.adapter.extra,
             ),
             part.weight,
@@ -56,3 +105,11 @@ def rotated_mean(parts: Sequence[Contribution], reference: Adapter) -> Adapter:
         for part in parts
     ]
     return mean(turned)
+
+
+def _towards_A(pair: LoraFactors, reference: LoraFactors) -> Tensor:  # noqa: N802
+    return pair.A.double() @ reference.A.double().T
+
+
+def _towards_B(pair: LoraFactors, reference: LoraFactors) -> Tensor:  # noqa: N802
+    return pair.B.double().T @ reference.B.double()

@@ -122,14 +122,17 @@ def divided(
     *,
     added: Adapter | None = None,
     keep: int | None = None,
+    trained: Callable[[int, int], int] = lambda rank, outgoing: rank,
 ) -> Division:
     """The exact weighted sum as the pair of rank `rank`, the frozen terms that go out beside it, and the rest.
 
     Args:
         parts: one contribution per client; what they carried frozen belongs to the sum.
-        choose: how many terms of each module go out in all; at least `rank` do.
+        choose: how many terms of each module go out in all; at least as many do as the pair has.
         added: something more that belongs to the sum (what was kept back before).
         keep: the most terms of the rest; None keeps all.
+        trained: (a module's `rank`, how many of its terms go out) -> how many of them the pair has; all of `rank`,
+            padded with zeros where the sum has fewer, where not given.
 
     Raises:
         InputError: the contributions do not fit together.
@@ -146,7 +149,7 @@ def divided(
     residuals: dict[str, LoraFactors] = {}
     rests: dict[str, LoraFactors] = {}
     for name, whole in wholes.items():
-        own = inputs.rank_in(rank, name)
+        own = trained(inputs.rank_in(rank, name), outgoing[name])
         adapters[name] = linalg.balanced(linalg.kept(whole, own), scalings[name], dtype)
         significant = int((whole.values > NEGLIGIBLE * whole.values[0]).sum())
         end = min(max(own, outgoing[name]), significant)

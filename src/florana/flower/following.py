@@ -33,17 +33,21 @@ _HOOKS = "_florana_hooks"
 
 @dataclass(frozen=True)
 class _Brief:
-    """A message's arrays and their key, the kinds to train and to send, the frozen part."""
+    """A message's arrays and their key, the kinds to train and to send, the frozen part, the rank of this model."""
 
     key: str
     arrays: ArrayRecord
     trains: frozenset[str]
     returns: frozenset[str]
     residual: ArrayRecord | None
+    rank: int | None
 
 
 def receive(model: torch.nn.Module, message: Message, context: Context) -> None:
     """Put what the server sent into a PEFT model: factors, heads, the frozen part; freeze what is not to be trained.
+
+    Where a method sends fewer terms than the model's rank (FLoRIST), the layer's factors have as many until more come;
+    so make the optimizer after this call.
 
     Args:
         model: a PEFT model with LoRA; its active adapter is set.
@@ -65,6 +69,8 @@ def receive(model: torch.nn.Module, message: Message, context: Context) -> None:
     with torch.no_grad():
         for key, tensor in sent.items():
             parameter = parameters[key]
+            if parameter.shape != tensor.shape and _fewer(model, key, tensor, parameter, brief.rank):
+                parameter.data = torch.empty_like(tensor, dtype=parameter.dtype, device=parameter.device)
             if parameter.shape != tensor.shape:
                 raise InputError(
                     f"tensor '{key}' is {tuple(tensor.shape)} at the server and {tuple(parameter.shape)} in the model",
@@ -113,8 +119,23 @@ def _brief(message: Message) -> _Brief:
     said: Any = content.config_records.get(FLORANA, both)
     residual = content.array_records.get(RESIDUAL)
     return _Brief(
-        keys[0], content.array_records[keys[0]], frozenset(said["trains"]), frozenset(said["returns"]), residual
+        keys[0],
+        content.array_records[keys[0]],
+        frozenset(said["trains"]),
+        frozenset(said["returns"]),
+        residual,
+        said.get("rank"),
     )
+
+
+def _fewer(model: torch.nn.Module, key: str, tensor: Tensor, parameter: Tensor, rank: int | None) -> bool:
+    """Whether a factor differs from the model's by its number of terms alone, and the layer's own rank is as said."""
+    module, found, letter = key.partition(".lora_")
+    if not found or rank is None or tensor.ndim != 2:
+        return False
+    terms, other = (0, 1) if letter.removeprefix("embedding_").startswith("A") else (1, 0)
+    own = getattr(model.get_submodule(module), "r", {}).get(str(getattr(model, "active_adapter", "default")))
+    return bool(own == rank and tensor.shape[terms] <= rank and tensor.shape[other] == parameter.shape[other])
 
 
 def _parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

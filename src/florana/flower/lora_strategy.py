@@ -37,7 +37,7 @@ from florana.flower.answers import (
 from florana.flower.arrays import pack, unpack
 from florana.flower.names import Names, names_of, scaling_rule
 from florana.strategy import facts
-from florana.strategy.base import PAIR, Outcome, Payload, State, Strategy, rank_of
+from florana.strategy.base import MARK, PAIR, Outcome, Payload, State, Strategy, rank_of
 
 log = logging.getLogger("florana")
 
@@ -133,6 +133,7 @@ class LoraStrategy(FedAvg):
         self._names = Names({})
         self._current: ArrayRecord | None = None  # the record that stands for `state`
         self._asked = _NOBODY
+        self._rank = 0  # of the initial arrays: a broadcast may have fewer terms
 
     @property
     def adapter(self) -> Adapter:
@@ -208,8 +209,8 @@ class LoraStrategy(FedAvg):
                 "the modules of the initial arrays have unlike ranks", why="florana's methods have one rank per client"
             )
         if self.state is None or server_round == 1:
-            begun = self.method.init(adapter)
-        elif self.state.residual is not None or self.state.memory or names != self._names:
+            begun, self._rank = self.method.init(adapter), rank_of(adapter)
+        elif self.state.residual is not None or _remembers(self.state) or names != self._names:
             raise RecipeError(
                 f"round {server_round} was given other arrays than the round before made",
                 why=f"'{self.method.name}' keeps more than the adapter, or the tensors have other names",
@@ -220,13 +221,20 @@ class LoraStrategy(FedAvg):
         self.state, self._names, self._current = begun, names, arrays
         return begun
 
+    def _own(self, node: int) -> int:
+        """The rank of a node's model, which it may be sent fewer terms than."""
+        if self._ranks is None:
+            return self._rank
+        rank: object = self._ranks(node) if callable(self._ranks) else self._ranks.get(node)
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= self._rank:
+            raise RecipeError(f"client_ranks gives node {node} the rank {rank!r}, not 1 to {self._rank}")
+        return rank
+
     def _payload(self, state: State, node: int) -> Payload:
         whole = self.method.brief(state, str(node))
         if self._ranks is None or self.method.cut is None:
             return whole
-        rank: object = self._ranks(node) if callable(self._ranks) else self._ranks.get(node)
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= rank_of(state.adapter):
-            raise RecipeError(f"client_ranks gives node {node} the rank {rank!r}, not 1 to {rank_of(state.adapter)}")
+        rank = self._own(node)
         scalings = {self._scaling_of(module, rank) for module in state.adapter.modules}
         if len(scalings) > 1:
             raise RecipeError("client_ranks needs one scaling for all modules of a client")
@@ -251,7 +259,7 @@ class LoraStrategy(FedAvg):
             content[self.arrayrecord_key] = arrays
             if self._residual or payload.work != PAIR:
                 content[FLORANA] = ConfigRecord(
-                    {"trains": sorted(payload.work.trains), "returns": sorted(payload.work.up)}
+                    {"trains": sorted(payload.work.trains), "returns": sorted(payload.work.up), "rank": self._own(node)}
                 )
             if residual is not None:
                 content[RESIDUAL] = residual
@@ -266,6 +274,11 @@ class LoraStrategy(FedAvg):
             error = measure(parts, outcome.state.adapter, outcome.state.residual)
             metrics["florana-error"], metrics["florana-optimum"] = error.error, error.optimum
         return metrics
+
+
+def _remembers(state: State) -> bool:
+    """Whether the method keeps something that belongs to the adapter it sent."""
+    return any(not name.startswith(MARK) for name in state.memory)
 
 
 def _require_finite(outcome: Outcome) -> None:

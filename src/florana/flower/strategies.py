@@ -38,7 +38,7 @@ class FedIT(LoraStrategy):
 
 
 class FloraNA(LoraStrategy):
-    """FLoRA-NA: one fitted coefficient per client and factor. See `florana.strategy.flora_na`.
+    """FLoRA-NA: one fitted coefficient per client and factor, or rank component too. See `florana.strategy.flora_na`.
 
     >>> FloraNA(lora_alpha=16, min_train_nodes=3).method.name
     'flora-na'
@@ -48,7 +48,7 @@ class FloraNA(LoraStrategy):
         self,
         *,
         combine: Literal["factors", "updates"] = "factors",
-        scope: Literal["module", "model", "model-relative"] = "module",
+        scope: Literal["module", "model", "model-relative", "component"] = "module",
         solver: Literal["als", "adamw"] = "als",
         **common: Unpack[Common],
     ) -> None:
@@ -156,5 +156,11 @@ class LoraFair(LoraStrategy):
 class FedRot(LoraStrategy):
     """Factors turned to the last broadcast before averaging. See `florana.strategy.fedrot`."""
 
-    def __init__(self, **common: Unpack[Common]) -> None:
-        super().__init__(_built("fedrot"), **common)
+    def __init__(
+        self,
+        *,
+        align: Literal["in-turn", "joint"] = "in-turn",
+        strength: float | None = None,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(_built("fedrot", align=align, strength=strength), **common)

@@ -19,6 +19,9 @@ from florana.aggregate.gauge import alive
 from florana.factors import Adapter, Contribution
 from florana.strategy.facts import Facts
 
+MARK = "mark/"
+"""Before the names of a state's memory that say how it was begun, and nothing of the adapter."""
+
 
 @dataclass(frozen=True, eq=False)
 class State:

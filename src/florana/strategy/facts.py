@@ -59,6 +59,7 @@ class Facts:
         trains: what a client trains.
         up, down: parameters sent per module, client and round; k is the rank of the frozen part.
         exact: how near the server's step comes to the true average.
+        differs: where florana departs from the publication, or where that could not be told; empty: nowhere known.
         base: whether what clients add to the base model besides the trained pair changes over the rounds.
         absent: what a client needs that missed rounds. client_state: what it keeps, and what its loss means.
         mixed_ranks: what a client of a lower rank gets, or why all must have one rank.
@@ -70,6 +71,7 @@ class Facts:
         shape: the recipe's rank -> (the rank of the pair, the blocks of its core).
         coordinates: `stay` where the pair that goes back continues the clients' pairs entry by entry; `move` where it
             is chosen anew, so that what rounding left out of the last pair says nothing about the next.
+        most: the largest product of clients in a round and rank that the server's step takes on; None: any.
         one_model: False for methods without a global product; they have no global score and no aggregation error.
         optimizer: where a server optimizer can work (`strategy.server_optimizer`), the method's own place first: on the
             `products`, on the `factors` (or cores); empty where the clients need the step's result as it is.
@@ -82,6 +84,7 @@ class Facts:
     up: Count
     down: Count
     exact: str
+    differs: str = ""
     base: str = "stays"
     absent: str = "nothing: every broadcast is complete"
     client_state: str = "none"
@@ -92,6 +95,7 @@ class Facts:
     residual: Callable[[int, int, int], int] = lambda clients, rank, rounds: 0
     shape: Callable[[int], tuple[int, int]] = lambda rank: (rank, 1)
     coordinates: Literal["stay", "move"] = "stay"
+    most: int | None = None
     one_model: bool = True
     optimizer: tuple[Literal["products", "factors"], ...] = ()
     aims_at_sum: bool = False

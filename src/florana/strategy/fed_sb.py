@@ -2,9 +2,13 @@
 
     update_u = s B R_u A,   B (out x r) and A (r x in) fixed with orthonormal columns and rows;   R = sum_u w_u R_u
 
-r^2 numbers up and down. The fixed factors come from the first gradient, as published (`begin = gradient`; pooled over
+r^2 numbers up and down. The fixed factors come from the first gradient G, as published (`begin = gradient`; pooled over
 clients, which only a simulation can do), from the base weights' singular vectors (`principal`, the default: no data
 needed), or are random (`random`). Give it a large rank: r = 200 costs what rank 5 of LoRA costs on 4096 x 4096.
+
+    begin = gradient:   L S V^T = -eta sign(G),   B = L_r,   A = V_r^T,   s R_0 = diag(S_1, ..., S_r)
+
+so training begins one step of the clients' learning rate eta in, as published; from the other two starts R_0 = 0.
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ FACTS = facts.Facts(
     secure_aggregation="yes: sums of R",
     noise="in R alone: linear, in the fewest dimensions; a first gradient must be accounted for",
     optimizer=("factors",),
+    differs="published unweighted, here weighted; published with `begin = gradient`, which pools gradients "
+    "and is no default here",
 )
 WORK = work(trains=["core"], up=["core"], down=["core"])
 
@@ -44,7 +50,8 @@ def build(begin: Literal["principal", "gradient", "random"] = "principal") -> St
     """
     if begin == "random":
         return Strategy("fed-sb", "arXiv 2502.15436", FACTS, _random, sending(WORK), _step)
-    return Strategy("fed-sb", "arXiv 2502.15436", FACTS, _spanned, sending(WORK), _step, begin=begin)
+    init = _one_step_in if begin == "gradient" else _spanned
+    return Strategy("fed-sb", "arXiv 2502.15436", FACTS, init, sending(WORK), _step, begin=begin)
 
 
 def _spanned(adapter: Adapter) -> State:
@@ -54,6 +61,17 @@ def _spanned(adapter: Adapter) -> State:
         return LoraFactors(orthonormal_rows(pair.B.T).T.contiguous(), orthonormal_rows(pair.A), pair.scaling)
 
     return _fixed(adapter, spanned)
+
+
+def _one_step_in(adapter: Adapter) -> State:
+    """The same factors, and between them the R_0 with the pair's own product: B^T (B_pair A_pair) A^T."""
+    fixed = _spanned(adapter).adapter
+    cores = {}
+    for name, pair in adapter.modules.items():
+        own = fixed.modules[name]
+        left, right = own.B.double().T @ pair.B.double(), pair.A.double() @ own.A.double().T
+        cores[name] = (left @ right)[None].to(pair.A.dtype)
+    return State(0, Adapter(fixed.modules, fixed.extra, cores))
 
 
 def _random(adapter: Adapter) -> State:

@@ -28,6 +28,7 @@ FACTS = facts.Facts(
     residual=lambda clients, rank, rounds: (clients - 1) * rank * rounds,
     optimizer=("products",),
     aims_at_sum=True,
+    differs="published unweighted, here weighted; the remainder is factored beside the base, not dense in it",
 )
 
 

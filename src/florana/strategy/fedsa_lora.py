@@ -27,6 +27,7 @@ FACTS = facts.Facts(
     secure_aggregation="yes: sums of A",
     noise="in A alone; B never leaves",
     one_model=False,
+    differs="heads are averaged unless `model.head = 'personal'`; the official configuration keeps them local",
 )
 WORK = work(trains=["A", "B"], up=["A"], down=["A"])
 

@@ -27,6 +27,7 @@ FACTS = facts.Facts(
     trained=facts.ONLY_B.of,
     noise="in B alone: linear; the decomposition is post-processing",
     coordinates="move",
+    differs="A has orthonormal rows in the first round too; the official code begins at PEFT's A, of rows of norm 0.57",
 )
 WORK = work(trains=["B"], up=["B"], down=["A", "B"])
 

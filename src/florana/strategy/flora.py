@@ -2,6 +2,8 @@
 
     A = [w_1 A_1; ...; w_U A_U],  B = [B_1 ... B_U],  W <- W + s B A,  then a new random A and B = 0
 
+A new A has the spread (standard deviation) of the first one, module by module, which the state keeps.
+
 The stacks of all rounds are kept as one frozen residual of as few terms as it takes, complete in every broadcast: the
 paper sends each round's stack, of rank sum r_u, to everybody for ever. `residual_rank` bounds it.
 """
@@ -9,16 +11,17 @@ paper sends each round's stack, of rank sum r_u, to everybody for ever. `residua
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from florana.aggregate.accumulate import recompressed
 from florana.aggregate.inputs import average_extra
 from florana.aggregate.project import targets
 from florana.factors import Adapter, Contribution, LoraFactors
 from florana.strategy import facts
-from florana.strategy.base import Outcome, State, Strategy, advance, sending, start, work
+from florana.strategy.base import Outcome, State, Strategy, advance, sending, work
 from florana.strategy.draws import generator_of, like
 from florana.strategy.ranks import first_terms
 from florana.strategy.residuals import check_residual_rank, dtype_of, residual_note
@@ -36,7 +39,9 @@ FACTS = facts.Facts(
     coordinates="move",
     optimizer=("products",),
     aims_at_sum=True,
+    differs="not each round's stack travels but the sum of all, as one frozen residual in as few terms as it takes",
 )
+_SPREAD = "spread/"
 WORK = work(trains=["A", "B"], up=["A", "B"], down=["A"])
 
 
@@ -47,7 +52,15 @@ def build(residual_rank: int | None = None) -> Strategy:
         residual_rank: the most terms of the residual that are kept; all of them where not given.
     """
     check_residual_rank(residual_rank)
-    return Strategy("flora", "arXiv 2409.05976", FACTS, start, sending(WORK), _Step(residual_rank), cut=first_terms)
+    return Strategy("flora", "arXiv 2409.05976", FACTS, _init, sending(WORK), _Step(residual_rank), cut=first_terms)
+
+
+def _init(adapter: Adapter) -> State:
+    return State(0, adapter, memory=_spreads(adapter))
+
+
+def _spreads(adapter: Adapter) -> dict[str, Tensor]:
+    return {_SPREAD + name: pair.A.double().std() for name, pair in adapter.modules.items()}
 
 
 @dataclass(frozen=True)
@@ -59,10 +72,15 @@ class _Step:
         dtype = dtype_of(state.adapter)
         residual = recompressed({name: whole for name, (whole, _, _) in sums.items()}, self.rank, dtype)
         generator = generator_of(state.adapter, "flora")
+        # A state of before the spread was kept, or that another method began, has the last A's: it wanders no further.
+        spreads = _spreads(state.adapter) | dict(state.memory)
         fresh = {
             name: LoraFactors(
-                B=torch.zeros_like(pair.B), A=like(pair.A, float(pair.A.std()), generator), scaling=pair.scaling
+                B=torch.zeros_like(pair.B),
+                A=like(pair.A, float(spreads[_SPREAD + name]), generator),
+                scaling=pair.scaling,
             )
             for name, pair in state.adapter.modules.items()
         }
-        return Outcome(advance(state, Adapter(fresh, average_extra(parts)), residual), residual_note(residual))
+        after = advance(state, Adapter(fresh, average_extra(parts)), residual)
+        return Outcome(replace(after, memory=spreads), residual_note(residual))

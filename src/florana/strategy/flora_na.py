@@ -2,23 +2,31 @@
 
 Trains A and B; r (out + in) numbers up and down per module, as FedIT; the base stays; the coefficients never leave
 the server. The server must see every client's factors, so secure aggregation is excluded. The paper does not settle
-what is combined and how widely the coefficients are shared: both are options.
+what is combined and how widely the coefficients are shared: both are options. `scope = "component"` goes beyond it, to
+one coefficient per client and rank component (`aggregate.component`): of the way from FedIT to the best rank it went
+68 % where the scalars went 11 % (seven real clients after one round, rank 8), at the same cost on the wire.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from florana.aggregate import als, gradient, mix
+from florana.aggregate import als, component, gradient, mix
 from florana.aggregate.pad import all_padded
+from florana.errors import RecipeError
 from florana.factors import Adapter, Contribution
 from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, ranks_of, start
 from florana.strategy.ranks import first_terms
 
-FITS: dict[str, mix.Fit] = {"module": mix.per_module, "model": mix.per_model, "model-relative": mix.per_model_relative}
+FITS: dict[str, mix.Fit] = {
+    "module": mix.per_module,
+    "model": mix.per_model,
+    "model-relative": mix.per_model_relative,
+    "component": mix.per_module,
+}
 SOLVERS: dict[str, mix.Solver] = {"als": als.solve, "adamw": gradient.solve}
 BASES: dict[str, Callable[[State], Adapter | None]] = {
     "factors": lambda state: None,
@@ -27,12 +35,15 @@ BASES: dict[str, Callable[[State], Adapter | None]] = {
 
 
 FACTS = facts.Facts(
-    does="fits one coefficient per client and factor (options `combine`, `scope`, `solver`)",
+    does="fits one coefficient per client and factor, or per client, factor and rank component (options `combine`, "
+    "`scope`, `solver`)",
     trains="A, B",
     up=facts.PAIR,
     down=facts.PAIR,
     exact="no: never above `fedit` in the fit, never below `best-rank`",
     mixed_ranks="with `combine = factors`: zero-padded, the first r_u columns of B and rows of A",
+    differs="weights are the federation's (published: 1 / U); the default solver is alternating least squares; "
+    "`scope = component` is not in the paper (its step solves dense systems of U r unknowns, of at most 4096)",
     noise="in both factors: a product of noises; the fit is post-processing, and fits the noise too",
     optimizer=("products", "factors"),
 )
@@ -40,7 +51,7 @@ FACTS = facts.Facts(
 
 def build(
     combine: Literal["factors", "updates"] = "factors",
-    scope: Literal["module", "model", "model-relative"] = "module",
+    scope: Literal["module", "model", "model-relative", "component"] = "module",
     solver: Literal["als", "adamw"] = "als",
 ) -> Strategy:
     """The strategy.
@@ -48,12 +59,22 @@ def build(
     Args:
         combine: mix whole factors, or the updates since the last broadcast.
         scope: one coefficient pair per client and module, or per client; for the latter the modules' squared errors are
-            summed as they are (`model`) or each relative to its own target (`model-relative`).
-        solver: alternating least squares, or the published style of gradient descent.
+            summed as they are (`model`) or each relative to its own target (`model-relative`). Or one pair per client,
+            module and rank component (`component`).
+        solver: alternating least squares, or the published style of gradient descent (not for `component`), which
+            begins at FedIT and stays there where the clients' factors cancel in the mean.
     """
-    step = _Step(FITS[scope], SOLVERS[solver], BASES[combine])
+    if scope == "component" and solver != "als":
+        raise RecipeError(
+            f"strategy.solver = '{solver}' does not go with strategy.scope = 'component'",
+            why="coefficients per component are fitted by alternating least squares alone",
+            fix="leave solver out",
+        )
+    by_component = scope == "component"
+    step = _Step(FITS[scope], component.solve if by_component else SOLVERS[solver], BASES[combine])
     cut = first_terms if combine == "factors" else None
-    return Strategy("flora-na", "arXiv 2509.26399", FACTS, start, broadcast, step, cut=cut)
+    made_of = replace(FACTS, most=component.MOST) if by_component else FACTS
+    return Strategy("flora-na", "arXiv 2509.26399", made_of, start, broadcast, step, cut=cut)
 
 
 @dataclass(frozen=True)
@@ -68,8 +89,8 @@ class _Step:
         found = list(mixture.coefficients.values())
         notes = {
             "clients": [part.client for part in parts],
-            "p": [sum(c.p[u].item() for c in found) / len(found) for u in range(len(parts))],
-            "q": [sum(c.q[u].item() for c in found) / len(found) for u in range(len(parts))],
+            "p": [sum(c.p[u].mean().item() for c in found) / len(found) for u in range(len(parts))],
+            "q": [sum(c.q[u].mean().item() for c in found) / len(found) for u in range(len(parts))],
             "solver_steps": max(len(c.history) - 1 for c in found),
         }
         return Outcome(advance(state, mixture.adapter), notes)

@@ -2,8 +2,11 @@
 
     sum_u w_u s_u B_u A_u = L S V^T;   p = the least k with sum_{i<=k} S_i^2 >= tau sum_i S_i^2
 
-The leading r terms are what clients train on, the terms up to p a frozen part beside them, new in every round; where p
-is below r, r terms go out, since zero columns could never be trained again.
+p differs from module to module and from round to round. Where it is below r, p terms go out, at least one, and clients
+train a pair of rank p and send it back: both ways cost what p terms cost. The rank grows again by itself, as the sum
+of U such pairs has up to U p terms; only where one client alone answered it could not, so then the pair keeps the rank
+that went out. Where p is above r, the leading r terms are what clients train on, and the terms up to p a frozen part
+beside them, new in every round.
 """
 
 from __future__ import annotations
@@ -11,17 +14,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from florana.aggregate.terms import by_energy, divided
 from florana.errors import RecipeError
-from florana.factors import Contribution
+from florana.factors import Adapter, Contribution
 from florana.strategy import facts
-from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, ranks_of, start
+from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, ranks_of
 from florana.strategy.ranks import best_and_rest
 from florana.strategy.residuals import residual_note
 
 FACTS = facts.Facts(
-    does="sends as many terms of the true average as hold the share `energy` of it",
-    trains="A, B",
+    does="sends as many terms of the true average as hold the share `energy` of it, fewer than r too",
+    trains="A, B, of at most r terms: as many as were sent",
     up=facts.PAIR,
     down=facts.PAIR_AND_RESIDUAL,
     exact="to the threshold",
@@ -32,7 +37,10 @@ FACTS = facts.Facts(
     coordinates="move",
     optimizer=("products",),
     aims_at_sum=True,
+    differs="the terms beyond r travel as a frozen part beside the pair; after a round of one client the rank stays",
 )
+_RANK = "rank/"
+"""Before a module's name in the state's memory: r, which the pair itself no longer shows."""
 
 
 def build(energy: float = 0.99) -> Strategy:
@@ -43,7 +51,12 @@ def build(energy: float = 0.99) -> Strategy:
     """
     if not 0 < energy <= 1:
         raise RecipeError(f"strategy.energy is {energy}, not above 0 and at most 1")
-    return Strategy("florist", "arXiv 2506.09199", FACTS, start, broadcast, _Step(energy), cut=best_and_rest)
+    return Strategy("florist", "arXiv 2506.09199", FACTS, _init, broadcast, _Step(energy), cut=best_and_rest)
+
+
+def _init(adapter: Adapter) -> State:
+    ranks = {_RANK + name: torch.tensor(rank) for name, rank in ranks_of(adapter).items()}
+    return State(0, adapter, memory=ranks)
 
 
 @dataclass(frozen=True)
@@ -51,5 +64,17 @@ class _Step:
     energy: float
 
     def __call__(self, state: State, parts: Sequence[Contribution]) -> Outcome:
-        found = divided(parts, ranks_of(state.adapter), by_energy(self.energy), keep=0)
-        return Outcome(advance(state, found.adapter, found.residual), residual_note(found.residual))
+        sent = ranks_of(state.adapter)
+        if len(parts) == 1:
+            found = divided(parts, sent, by_energy(self.energy), keep=0)
+        else:
+            # Runs begun before terms were left out have no ranks in their memory, and r terms in every pair.
+            most = {name: int(state.memory.get(_RANK + name, torch.tensor(rank))) for name, rank in sent.items()}
+            found = divided(parts, most, by_energy(self.energy), keep=0, trained=_fewer)
+        terms = ranks_of(found.adapter).values()
+        notes = residual_note(found.residual) | {"trained_rank": [min(terms), max(terms)]}
+        return Outcome(advance(state, found.adapter, found.residual), notes)
+
+
+def _fewer(most: int, outgoing: int) -> int:
+    return min(most, max(1, outgoing))

@@ -29,6 +29,7 @@ FACTS = facts.Facts(
     secure_aggregation="yes: sums of A and of B",
     noise="in both factors: a product of noises, in the base for good",
     residual=lambda clients, rank, rounds: rank * (rounds + 1),
+    differs="published unweighted, here weighted; the moved base is a frozen part beside it",
 )
 WORK = work(trains=["A", "B"], up=["A", "B"], down=[])
 

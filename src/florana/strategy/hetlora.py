@@ -39,6 +39,8 @@ FACTS = facts.Facts(
     mixed_ranks="the first r_u columns of B and rows of A",
     secure_aggregation="only if every client's norm is revealed",
     optimizer=("factors", "products"),
+    differs="the norms are multiplied by the clients' weights (published: the norms alone; the same at equal weights); "
+    "self-pruning, off by default, is written from notes",
 )
 
 

@@ -24,6 +24,7 @@ FACTS = facts.Facts(
     down=facts.PAIR,
     exact="no: between `best-rank` and `fedit`",
     optimizer=("factors", "products"),
+    differs="the ridge form with its closed solution; published: a similarity and the penalty, by gradient descent",
 )
 
 

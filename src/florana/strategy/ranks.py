@@ -44,10 +44,11 @@ def best_and_rest(payload: Payload, rank: int, scaling: float) -> Payload:
     before = payload.residual.modules if payload.residual is not None else {}
     for name, pair in payload.adapter.modules.items():
         whole = linalg.decompose(linalg.stack([pair], [1.0]))
-        modules[name] = linalg.balanced(linalg.kept(whole, rank), scaling, pair.A.dtype)
+        own = min(rank, pair.rank)  # a broadcast may have fewer terms than the client's rank
+        modules[name] = linalg.balanced(linalg.kept(whole, own), scaling, pair.A.dtype)
         rest = [before[name]] if name in before else []
-        if rank < len(whole.values) and bool(whole.values[rank] > 0):
-            left = linalg.between(whole, rank, len(whole.values))
+        if own < len(whole.values) and bool(whole.values[own] > 0):
+            left = linalg.between(whole, own, len(whole.values))
             rest.append(linalg.balanced(left, 1.0, pair.A.dtype))
         if rest:
             frozen[name] = concatenate(rest, [1.0] * len(rest))

@@ -41,6 +41,7 @@ FACTS = facts.Facts(
     secure_aggregation="yes: sums of s H, and of weights per head where clients train some (others padded with zeros)",
     noise="in s H alone: linear",
     optimizer=("factors",),
+    differs="written from the abstract and notes: which heads a client takes is drawn anew in every round",
 )
 WORK = work(trains=["core", "scale"], up=["core"], down=["core"])
 _SEED = "seed"

@@ -26,6 +26,7 @@ FACTS = facts.Facts(
     noise="linear in each round",
     trained=facts.IN_TURN.of,
     optimizer=("factors",),
+    differs="both factors go down; published: the one that changed, to clients that miss no round",
 )
 TRAIN_B = work(trains=["B"], up=["B"], down=["A", "B"])
 TRAIN_A = work(trains=["A"], up=["A"], down=["A", "B"])

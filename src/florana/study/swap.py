@@ -65,7 +65,8 @@ def exchange(
         if not all(_takes_pairs(one, before) for before, _ in held.values()):
             continue
         for round_, (before, parts) in held.items():
-            after = one.step(before, parts).state
+            own = one.init(before.adapter).memory  # what the rule itself would have kept: another one began the state
+            after = one.step(replace(before, memory=own), parts).state
             error = measure(parts, after.adapter, after.residual)
             row = {"method": method.label, "round": round_, "error": error.error, "optimum": error.optimum}
             if scored is None or round_ in scored:

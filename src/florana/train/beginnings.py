@@ -1,7 +1,7 @@
 """First pairs other than PEFT's: from the leading singular vectors of the base weights, or of their first gradient.
 
     principal   W = L S V^T:             B = L_r sqrt(S_r / s),  A = sqrt(S_r / s) V_r^T      (FRLoRA, ICLR 2025)
-    gradient    -sign(mean gradient):    the same of that matrix: the first step of an Adam-like optimizer, as Fed-SB
+    gradient    -eta sign(mean gradient): the same of that matrix: the first step of an Adam-like optimizer, as Fed-SB
                                          (arXiv 2502.15436) begins
 
 Both belong to the start of a run, before anything is sent.
@@ -42,8 +42,8 @@ def principal(bench: Workbench, start: Adapter) -> Adapter:
     return _pairs(matrices, start)
 
 
-def gradient(bench: Workbench, start: Adapter, batches: Mapping[str, Sequence[Example]]) -> Adapter:
-    """Pairs from the sign of the clients' mean gradient of the base weights: client -> the rows of one batch.
+def gradient(bench: Workbench, start: Adapter, batches: Mapping[str, Sequence[Example]], rate: float) -> Adapter:
+    """Pairs of -rate times the sign of the clients' mean gradient of the base weights: client -> the rows of a batch.
 
     Clients count by their rows. The gradients are pooled, which only a simulation can do (as the published code does).
     """
@@ -58,7 +58,7 @@ def gradient(bench: Workbench, start: Adapter, batches: Mapping[str, Sequence[Ex
             batch = bench.batch(rows)
             (bench.forward(batch).loss * (len(rows) / total)).backward()
         matrices = {
-            name: -torch.sign(_upright(weight.grad, transposed))
+            name: -rate * torch.sign(_upright(weight.grad, transposed))
             for name, (weight, transposed) in weights.items()
             if weight.grad is not None
         }
