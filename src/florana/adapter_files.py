@@ -15,7 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from florana.adapter_config import CONFIG
-from florana.adapter_reader import PREFIX, WEIGHTS, AdapterCard, open_adapter
+from florana.adapter_headers import WEIGHTS
+from florana.adapter_reader import PREFIX, AdapterCard, open_adapter
+from florana.adapter_settings import SETTINGS
+from florana.errors import InputError
 from florana.factors import Adapter, LoraFactors
 from florana.tensor_files import write_tensors
 from florana.whole_files import replace_by, replace_file
@@ -43,7 +46,16 @@ def write_adapter(folder: Path, adapter: Adapter, card: AdapterCard, readme: str
 
     The bytes depend on the adapter and the card alone. Module ranks that differ go into `rank_pattern`, with an
     `alpha_pattern` that keeps each scaling.
+
+    Raises:
+        InputError: a tensor has nothing in it, or the card carries a setting that PEFT has not or that is not carried.
     """
+    for setting in card.carried:
+        if setting not in SETTINGS or SETTINGS[setting].rule != "carried":
+            raise InputError(f"the card carries '{setting}', which is no setting to carry")
+    for name, tensor in adapter.tensors().items():
+        if not tensor.numel():
+            raise InputError(f"the tensor '{name}' has shape {tuple(tensor.shape)}: nothing is in it")
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for name, pair in adapter.modules.items():
@@ -69,8 +81,9 @@ def _config(adapter: Adapter, card: AdapterCard) -> dict[str, Any]:
 
     kinds = Counter((pair.rank, alpha(pair)) for pair in adapter.modules.values())
     (rank, common), _ = min(kinds.items(), key=lambda item: (-item[1], item[0]))
+    targets = card.target_modules or tuple(adapter.modules)
     others = {name: pair for name, pair in adapter.modules.items() if (pair.rank, alpha(pair)) != (rank, common)}
-    return {
+    return dict(card.carried) | {
         "alpha_pattern": {name: alpha(pair) for name, pair in others.items()},
         "base_model_name_or_path": card.base_model,
         "bias": "none",
@@ -84,7 +97,7 @@ def _config(adapter: Adapter, card: AdapterCard) -> dict[str, Any]:
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {name: pair.rank for name, pair in others.items()},
-        "target_modules": sorted(card.target_modules),
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "task_type": card.task_type,
         "use_dora": card.dora,
         "use_rslora": card.rslora,
