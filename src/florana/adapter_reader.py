@@ -115,6 +115,11 @@ class AdapterReader:
         keys = self.modules[module].keys
         return torch.promote_types(self.places[keys["A"]].dtype, self.places[keys["B"]].dtype)
 
+    def stored(self, module: str) -> set[str]:
+        """The types in which a module's factors are stored, by name."""
+        keys = self.modules[module].keys
+        return {str(self.places[keys[letter]].dtype).removeprefix("torch.") for letter in ("A", "B")}
+
     def files(self) -> list[Path]:
         """The weight files, sorted."""
         return sorted({place.path for place in self.places.values()})
@@ -154,7 +159,9 @@ def open_adapter(folder: Path, strip: Callable[[str], str] = unwrapped) -> Adapt
         wanted = {"linear": ".weight", "embedding": None}[kind]
         if match and match["suffix"] == wanted:
             if kinds.setdefault(match["module"], kind) != kind:
-                raise InputError(f"{places[key].path}: module '{match['module']}' is both a linear layer and an embedding")
+                raise InputError(
+                    f"{places[key].path}: module '{match['module']}' is both a linear layer and an embedding"
+                )
             found.setdefault(match["module"], {})[match["letter"]] = key
         elif match and match["letter"] == "B" and match["suffix"] == ".bias" and config.get("lora_bias"):
             found.setdefault(match["module"], {})["bias"] = key
