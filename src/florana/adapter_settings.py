@@ -24,8 +24,8 @@ class Setting:
     """What is done with one setting.
 
     Args:
-        rule: `read`: florana acts on it. `carried`: it goes into the result as it is, where all inputs agree. `idle`: it
-            acts in training, or where another one is on, and not on a trained adapter. `refused`: named where it is on.
+        rule: `read`: florana acts on it. `carried`: it goes into the result as it is, where all inputs agree. `idle`:
+            it acts in training, or where another one is on, and not on a trained adapter. `refused`: by name where on.
         why: of the rule.
         off: the values with which a refused setting is off.
     """
@@ -44,7 +44,7 @@ SETTINGS: Mapping[str, Setting] = {
     "peft_type": Setting("read", "LORA alone"),
     "peft_version": Setting("idle", "of the program that wrote the file"),
     "task_type": Setting("read", "null beside a name is that name"),
-    "auto_mapping": Setting("carried", "the class of the base model, for AutoPeftModel; null beside a table is that table"),
+    "auto_mapping": Setting("carried", "the base model's class, for AutoPeftModel; null beside a table is that table"),
     "base_model_name_or_path": Setting("read", "null beside a name is that name"),
     "revision": Setting("carried", "of the base model; null beside a name is that name"),
     "inference_mode": Setting("idle", "what is trained further"),
@@ -106,7 +106,8 @@ def judge(config: Mapping[str, Any], path: Path) -> None:
                     fix="if it changes nothing in a trained adapter, take it out of the file",
                 )
         elif setting.rule == "refused" and not _is_one_of(value, setting.off):
-            raise InputError(f"{path}: '{name}' is {_short(value) if name == 'bias' else 'on'}", why=setting.why)
+            told = f"bias is {_short(value)}" if name == "bias" else f"'{name}' is on"
+            raise InputError(f"{path}: {told}", why=setting.why)
     start = config.get("init_lora_weights")
     if start is None or str(start).lower() in HARMLESS_STARTS:
         return
@@ -160,11 +161,19 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _table(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _true(value: object) -> bool:
+    return value is True
+
+
 _TYPES = {
-    "auto_mapping": lambda value: isinstance(value, dict),
+    "auto_mapping": _table,
     "revision": _word,
     "exclude_modules": _words,
     "layers_to_transform": _layers,
     "layers_pattern": _words,
-    "ensure_weight_tying": lambda value: value is True,
+    "ensure_weight_tying": _true,
 }

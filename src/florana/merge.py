@@ -149,9 +149,8 @@ def answer_of(
 
     The places of the adapters whose update of the module is not zero are added to `alive`.
     """
-    having = [
-        (u, reader, w) for u, (reader, w) in enumerate(zip(readers, weights, strict=True)) if name in reader.modules
-    ]
+    everyone = enumerate(zip(readers, weights, strict=True))
+    having = [(u, reader, weight) for u, (reader, weight) in everyone if name in reader.modules]
 
     def pair(u: int, reader: AdapterReader) -> LoraFactors:
         factors = reader.pair(name)
@@ -242,7 +241,7 @@ def _bias(readers: Sequence[AdapterReader], weights: Sequence[float], name: str,
 
 
 def _whole_tensor(readers: Sequence[AdapterReader], weights: Sequence[float], name: str) -> Tensor:
-    """The weighted sum of a tensor trained whole; of a frozen weight of the base, which need not stand in all, itself."""
+    """The weighted sum of a tensor trained whole; a frozen weight of the base, which need not stand in all, itself."""
     tensors = [reader.tensor(reader.extra[name]) for reader in readers if name in reader.extra]
     if FROZEN in name:
         if all(torch.equal(tensor, tensors[0]) for tensor in tensors):
