@@ -45,7 +45,7 @@ SETTINGS: Mapping[str, Setting] = {
     "peft_version": Setting("idle", "of the program that wrote the file"),
     "task_type": Setting("read", "null beside a name is that name"),
     "auto_mapping": Setting("carried", "the base model's class, for AutoPeftModel; null beside a table is that table"),
-    "base_model_name_or_path": Setting("read", "null beside a name is that name"),
+    "base_model_name_or_path": Setting("read", "all inputs must agree, or --base settles it"),
     "revision": Setting("carried", "of the base model; null beside a name is that name"),
     "inference_mode": Setting("idle", "what is trained further"),
     "r": Setting("read", "with `rank_pattern`, held against every factor"),

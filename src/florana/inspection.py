@@ -153,9 +153,10 @@ def _try_rules(
     """Add one module's squared error and bytes of every rule but best-rank; rules that need one rank may not apply."""
     dtype = torch.promote_types(widest_dtype(readers, name), torch.float32)
     one_rank = len({m.rank for reader in readers for m in reader.modules.values()}) == 1
+    tied = any(reader.card.carried.get("ensure_weight_tying") and reader.card.embeddings for reader in readers)
     own = [reader.modules[name] for reader in readers if name in reader.modules]
     for method in ("fedit", "flora-na", "stack"):
-        if method != "stack" and not one_rank:
+        if method != "stack" and (tied or not one_rank):
             continue
         answer = answer_of(readers, shares, name, method, rank, dtype, alive)
         key = (method, rank if method != "stack" else sum(max(m.rank for m in r.modules.values()) for r in readers))

@@ -83,6 +83,12 @@ def merge(
     shares = coefficients(weights, len(folders), normalize)
     readers = open_together(folders)
     card, union = common_card(readers, base), modules_of(readers)
+    if card.carried.get("ensure_weight_tying") and card.embeddings and method in ("fedit", "flora-na"):
+        raise RecipeError(
+            f"--method {method} cannot merge adapters with ensure_weight_tying",
+            why=f"the factors of '{card.embeddings[0]}' are the output layer's too, and would be averaged unlike there",
+            fix="use best-rank or stack",
+        )
     wanted = rank if rank is not None else max(m.rank for reader in readers for m in reader.modules.values())
     answers: dict[str, Answer] = {}
     extra: dict[str, Tensor] = {}

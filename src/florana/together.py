@@ -19,6 +19,8 @@ from florana.wrappers import unwrapped_everywhere
 FROZEN = ".base_layer."
 """In the name of a tensor: a weight of the base that PEFT saves beside an embedding's factors. It is not trained."""
 
+SAY_BASE = "if it is one model under two names, say --base NAME"
+
 
 def open_together(folders: Sequence[Path]) -> list[AdapterReader]:
     """The adapters; `module` inside a name is taken for a wrapper's where it makes the name another adapter's."""
@@ -64,8 +66,10 @@ def common_card(readers: Sequence[AdapterReader], base: str | None) -> AdapterCa
         )
     card = replace(
         readers[0].card,
-        base_model=base if base is not None else _agreed(readers, "base_model", "if it is one model, say --base NAME"),
-        task_type=_agreed(readers, "task_type"),
+        base_model=base
+        if base is not None
+        else _same(readers, "base_model", "if it is one model under two names, say --base NAME"),
+        task_type=_same([r for r in readers if r.card.task_type] or readers, "task_type"),
         fan_in_fan_out=_same(readers, "fan_in_fan_out"),
         target_modules=readers[0].card.target_modules,
         modules_to_save=tuple(sorted({name for reader in readers for name in reader.card.modules_to_save})),
@@ -112,19 +116,14 @@ def _carried(readers: Sequence[AdapterReader], base: str | None) -> dict[str, An
             first, value = values[0]
             for reader, other in values[1:]:
                 if other != value:
+                    off = False if setting == "ensure_weight_tying" else None
                     raise InputError(
-                        f"{reader.folder} has {setting} {other!r} but {first.folder} has {value!r}",
-                        fix="if it is one model, say --base NAME" if setting == "revision" else "",
+                        f"{reader.folder} has {setting} {other or off!r} but {first.folder} has {value or off!r}",
+                        fix=SAY_BASE if setting == "revision" else "",
                     )
         if value is not None:
             result[setting] = value
     return result
-
-
-def _agreed(readers: Sequence[AdapterReader], field: str, fix: str = "") -> Any:
-    """The one value among those that say something; None or '' beside it says nothing."""
-    saying = [reader for reader in readers if getattr(reader.card, field)] or [readers[0]]
-    return _same(saying, field, fix)
 
 
 def _same(readers: Sequence[AdapterReader], field: str, fix: str = "") -> Any:
