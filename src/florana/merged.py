@@ -122,6 +122,8 @@ def coefficients(weights: Sequence[float] | None, adapters: int, normalize: str 
         raise RecipeError("all --weights are zero", fix="give at least one adapter a weight")
     if normalize == "off":
         return given
+    if max(map(abs, given)) > 1e300:
+        raise RecipeError("the --weights are too large to be divided by their sum")
     total, size = math.fsum(given), math.fsum(map(abs, given))
     if normalize is None and min(given) < 0:
         raise RecipeError(
@@ -129,8 +131,6 @@ def coefficients(weights: Sequence[float] | None, adapters: int, normalize: str 
             why="what to do with the sum of the weights is not clear then",
             fix="say --normalize off to take the weights as they are, or --normalize on to divide them by their sum",
         )
-    if not math.isfinite(size):
-        raise RecipeError("the --weights are too large to be divided by their sum")
     if total <= 1e-9 * size:
         raise RecipeError(
             f"the --weights sum to {total:g}: they cannot be divided by that",

@@ -21,6 +21,11 @@ FROZEN = ".base_layer."
 
 SAY_BASE = "if it is one model under two names, say --base NAME"
 
+_FIXES = {
+    "revision": SAY_BASE,
+    "auto_mapping": "it names the class to load the base model by, and nothing else: null in one of the files will do",
+}
+
 
 def open_together(folders: Sequence[Path]) -> list[AdapterReader]:
     """The adapters; `module` inside a name is taken for a wrapper's where it makes the name another adapter's."""
@@ -66,9 +71,7 @@ def common_card(readers: Sequence[AdapterReader], base: str | None) -> AdapterCa
         )
     card = replace(
         readers[0].card,
-        base_model=base
-        if base is not None
-        else _same(readers, "base_model", "if it is one model under two names, say --base NAME"),
+        base_model=base if base is not None else _same(readers, "base_model", SAY_BASE),
         task_type=_same([r for r in readers if r.card.task_type] or readers, "task_type"),
         fan_in_fan_out=_same(readers, "fan_in_fan_out"),
         target_modules=readers[0].card.target_modules,
@@ -119,7 +122,7 @@ def _carried(readers: Sequence[AdapterReader], base: str | None) -> dict[str, An
                     off = False if setting == "ensure_weight_tying" else None
                     raise InputError(
                         f"{reader.folder} has {setting} {other or off!r} but {first.folder} has {value or off!r}",
-                        fix=SAY_BASE if setting == "revision" else "",
+                        fix=_FIXES.get(setting, ""),
                     )
         if value is not None:
             result[setting] = value
