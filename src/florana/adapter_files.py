@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +85,9 @@ def _config(adapter: Adapter, card: AdapterCard) -> dict[str, Any]:
     (rank, common), _ = min(kinds.items(), key=lambda item: (-item[1], item[0]))
     targets = card.target_modules or tuple(adapter.modules)
     others = {name: pair for name, pair in adapter.modules.items() if (pair.rank, alpha(pair)) != (rank, common)}
+    keys = _pattern_keys(others, adapter.modules)
     return dict(card.carried) | {
-        "alpha_pattern": {name: alpha(pair) for name, pair in others.items()},
+        "alpha_pattern": {keys[name]: alpha(pair) for name, pair in others.items()},
         "base_model_name_or_path": card.base_model,
         "bias": "none",
         "fan_in_fan_out": card.fan_in_fan_out,
@@ -96,9 +99,30 @@ def _config(adapter: Adapter, card: AdapterCard) -> dict[str, Any]:
         "modules_to_save": sorted(card.modules_to_save) or None,
         "peft_type": "LORA",
         "r": rank,
-        "rank_pattern": {name: pair.rank for name, pair in others.items()},
+        "rank_pattern": {keys[name]: pair.rank for name, pair in others.items()},
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "task_type": card.task_type,
         "use_dora": card.dora,
         "use_rslora": card.rslora,
     }
+
+
+def _pattern_keys(names: Iterable[str], modules: Iterable[str]) -> dict[str, str]:
+    """Name -> a key with which PEFT's pattern matches that module and no other of the modules.
+
+    The name itself, but where it ends another one at a dot, or is one as a regular expression (a dot is any character).
+    """
+    ends = [".".join(parts[i:]) for parts in (name.split(".") for name in modules) for i in range(len(parts))]
+    counts = Counter(ends)
+    by_length: dict[int, list[str]] = {}
+    for end in counts:
+        by_length.setdefault(len(end), []).append(end)
+
+    def is_plain(name: str) -> bool:
+        if counts[name] > 1 or not re.fullmatch(r"[\w.-]+", name):
+            return False
+        return not any(
+            end.count(".") < name.count(".") and re.fullmatch(name, end) for end in by_length.get(len(name), ())
+        )
+
+    return {name: name if is_plain(name) else f"^{re.escape(name)}" for name in names}

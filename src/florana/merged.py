@@ -127,8 +127,8 @@ def coefficients(weights: Sequence[float] | None, adapters: int, normalize: str 
     total, size = math.fsum(given), math.fsum(map(abs, given))
     if normalize is None and min(given) < 0:
         raise RecipeError(
-            f"the weight {min(given):g} in --weights is negative",
-            why="what to do with the sum of the weights is not clear then",
+            f"the weight {min(given):g} in --weights is not a non-negative number",
+            why="whether such weights are to be divided by their sum is not clear",
             fix="say --normalize off to take the weights as they are, or --normalize on to divide them by their sum",
         )
     if total <= 1e-9 * size:
