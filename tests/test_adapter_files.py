@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -139,6 +140,24 @@ def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in (WEIGHTS, CONFIG):
         assert (tmp_path / "x" / name).read_bytes() == (tmp_path / "y" / name).read_bytes()
     assert not list((tmp_path / "x").glob("*.tmp"))
+
+
+def test_a_pattern_is_of_its_module_alone(tmp_path: Path) -> None:
+    """A name that ends another's, or is another's as a regular expression: as PEFT reads the written patterns."""
+    ranks = {"q": 1, "a.q": 2, "b.a.q": 3, "h.1.1": 4, "h.111": 5, "x.q": 6, "y.q": 6, "z.q": 6}
+    pairs = {n: LoraFactors(torch.ones(4, r), torch.ones(r, 3), 1.0 + r) for n, r in ranks.items()}
+    write_adapter(tmp_path, Adapter(pairs), AdapterCard("b", None, tuple(ranks)))
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert "b.a.q" in config["rank_pattern"], "plain where it can be"
+    for name, rank in ranks.items():
+        for setting, default, wanted in (
+            ("rank_pattern", "r", rank),
+            ("alpha_pattern", "lora_alpha", rank * (1 + rank)),
+        ):
+            assert config[setting].get(get_pattern_key(config[setting], name), config[default]) == wanted, name
+    adapter, _ = read_adapter(tmp_path)
+    assert {name: pair.rank for name, pair in adapter.modules.items()} == ranks
+    assert adapter.scalings == {name: 1.0 + rank for name, rank in ranks.items()}
 
 
 @pytest.mark.parametrize(

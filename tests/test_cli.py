@@ -150,6 +150,13 @@ def test_merge_and_inspect(tmp_path: Path) -> None:
         (["merge", "{a}", "--out", "new", "--weights", "3;1"], 2, "is not a list of numbers"),
         (["merge", "{a}", "none", "--out", "new"], 3, "none does not exist"),
         (["merge", "{a}", "{b}", "--out", "new", "--weights", "1,-1"], 2, "is not a non-negative number"),
+        (["merge", "{a}", "{b}", "--out", "new", "--weights", "1,-1"], 2, "say --normalize off"),
+        (
+            ["merge", "{a}", "{b}", "--out", "new", "--weights", "1,-1", "--normalize", "on"],
+            2,
+            "cannot be divided by that",
+        ),
+        (["merge", "{a}", "{b}", "--out", "new", "--normalize", "no"], 2, "on or off"),
         (["inspect", "none"], 3, "none does not exist"),
     ],
 )
@@ -160,6 +167,24 @@ def test_merging_what_cannot_be_merged(arguments: list[str], code: int, words: s
     assert words in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "new").exists()
+
+
+def test_a_merge_with_negative_weights_of_other_modules(tmp_path: Path) -> None:
+    a, b = adapters(tmp_path)
+    pair = LoraFactors(B=torch.zeros(6, 2), A=torch.eye(2, 4), scaling=1.5)
+    write_adapter(tmp_path / "dead", Adapter({"layer.v": pair}), AdapterCard("base", None, ("v",)))
+    options = ("--weights", "-1,2,2", "--normalize", "off")
+    done = florana("merge", a, b, str(tmp_path / "dead"), *options, "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert "note: dead changes nothing" in done.stdout
+    assert "note: dead adapts 1 of 2 modules and adds nothing to the others (layer.q)" in done.stdout
+    merged = read_adapter(tmp_path / "out")[0].modules
+    product = merged["layer.q"].scaling * merged["layer.q"].B @ merged["layer.q"].A
+    assert torch.allclose(product, (-1 + 2 * 2) * 1.5 * torch.ones(6, 2) @ torch.eye(2, 4), atol=1e-6)
+    assert not merged["layer.v"].B.any()
+    looked = florana("inspect", a, b, *options[:1], "-1,2", *options[2:], "--json")
+    assert looked.returncode == 0, looked.stderr
+    assert json.loads(looked.stdout)["notes"] == []
 
 
 @pytest.mark.parametrize("verb", [[], ["demo"], ["run"], ["report"], ["merge"], ["inspect"]])

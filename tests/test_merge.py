@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 from florana.errors import InputError, RecipeError
 from florana.inspection import inspect
 from florana.merge import merge
+from tests.peft_adapters import PLAIN, base, logits, save_adapter, summed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
@@ -34,32 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*save_embedding_layers.*"),
 ]
 
-SMALL = {"vocab_size": 30}
-MODELS: dict[str, Any] = {
-    "bert": lambda: BertForSequenceClassification(
-        BertConfig(**SMALL, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
-    ),
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(**SMALL, n_embd=16, n_layer=2, n_head=2, n_positions=32, tie_word_embeddings=False)
-    ),
-    "llama": lambda: LlamaForCausalLM(
-        LlamaConfig(
-            **SMALL,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=24,
-            tie_word_embeddings=False,
-        )
-    ),
-}
-NAMES = {  # a square and a non-square linear module, the embedding, the head
-    "bert": ("query", "intermediate.dense", "word_embeddings", "classifier"),
-    "gpt2": ("c_attn", "c_fc", "wte", "lm_head"),
-    "llama": ("q_proj", "down_proj", "embed_tokens", "lm_head"),
-}
-PLAIN = {"r": 3, "lora_alpha": 6}
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "plain": [PLAIN, PLAIN],
     "one alone": [PLAIN],
@@ -82,98 +47,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def base(kind: str) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return MODELS[kind]().eval().double()
-
-
-def filled(kind: str, value: Any) -> Any:
-    """`$0` ... `$3` replaced by the model's own names."""
-    if isinstance(value, str):
-        for index, name in enumerate(NAMES[kind]):
-            value = value.replace(f"${index}", name)
-        return value
-    if isinstance(value, dict):
-        return {filled(kind, key): item for key, item in value.items()}
-    return [filled(kind, item) for item in value] if isinstance(value, list) else value
-
-
-def save_adapter(kind: str, settings: dict[str, Any], seed: int, folder: Path) -> Any:
-    """A PEFT adapter with random factors, saved by PEFT; returns the PEFT model."""
-    settings = dict(settings)
-    stored = settings.pop("stored", torch.float32)
-    targets = [NAMES[kind][i] for i in settings.pop("targets", [0, 1])]
-    config = LoraConfig(
-        target_modules=targets,
-        fan_in_fan_out=kind == "gpt2",
-        **{key: filled(kind, value) for key, value in settings.items()},
-    )
-    model = get_peft_model(base(kind), config).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                value = 0.3 * torch.randn(parameter.shape, generator=generator)
-                parameter.data = value.to(stored).to(torch.float32)
-    model.save_pretrained(folder)
-    path = folder / "adapter_model.safetensors"
-    save_file({key: tensor.to(stored) for key, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
-    return model
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        output: Tensor = model(input_ids=torch.arange(1, 13).reshape(2, 6)).logits
-    return output
-
-
-def summed(kind: str, models: Sequence[Any], weights: Sequence[float]) -> Any:
-    """The base model plus the weighted sum of what PEFT's own layers add to each module: the oracle."""
-    result = base(kind)
-    additions: dict[str, list[tuple[float, Tensor, Tensor | None]]] = {}
-    for model, weight in zip(models, weights, strict=True):
-        for name, module in model.named_modules():
-            scaling = getattr(module, "scaling", None)
-            if not isinstance(scaling, dict) or "default" not in scaling:
-                continue
-            table = module.lora_A if "default" in module.lora_A else None
-            if table is not None:
-                A, B = table["default"].weight, module.lora_B["default"].weight
-                bias = module.lora_B["default"].bias
-            else:
-                A, B, bias = module.lora_embedding_A["default"], module.lora_embedding_B["default"], None
-            delta = scaling["default"] * B.detach().double() @ A.detach().double()
-            own_bias = None if bias is None else scaling["default"] * bias.detach().double()
-            additions.setdefault(name.removeprefix("base_model.model."), []).append((weight, delta, own_bias))
-    for name, terms in additions.items():
-        whole = sum(weight * delta for weight, delta, _ in terms)
-        bias = sum((weight * b for weight, _, b in terms if b is not None), torch.zeros(()).double())
-        module = result.get_submodule(name)
-
-        def hook(m: Any, args: Any, out: Tensor, whole: Any = whole, bias: Tensor = bias) -> Tensor:
-            if isinstance(m, torch.nn.Embedding):
-                added: Tensor = out + whole.T[args[0]]
-                return added
-            result: Tensor = out + args[0] @ whole.T + bias
-            return result
-
-        module.register_forward_hook(hook)
-    head = NAMES[kind][3]
-    saved = [m.base_model.model.get_submodule(head) for m in models]
-    if hasattr(saved[0], "modules_to_save"):
-        with torch.no_grad():
-            for parameter_name, parameter in result.get_submodule(head).named_parameters():
-                values = [dict(s.modules_to_save["default"].named_parameters())[parameter_name].double() for s in saved]
-                parameter.copy_(sum(w * v for w, v in zip(weights, values, strict=True)))
-    return result
-
-
 WEIGHTS = {1: [1.0], 2: [0.3, 0.7], 3: [0.2, 0.5, 0.3]}
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
 def test_the_merged_adapter_acts_as_the_weighted_sum_of_the_adapters(kind: str, settings: str, tmp_path: Path) -> None:
     configs = SETTINGS[settings]
     weights = WEIGHTS[len(configs)]
@@ -267,12 +145,9 @@ def test_variants_that_are_no_plain_product_are_refused_by_name(name: str, tmp_p
 
 def test_adapters_that_do_not_fit_are_refused_with_both_names(tmp_path: Path) -> None:
     save_adapter("llama", PLAIN, 1, tmp_path / "llama")
-    save_adapter("llama", {**PLAIN, "targets": [0]}, 1, tmp_path / "fewer")
     save_adapter("llama", PLAIN, 1, tmp_path / "renamed")
     config = tmp_path / "renamed" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "other/model"}))
-    with pytest.raises(InputError, match="lacks module"):
-        merge([tmp_path / "llama", tmp_path / "fewer"], tmp_path / "out")
     with pytest.raises(InputError, match="--base NAME"):
         merge([tmp_path / "llama", tmp_path / "renamed"], tmp_path / "out")
     merged = merge([tmp_path / "llama", tmp_path / "renamed"], tmp_path / "out", base="one/model")

@@ -20,7 +20,8 @@ from florana.aggregate.error import measure
 from florana.aggregate.project import best_rank
 from florana.errors import InputError, RecipeError
 from florana.factors import Adapter, Contribution
-from florana.merge import RULES, merge
+from florana.merge import merge
+from florana.merge_rules import RULES
 from florana.merged import names_of
 from tests.cases import dense, make_case
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from florana.aggregate.mean import mean
     from florana.aggregate.mix import mix
     from florana.aggregate.project import best_rank
+    from florana.aggregate.signed import weighted_sum
     from florana.aggregate.stack import stack
     from florana.errors import FederationError, FloranaError, InputError, RecipeError
     from florana.factors import Adapter, Contribution, LoraFactors
@@ -32,6 +33,7 @@ _HOME = {
     "florana.aggregate.mean": ("mean",),
     "florana.aggregate.mix": ("mix",),
     "florana.aggregate.project": ("best_rank",),
+    "florana.aggregate.signed": ("weighted_sum",),
     "florana.aggregate.stack": ("stack",),
     "florana.errors": ("FederationError", "FloranaError", "InputError", "RecipeError"),
     "florana.factors": ("Adapter", "Contribution", "LoraFactors"),
@@ -62,6 +64,7 @@ __all__ = [
     "read_adapter",
     "read_recipe",
     "stack",
+    "weighted_sum",
     "write_adapter",
     "write_report",
 ]

@@ -5,31 +5,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from florana.adapter_settings import judge
 from florana.errors import InputError
 from florana.module_patterns import by_pattern
 from florana.tensor_files import no_twins
 
 CONFIG = "adapter_config.json"
-
-_NOT_A_PRODUCT = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "velora_config",
-    "monteclora_config",
-    "kasa_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-    "megatron_config",
-)
-"""Settings of a PEFT LoRA configuration under which the update of a module is more than `scaling * B @ A`."""
 
 _LARGEST = 1e15
 """No rank or alpha is above it; their ratios and products stay far inside the range of a float."""
@@ -43,11 +28,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict) or str(config.get("peft_type")).upper() != "LORA":
         raise InputError(f"{path} does not describe a LoRA adapter", why="peft_type is not LORA")
-    for setting in _NOT_A_PRODUCT:
-        if config.get(setting):
-            raise InputError(f"{path}: '{setting}' is on", why="its update is not a plain product B @ A")
-    if config.get("bias", "none") != "none":
-        raise InputError(f"{path}: bias is '{config['bias']}'", why="biases of the base are no part of a product B @ A")
+    judge(config, path)
     for setting, whole in (("r", True), ("lora_alpha", False)):
         if not _positive(config.get(setting), whole):
             raise InputError(f"{path}: '{setting}' is {_short(config.get(setting))}, not a positive number")
@@ -88,6 +69,29 @@ def ranks_and_alphas(config: Mapping[str, Any], modules: Sequence[str], path: Pa
 def names(value: str | list[str] | None) -> tuple[str, ...]:
     """A setting that is one name, a list of them, or absent; sorted."""
     return (value,) if isinstance(value, str) else tuple(sorted(value or ()))
+
+
+def targets(value: str | list[str] | None) -> tuple[str, ...] | str:
+    """`target_modules`: one string is a pattern and stays one; a list of names is sorted."""
+    return value if isinstance(value, str) else names(value)
+
+
+def renamed(config: Mapping[str, Any], strip: Callable[[str], str]) -> dict[str, Any]:
+    """The configuration with `strip` applied to every name or pattern of modules; of two that become one the first
+    decides, as in PEFT."""
+    result = dict(config)
+    for setting in ("target_modules", "modules_to_save", "exclude_modules", "layers_pattern"):
+        value = config.get(setting)
+        if isinstance(value, str):
+            result[setting] = strip(value)
+        elif isinstance(value, list):
+            result[setting] = list(dict.fromkeys(strip(name) if isinstance(name, str) else name for name in value))
+    for setting in ("rank_pattern", "alpha_pattern"):
+        patterns: dict[str, float] = {}
+        for key, number in (config.get(setting) or {}).items():
+            patterns.setdefault(strip(key), number)
+        result[setting] = patterns
+    return result
 
 
 def _no_adapter(folder: Path) -> InputError:

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from florana.adapter_config import CONFIG
-from florana.adapter_reader import PREFIX, WEIGHTS, AdapterCard, open_adapter
+from florana.adapter_headers import WEIGHTS
+from florana.adapter_reader import PREFIX, AdapterCard, open_adapter
+from florana.adapter_settings import SETTINGS
+from florana.errors import InputError
 from florana.factors import Adapter, LoraFactors
 from florana.tensor_files import write_tensors
 from florana.whole_files import replace_by, replace_file
@@ -43,7 +48,16 @@ def write_adapter(folder: Path, adapter: Adapter, card: AdapterCard, readme: str
 
     The bytes depend on the adapter and the card alone. Module ranks that differ go into `rank_pattern`, with an
     `alpha_pattern` that keeps each scaling.
+
+    Raises:
+        InputError: a tensor has nothing in it, or the card carries a setting that PEFT has not or that is not carried.
     """
+    for setting in card.carried:
+        if setting not in SETTINGS or SETTINGS[setting].rule != "carried":
+            raise InputError(f"the card carries '{setting}', which is no setting to carry")
+    for name, tensor in adapter.tensors().items():
+        if not tensor.numel():
+            raise InputError(f"the tensor '{name}' has shape {tuple(tensor.shape)}: nothing is in it")
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for name, pair in adapter.modules.items():
@@ -69,9 +83,11 @@ def _config(adapter: Adapter, card: AdapterCard) -> dict[str, Any]:
 
     kinds = Counter((pair.rank, alpha(pair)) for pair in adapter.modules.values())
     (rank, common), _ = min(kinds.items(), key=lambda item: (-item[1], item[0]))
+    targets = card.target_modules or tuple(adapter.modules)
     others = {name: pair for name, pair in adapter.modules.items() if (pair.rank, alpha(pair)) != (rank, common)}
-    return {
-        "alpha_pattern": {name: alpha(pair) for name, pair in others.items()},
+    keys = _pattern_keys(others, adapter.modules)
+    return dict(card.carried) | {
+        "alpha_pattern": {keys[name]: alpha(pair) for name, pair in others.items()},
         "base_model_name_or_path": card.base_model,
         "bias": "none",
         "fan_in_fan_out": card.fan_in_fan_out,
@@ -83,9 +99,30 @@ def _config(adapter: Adapter, card: AdapterCard) -> dict[str, Any]:
         "modules_to_save": sorted(card.modules_to_save) or None,
         "peft_type": "LORA",
         "r": rank,
-        "rank_pattern": {name: pair.rank for name, pair in others.items()},
-        "target_modules": sorted(card.target_modules),
+        "rank_pattern": {keys[name]: pair.rank for name, pair in others.items()},
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "task_type": card.task_type,
         "use_dora": card.dora,
         "use_rslora": card.rslora,
     }
+
+
+def _pattern_keys(names: Iterable[str], modules: Iterable[str]) -> dict[str, str]:
+    """Name -> a key with which PEFT's pattern matches that module and no other of the modules.
+
+    The name itself, but where it ends another one at a dot, or is one as a regular expression (a dot is any character).
+    """
+    ends = [".".join(parts[i:]) for parts in (name.split(".") for name in modules) for i in range(len(parts))]
+    counts = Counter(ends)
+    by_length: dict[int, list[str]] = {}
+    for end in counts:
+        by_length.setdefault(len(end), []).append(end)
+
+    def is_plain(name: str) -> bool:
+        if counts[name] > 1 or not re.fullmatch(r"[\w.-]+", name):
+            return False
+        return not any(
+            end.count(".") < name.count(".") and re.fullmatch(name, end) for end in by_length.get(len(name), ())
+        )
+
+    return {name: name if is_plain(name) else f"^{re.escape(name)}" for name in names}

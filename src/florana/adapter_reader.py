@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from florana.adapter_config import CONFIG, names, ranks_and_alphas, read_config, read_json
+from florana.adapter_config import CONFIG, names, ranks_and_alphas, read_config, renamed, targets
+from florana.adapter_headers import WEIGHTS, read_headers, stripped
+from florana.adapter_settings import carried
 from florana.errors import InputError
 from florana.factors import LoraFactors
-from florana.tensor_files import Place, digest, read_header, read_tensor
+from florana.module_patterns import unmatched
+from florana.tensor_files import Place, digest, read_tensor
+from florana.wrappers import unwrapped
 
-WEIGHTS = "adapter_model.safetensors"
-INDEX = "adapter_model.safetensors.index.json"
 PREFIX = "base_model.model."
 
 Kind = Literal["linear", "embedding"]
 
-_SHARD = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<letter>[AB])(?P<suffix>\.weight|\.bias)?$", re.S)
 
 
@@ -39,7 +40,8 @@ class AdapterCard:
     Args:
         base_model: the folder or hub name of the base model.
         task_type: PEFT's name of the task (`SEQ_CLS`, `CAUSAL_LM`), or None.
-        target_modules: the names PEFT matches modules by.
+        target_modules: the names PEFT matches modules by, or one pattern for their whole names. Empty: those of all
+            modules in the folder.
         modules_to_save: the modules trained whole.
         fan_in_fan_out: True where the base weight is stored (in x out), as in Conv1D.
         rslora: the scaling is alpha / sqrt(r).
@@ -47,17 +49,20 @@ class AdapterCard:
         lora_bias: the adapter holds a bias beside each B.
         dora: each module has a magnitude among the tensors trained whole, `<module>.lora_magnitude_vector`. Written,
             never read: such an update is no plain product.
+        carried: other settings of PEFT's that go through as they are (`exclude_modules`, `layers_to_transform`,
+            `layers_pattern`, `revision`, `auto_mapping`, `ensure_weight_tying`), where they are on.
     """
 
     base_model: str
     task_type: str | None
-    target_modules: tuple[str, ...]
+    target_modules: tuple[str, ...] | str
     modules_to_save: tuple[str, ...] = ()
     fan_in_fan_out: bool = False
     rslora: bool = False
     embeddings: tuple[str, ...] = ()
     lora_bias: bool = False
     dora: bool = False
+    carried: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,14 +93,17 @@ class AdapterReader:
     places: Mapping[str, Place]
 
     def pair(self, module: str) -> LoraFactors:
-        """One module's factors. Raises InputError where a value is not finite or the file changed underneath."""
-        entry = self.modules[module]
+        """One module's factors, both in the wider of their two types.
+
+        Raises InputError where a value is not finite or the file changed underneath.
+        """
+        entry, dtype = self.modules[module], self.dtype(module)
         A, B = self.tensor(entry.keys["A"]), self.tensor(entry.keys["B"])
-        return LoraFactors(B=B, A=A, scaling=entry.scaling)
+        return LoraFactors(B=B.to(dtype), A=A.to(dtype), scaling=entry.scaling)
 
     def bias(self, module: str) -> Tensor | None:
         """The bias beside B (out,), to be multiplied by the scaling; None where there is none."""
-        key = self.modules[module].keys.get("bias")
+        key = self.modules[module].keys.get("bias") if module in self.modules else None
         return None if key is None else self.tensor(key)
 
     def tensor(self, key: str) -> Tensor:
@@ -103,8 +111,14 @@ class AdapterReader:
         return read_tensor(self.places[key], key)
 
     def dtype(self, module: str) -> torch.dtype:
-        """The type in which a module's factors are stored, without reading them."""
-        return self.places[self.modules[module].keys["A"]].dtype
+        """The type that holds both of a module's factors as they are stored, without reading them."""
+        keys = self.modules[module].keys
+        return torch.promote_types(self.places[keys["A"]].dtype, self.places[keys["B"]].dtype)
+
+    def stored(self, module: str) -> set[str]:
+        """The types in which a module's factors are stored, by name."""
+        keys = self.modules[module].keys
+        return {str(self.places[keys[letter]].dtype).removeprefix("torch.") for letter in ("A", "B")}
 
     def files(self) -> list[Path]:
         """The weight files, sorted."""
@@ -115,14 +129,21 @@ class AdapterReader:
         return {path.name: digest(path) for path in (self.folder / CONFIG, *self.files())}
 
 
-def open_adapter(folder: Path) -> AdapterReader:
+def open_adapter(folder: Path, strip: Callable[[str], str] = unwrapped) -> AdapterReader:
     """Open a PEFT LoRA folder: configuration and header checked against each other.
+
+    Args:
+        folder: where.
+        strip: takes the names of wrappers out of a name.
 
     Raises:
         InputError: the folder is not a LoRA adapter that can be represented exactly; the message says why.
     """
     config = read_config(folder)
-    places = _read_headers(folder)
+    raw = read_headers(folder)
+    places = stripped(raw, strip)
+    if places.keys() != raw.keys():
+        config = renamed(config, strip)
     found: dict[str, dict[str, str]] = {}
     kinds: dict[str, Kind] = {}
     extra: dict[str, str] = {}
@@ -137,8 +158,11 @@ def open_adapter(folder: Path) -> AdapterReader:
         kind: Kind = "embedding" if match and match["kind"] else "linear"
         wanted = {"linear": ".weight", "embedding": None}[kind]
         if match and match["suffix"] == wanted:
+            if kinds.setdefault(match["module"], kind) != kind:
+                raise InputError(
+                    f"{places[key].path}: module '{match['module']}' is both a linear layer and an embedding"
+                )
             found.setdefault(match["module"], {})[match["letter"]] = key
-            kinds[match["module"]] = kind
         elif match and match["letter"] == "B" and match["suffix"] == ".bias" and config.get("lora_bias"):
             found.setdefault(match["module"], {})["bias"] = key
         elif ".lora_" in name:
@@ -158,19 +182,52 @@ def open_adapter(folder: Path) -> AdapterReader:
         name: _module(folder, name, kinds.get(name, "linear"), keys, places, stated[name], rslora)
         for name, keys in found.items()
     }
-    return AdapterReader(folder, _card(config, kinds), dict(sorted(modules.items())), extra, places)
+    card = _card(config, kinds, folder / CONFIG)
+    require_applied(modules, card, str(folder))
+    return AdapterReader(folder, card, dict(sorted(modules.items())), extra, places)
 
 
-def _card(config: Mapping[str, Any], kinds: Mapping[str, Kind]) -> AdapterCard:
+def require_applied(modules: Iterable[str], card: AdapterCard, whose: str) -> None:
+    """Raise InputError naming a module whose factors PEFT would leave out, by what the card says."""
+    for name in modules:
+        for saved in card.modules_to_save:
+            if f".{saved}." in f".{name}.":
+                raise InputError(
+                    f"{whose}: module '{name}' has LoRA factors and is part of '{saved}', which is saved whole",
+                    why="PEFT leaves the factors out of such a module",
+                )
+    if card.carried.get("ensure_weight_tying"):
+        return  # the output layer is adapted without being named
+    for name in _unnamed(list(modules), card.target_modules, whose):
+        raise InputError(
+            f"{whose}: module '{name}' has LoRA factors, but target_modules does not name it",
+            why="PEFT leaves the factors out of such a module",
+        )
+
+
+def _unnamed(modules: Sequence[str], targets: tuple[str, ...] | str, whose: str) -> list[str]:
+    """The modules that `target_modules` certainly does not name."""
+    if not targets or targets == "all-linear":
+        return []
+    if isinstance(targets, str):
+        try:
+            return unmatched(targets, modules, Path(whose), "target_modules")
+        except InputError:  # one that only Python's `re` reads (lookaheads): it is carried, and not tried
+            return []
+    return [name for name in modules if not any(f".{name}".endswith(f".{target}") for target in targets)]
+
+
+def _card(config: Mapping[str, Any], kinds: Mapping[str, Kind], path: Path) -> AdapterCard:
     return AdapterCard(
         base_model=config.get("base_model_name_or_path") or "",
-        task_type=config.get("task_type"),
-        target_modules=names(config.get("target_modules")),
+        task_type=config.get("task_type") or None,
+        target_modules=targets(config.get("target_modules")),
         modules_to_save=names(config.get("modules_to_save")),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         rslora=bool(config.get("use_rslora")),
         embeddings=tuple(sorted(name for name, kind in kinds.items() if kind == "embedding")),
         lora_bias=bool(config.get("lora_bias")),
+        carried=carried(config, path),
     )
 
 
@@ -195,42 +252,7 @@ def _module(
         )
     if A[0] != rank or B[1] != rank:
         raise InputError(f"{folder}: module '{name}' has A {A} and B {B}, but {CONFIG} gives it rank {rank}")
-    if 0 in A or 0 in B:
-        raise InputError(f"{folder}: module '{name}' has A {A} and B {B}: a side of length 0")
-    if len({places[key].dtype for key in keys.values()}) > 1:
-        raise InputError(f"{folder}: module '{name}' has factors of different dtypes")
     if "bias" in keys and places[keys["bias"]].shape != (B[0],):
         raise InputError(f"{folder}: module '{name}' has a bias of shape {places[keys['bias']].shape} beside B {B}")
     scaling = alpha / (math.sqrt(rank) if rslora else rank)
     return Module(kind, rank, scaling, (B[0], A[1]), dict(keys))
-
-
-def _read_headers(folder: Path) -> dict[str, Place]:
-    """Key -> place, of one weight file or of all that an index names; the index must name each tensor's own file."""
-    index = folder / INDEX
-    if not index.exists():
-        return _read_header(folder / WEIGHTS)
-    table = read_json(index)
-    owner = table.get("weight_map") if isinstance(table, dict) else None
-    if not isinstance(owner, dict) or not owner or not all(isinstance(name, str) for name in owner.values()):
-        raise InputError(f"{index} has no 'weight_map' from tensors to files")
-    shards = sorted(set(owner.values()))
-    if not all(_SHARD.fullmatch(name) for name in shards):
-        raise InputError(f"{index} names files outside its own folder, or no .safetensors files")
-    places: dict[str, Place] = {}
-    for shard in shards:
-        for key, place in _read_header(folder / shard).items():
-            if key in places:
-                raise InputError(f"{place.path}: the tensor '{key}' stands in {places[key].path.name} too")
-            if owner.get(key) != shard:
-                raise InputError(f"{place.path}: the tensor '{key}' stands here, but {INDEX} says otherwise")
-            places[key] = place
-    for key in owner.keys() - places.keys():
-        raise InputError(f"{folder / owner[key]} lacks the tensor '{key}', which {INDEX} places there")
-    return places
-
-
-def _read_header(path: Path) -> dict[str, Place]:
-    if not path.is_file():
-        raise InputError(f"{path} does not exist", fix="save the adapter as safetensors; .bin files are not read")
-    return read_header(path)

@@ -11,6 +11,7 @@ import typer
 from florana.errors import RecipeError
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+NORMALIZE = "on: weights are divided by their sum; off: taken as they are. Default: on, where none is negative."
 
 
 def merge(
@@ -18,7 +19,8 @@ def merge(
     out: Annotated[Path, typer.Option(help="A new folder for the merged adapter.")],
     method: Annotated[str, typer.Option(help="best-rank, stack (exact), flora-na or fedit.")] = "best-rank",
     rank: Annotated[int | None, typer.Option(help="Of the result, for best-rank. Default: the largest.")] = None,
-    weights: Annotated[str | None, typer.Option(help="One per adapter, like 3,1,1. Default: equal.")] = None,
+    weights: Annotated[str | None, typer.Option(help="One per adapter, like 3,1,1 or 1,-0.5. Default: equal.")] = None,
+    normalize: Annotated[str | None, typer.Option(help=NORMALIZE)] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the widest.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model's name in the result.")] = None,
     scope: Annotated[str | None, typer.Option(help="Of flora-na: module or component. Default: module.")] = None,
@@ -39,6 +41,7 @@ def merge(
             method=method,
             rank=rank,
             weights=_numbers(weights),
+            normalize=normalize,
             dtype=dtype,
             base=base,
             scope=scope,
@@ -52,6 +55,8 @@ def merge(
         terms = sum(max(source.ranks) for source in result.sources)
         if result.rank > terms:
             console.print(f"note: the sum has rank {terms} at most, the rest is zeros: --rank {terms} is as exact")
+        for note in result.notes:
+            console.print(f"note: {note}", highlight=False, soft_wrap=True)
         if len({adapter.resolve() for adapter in adapters}) < len(adapters):
             console.print("note: an adapter is given more than once and counts as often")
         console.print(
@@ -61,7 +66,8 @@ def merge(
 
 def inspect(
     adapters: Annotated[list[Path], typer.Argument(help="PEFT LoRA folders.")],
-    weights: Annotated[str | None, typer.Option(help="One per adapter, like 3,1,1. Default: equal.")] = None,
+    weights: Annotated[str | None, typer.Option(help="One per adapter, like 3,1,1 or 1,-0.5. Default: equal.")] = None,
+    normalize: Annotated[str | None, typer.Option(help=NORMALIZE)] = None,
     as_json: Json = False,
 ) -> None:
     """Show what adapters are, how far apart they are, and what each way of merging them would lose.
@@ -71,13 +77,15 @@ def inspect(
     from florana.inspection import inspect as inspect_folders
     from florana.screen import console_of, inspection_tables
 
-    result = inspect_folders(adapters, _numbers(weights))
+    result = inspect_folders(adapters, _numbers(weights), normalize)
     console = console_of(as_json)
     if as_json:
         typer.echo(json.dumps(result.to_json(), indent=1))
     elif console:
         for table in inspection_tables(result):
             console.print(table)
+        for note in result.notes:
+            console.print(f"note: {note}", highlight=False, soft_wrap=True)
         bases = sorted({sheet.base_model for sheet in result.sheets})
         if len(bases) > 1:
             console.print(f"note: they name different base models ({', '.join(bases)}); merge will ask for --base")

@@ -142,7 +142,8 @@ def kind_of(tensor: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Contribution:
-    """What one client brings to an aggregation: its name, its adapter, its weight (any positive scale).
+    """What one client brings to an aggregation: its name, its adapter, its weight (any positive scale; in
+    `aggregate.signed.weighted_sum` any finite number).
 
     `residual` is the frozen part it carried unchanged beside the adapter: it belongs to what the client's model was.
     `blocks` are the blocks of its cores that it trained, None for all; the others it holds as they were sent.

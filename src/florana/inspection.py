@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from florana import linalg
-from florana.adapter_reader import AdapterReader, open_adapter
-from florana.aggregate.error import measure
-from florana.aggregate.inputs import normalised
+from florana.adapter_reader import AdapterReader
 from florana.factors import LoraFactors
-from florana.merge import RULES, common_card, contributions_of
-from florana.merged import check_weights, names_of
+from florana.merge import answer_of, notes_on, widest_dtype
+from florana.merge_rules import RULES
+from florana.merged import coefficients, names_of
+from florana.together import common_card, modules_of, open_together
 
 
 @dataclass(frozen=True)
@@ -57,58 +57,63 @@ class Inspection:
     Args:
         sheets: one per adapter.
         overlap: [i][j], how much of the column spaces of two adapters' updates is common: the mean squared cosine of
-            their principal angles over all modules, 1 for the same space, 0 for orthogonal ones.
+            their principal angles over the modules that both adapt, 1 for the same space, 0 for orthogonal ones.
         energy: rank -> share of the squared norm of the weighted sum that the best adapter of that rank keeps.
         choices: what each method and rank would lose; empty for a single adapter.
+        notes: sentences on adapters that change nothing, or adapt fewer modules than others.
     """
 
     sheets: Sequence[Sheet]
     overlap: Sequence[Sequence[float]]
     energy: dict[int, float]
     choices: Sequence[Choice]
+    notes: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The inspection as JSON's own types."""
         return asdict(self)
 
 
-def inspect(folders: Sequence[Path], weights: Sequence[float] | None = None) -> Inspection:
+def inspect(
+    folders: Sequence[Path], weights: Sequence[float] | None = None, normalize: str | None = None
+) -> Inspection:
     """Read the adapters' factors and compare them.
 
     Args:
         folders: PEFT LoRA folders; with more than one, on one base model.
-        weights: of the sum that `energy` and `choices` speak of; equal where not given.
+        weights, normalize: of the sum that `energy` and `choices` speak of, as in `merge`; equal where not given.
 
     Raises:
         RecipeError: as many weights as folders are needed. InputError: a folder cannot be read or does not fit.
     """
-    check_weights(weights, len(folders))
-    readers = [open_adapter(folder) for folder in folders]
-    if len(readers) > 1:
-        common_card(readers, base=readers[0].card.base_model)
-    shares = normalised(list(zip(map(str, folders), weights or [1.0] * len(folders), strict=True)))
+    shares = coefficients(weights, len(folders), normalize)
+    readers = open_together(folders)
+    common_card(readers, base=readers[0].card.base_model)
     norms = [0.0] * len(readers)
     dtypes: list[set[str]] = [set() for _ in readers]
-    overlap = torch.zeros(len(readers), len(readers), dtype=torch.float64)
+    overlap, both = torch.zeros(2, len(readers), len(readers), dtype=torch.float64)
     tails: dict[int, float] = {}
     lost: dict[tuple[str, int], float] = {}
     sizes: dict[tuple[str, int], int] = {}
     whole = 0.0
-    names = list(readers[0].modules)
+    union = modules_of(readers)
     ranks = _ranks(readers)
-    for name in names:
-        pairs = [reader.pair(name) for reader in readers]
-        for u, pair in enumerate(pairs):
+    alive: set[int] = set()
+    for name in union:
+        having = [u for u, reader in enumerate(readers) if name in reader.modules]
+        pairs = [readers[u].pair(name) for u in having]
+        for u, pair in zip(having, pairs, strict=True):
             norms[u] += linalg.norm(linalg.stack([pair], [1.0])) ** 2
-            dtypes[u].add(str(pair.A.dtype).removeprefix("torch."))
-        overlap += _overlap(pairs) / len(names)
-        values = linalg.singular_values(linalg.stack(pairs, shares)).square()
+            dtypes[u] |= readers[u].stored(name)
+        overlap[torch.tensor(having)[:, None], torch.tensor(having)] += _overlap(pairs)
+        both[torch.tensor(having)[:, None], torch.tensor(having)] += 1
+        values = linalg.singular_values(linalg.stack(pairs, [shares[u] for u in having])).square()
         whole += float(values.sum())
         for rank in ranks:
             tails[rank] = tails.get(rank, 0.0) + float(values[rank:].sum())
-        if len(readers) > 1:
-            _try_rules(readers, shares, name, ranks[0], lost, sizes)
-    out_plus_in = sum(sum(readers[0].modules[name].shape) for name in names)
+        _try_rules(readers, shares, name, ranks[0], lost, sizes, alive)
+    overlap /= both.clamp_min(1)
+    out_plus_in = sum(sum(module.shape) for module in union.values())
     choices = [
         Choice(method, rank, math.sqrt(square / whole) if whole else 0.0, sizes[method, rank])
         for (method, rank), square in lost.items()
@@ -122,7 +127,8 @@ def inspect(folders: Sequence[Path], weights: Sequence[float] | None = None) -> 
         sheets=[_sheet(*s) for s in zip(names_of(folders), readers, map(math.sqrt, norms), dtypes, strict=True)],
         overlap=[[float(value) for value in row] for row in overlap],
         energy={rank: 1.0 - tail / whole if whole else 1.0 for rank, tail in tails.items()},
-        choices=sorted(choices, key=lambda choice: (choice.bytes, -choice.error)),
+        choices=sorted(choices, key=lambda choice: (choice.bytes, -choice.error)) if len(readers) > 1 else [],
+        notes=notes_on(readers, names_of(folders), alive),
     )
 
 
@@ -143,20 +149,20 @@ def _try_rules(
     rank: int,
     lost: dict[tuple[str, int], float],
     sizes: dict[tuple[str, int], int],
+    alive: set[int],
 ) -> None:
     """Add one module's squared error and bytes of every rule but best-rank; rules that need one rank may not apply."""
-    parts, _ = contributions_of(readers, shares, name)
+    dtype = torch.promote_types(widest_dtype(readers, name), torch.float32)
     one_rank = len({m.rank for reader in readers for m in reader.modules.values()}) == 1
+    tied = any(reader.card.carried.get("ensure_weight_tying") and reader.card.embeddings for reader in readers)
+    own = [reader.modules[name] for reader in readers if name in reader.modules]
     for method in ("fedit", "flora-na", "stack"):
-        if method != "stack" and not one_rank:
+        if method != "stack" and (tied or not one_rank):
             continue
-        answer = RULES[method](parts, rank)
-        error = measure(parts, answer)
-        own = sum(reader.modules[name].rank for reader in readers)
+        answer = answer_of(readers, shares, name, RULES[method], rank, dtype, alive)
         key = (method, rank if method != "stack" else sum(max(m.rank for m in r.modules.values()) for r in readers))
-        lost[key] = lost.get(key, 0.0) + (error.error * error.norm) ** 2
-        shape = readers[0].modules[name].shape
-        sizes[key] = sizes.get(key, 0) + 4 * (own if method == "stack" else rank) * sum(shape)
+        lost[key] = lost.get(key, 0.0) + answer.missed
+        sizes[key] = sizes.get(key, 0) + 4 * answer.pair.rank * sum(own[0].shape)
 
 
 def _overlap(pairs: Sequence[LoraFactors]) -> Tensor:

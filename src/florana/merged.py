@@ -15,17 +15,21 @@ from florana.errors import RecipeError
 
 @dataclass(frozen=True)
 class Source:
-    """One merged adapter: the name of its folder, its share of the sum, its ranks, the digests of its files."""
+    """One merged adapter: its folder's name, its factor in the sum, its ranks, how many modules it adapts, digests."""
 
     name: str
     weight: float
     ranks: tuple[int, ...]
+    modules: int
     sha256: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge did. `error` and `optimum` are relative, over all modules; `modules` holds each one's."""
+    """What a merge did. `error` and `optimum` are relative, over all modules; `modules` holds each one's.
+
+    `notes` are sentences on inputs that are fine but may not be what was meant.
+    """
 
     method: str
     rank: int
@@ -33,6 +37,7 @@ class Merged:
     optimum: float
     modules: Mapping[str, ModuleError]
     sources: Sequence[Source]
+    notes: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The merge as JSON's own types."""
@@ -42,7 +47,8 @@ class Merged:
 def model_card(merged: Merged, card: AdapterCard) -> str:
     """The README.md of the merged folder: what went in, by what rule, how exact; the same inputs give the same text."""
     rows = [
-        f"| {source.name} | {source.weight:.4f} | {', '.join(map(str, source.ranks))} |" for source in merged.sources
+        f"| {source.name} | {source.weight:.4f} | {', '.join(map(str, source.ranks))} | {source.modules} |"
+        for source in merged.sources
     ]
     worst = sorted(merged.modules.items(), key=lambda item: (-item[1].error, item[0]))[:5]
     digests = [f"- {s.name}/{name}: {digest}" for s in merged.sources for name, digest in s.sha256.items()]
@@ -59,10 +65,11 @@ def model_card(merged: Merged, card: AdapterCard) -> str:
             f"Rank {merged.rank}. Relative error against the exact weighted sum of the adapters' updates: "
             f"{merged.error:.6f}; the least any adapter of that rank has: {merged.optimum:.6f}.",
             "",
-            "| adapter | weight | ranks |",
-            "|---|---:|---:|",
+            "| adapter | weight | ranks | modules |",
+            "|---|---:|---:|---:|",
             *rows,
             "",
+            *(line for note in merged.notes for line in (f"Note: {note}.", "")),
             "The modules with the largest errors:",
             "",
             *(f"- {name}: {error.error:.6f} (optimum {error.optimum:.6f})" for name, error in worst),
@@ -88,16 +95,46 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     return ["/".join(path[-depth:]) for path in paths]
 
 
-def check_weights(weights: Sequence[float] | None, adapters: int) -> None:
-    """Raises RecipeError unless the weights are one per adapter, none of them negative, not all of them zero."""
-    if weights is None:
-        return
-    if len(weights) != adapters:
+def coefficients(weights: Sequence[float] | None, adapters: int, normalize: str | None) -> list[float]:
+    """The factor of each adapter in the sum.
+
+    Args:
+        weights: finite; 1 each where None. adapters: how many.
+        normalize: `on`: divided by their sum. `off`: as they are. None: `on`, where no weight is negative.
+
+    Raises:
+        RecipeError: the weights are not one per adapter, not finite, all zero, or cannot be divided by their sum.
+
+    >>> coefficients([3, 1], 2, None), coefficients([1, -0.5], 2, "off")
+    ([0.75, 0.25], [1.0, -0.5])
+    """
+    if normalize not in (None, "on", "off"):
+        raise RecipeError(f"--normalize is '{normalize}'", fix="on or off")
+    given = [1.0] * adapters if weights is None else list(map(float, weights))
+    if len(given) != adapters:
         raise RecipeError(
-            f"--weights has {len(weights)} for {adapters} adapter{'s' * (adapters != 1)}", fix="give one per adapter"
+            f"--weights has {len(given)} for {adapters} adapter{'s' * (adapters != 1)}", fix="give one per adapter"
         )
-    for weight in weights:
-        if not (math.isfinite(weight) and weight >= 0):
-            raise RecipeError(f"the weight {weight:g} in --weights is not a non-negative number")
-    if not any(weights):
-        raise RecipeError("all --weights are zero", fix="give at least one adapter a positive weight")
+    for weight in given:
+        if not math.isfinite(weight):
+            raise RecipeError(f"the weight {weight:g} in --weights is not a finite number")
+    if not any(given):
+        raise RecipeError("all --weights are zero", fix="give at least one adapter a weight")
+    if normalize == "off":
+        return given
+    if max(map(abs, given)) > 1e300:
+        raise RecipeError("the --weights are too large to be divided by their sum")
+    total, size = math.fsum(given), math.fsum(map(abs, given))
+    if normalize is None and min(given) < 0:
+        raise RecipeError(
+            f"the weight {min(given):g} in --weights is not a non-negative number",
+            why="whether such weights are to be divided by their sum is not clear",
+            fix="say --normalize off to take the weights as they are, or --normalize on to divide them by their sum",
+        )
+    if total <= 1e-9 * size:
+        raise RecipeError(
+            f"the --weights sum to {total:g}: they cannot be divided by that",
+            why="the weights would grow without bound" if abs(total) <= 1e-9 * size else "every sign would turn",
+            fix="say --normalize off to take the weights as they are",
+        )
+    return [weight / total for weight in given]

@@ -72,7 +72,26 @@ def by_pattern(
     return found
 
 
-def _compiled(key: str, where: str) -> SchemaValidator:
+def unmatched(pattern: str, modules: Iterable[str], path: Path, setting: str) -> list[str]:
+    """The modules whose whole name the pattern does not match, as PEFT asks of a pattern in `target_modules`.
+
+    Raises:
+        InputError: as `by_pattern`.
+
+    >>> unmatched(r".*\\.(q|v)", ["layer.1.q", "layer.1.k"], Path("c.json"), "target_modules")
+    ['layer.1.k']
+    """
+    where, until = f"{path}: '{setting}'", time.process_time() + SECONDS
+    automaton, left = _compiled(pattern, where, before=""), []
+    for name in modules:
+        if time.process_time() > until:
+            raise InputError(f"{where}: matching {_short(pattern)} takes too long")
+        if not automaton.isinstance_python(name):
+            left.append(name)
+    return left
+
+
+def _compiled(key: str, where: str, before: str = r"(?:.*\.)?") -> SchemaValidator:
     """The automaton that accepts what PEFT's pattern of that key matches."""
     if len(key) > LONGEST:
         raise InputError(f"{where}: the pattern {_short(key)} has {len(key)} characters, more than {LONGEST}")
@@ -89,7 +108,7 @@ def _compiled(key: str, where: str) -> SchemaValidator:
     except (re.error, OverflowError, RecursionError) as error:
         raise InputError(f"{where}: the pattern {_short(key)} is not a regular expression", why=str(error)) from None
     try:
-        wanted = rf"\A(?:.*\.)?(?:{key})\z"
+        wanted = rf"\A{before}(?:{key})\z"
         return SchemaValidator(core_schema.str_schema(pattern=wanted, regex_engine="rust-regex"))
     except SchemaError as error:
         raise _refused(key, where, str(error).strip().splitlines()[-1].strip()) from None

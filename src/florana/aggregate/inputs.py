@@ -35,7 +35,8 @@ def normalised(weights: Sequence[tuple[str, float]]) -> list[float]:
         raise InputError("nothing to aggregate: no contribution was given")
     for client, weight in weights:
         if not (math.isfinite(weight) and weight >= 0):
-            raise InputError(f"client '{client}': the weight {weight} is not a non-negative number")
+            fix = "florana.weighted_sum takes weights of any sign, as they are" if math.isfinite(weight) else ""
+            raise InputError(f"client '{client}': the weight {weight} is not a non-negative number", fix=fix)
     total = math.fsum(weight for _, weight in weights)
     if total <= 0:
         raise InputError("the weights of all contributions are zero", fix="give at least one a positive weight")
