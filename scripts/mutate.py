@@ -44,7 +44,7 @@ MUTATIONS = [
     ("recipe_file.py", "strategy.facts.base != \"stays\"", "False", "test_variants"),
     ("aggregate/inputs.py", "rank if isinstance(rank, int) else rank[module]", "max(rank.values())", "test_variants"),
     ("strategy/flora_na.py", "ranks_of(state.adapter)", "max(ranks_of(state.adapter).values())", "test_variants"),
-    ("train/data.py", "frame.iloc[int(found[1] or 0) :", "frame.iloc[0 :", TRAIN),
+    ("train/table_files.py", "frame.iloc[int(found[1] or 0) :", "frame.iloc[0 :", TRAIN),
     ("aggregate/mean.py", "alpha=weight * (pair.scaling / scaling)", "alpha=weight", "test_contract"),
     ("aggregate/mean.py", "add_(pair.A, alpha=weight)", "add_(pair.A, alpha=weight * weight)", "test_contract"),
     ("aggregate/mean.py", "inputs.is_finite(B) and", "True or", "test_contract"),

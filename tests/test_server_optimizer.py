@@ -37,6 +37,12 @@ def around(name: str, **server: object) -> Strategy:
     return Server(**server).around(rule_of(name))  # type: ignore[arg-type]
 
 
+def bare(state: State) -> State:
+    """The state as the rule alone knows it."""
+    memory = {name: tensor for name, tensor in state.memory.items() if not name.startswith("server/")}
+    return dataclasses.replace(state, memory=memory)
+
+
 def wide(adapter: Adapter) -> Adapter:
     modules = {n: dataclasses.replace(p, B=p.B.double(), A=p.A.double()) for n, p in adapter.modules.items()}
     return Adapter(modules, {n: t.double() for n, t in adapter.extra.items()})
@@ -103,7 +109,7 @@ def test_a_rule_that_answers_with_factors_is_moved_after_its_answer(name: str) -
     velocities = {module: np.zeros((1, 1)) for module in state.adapter.modules}
     for round_ in range(3):
         parts = trained(strategy, state, 20 + round_)
-        inner = dataclasses.replace(state, memory={})
+        inner = bare(state)
         answer = rule.step(inner, parts).state
         outcome = strategy.step(state, parts)
         for module, pair in state.adapter.modules.items():
@@ -129,7 +135,7 @@ def test_on_factors_each_averaged_tensor_follows_the_textbook(name: str, optimiz
     for round_ in range(4):
         parts = trained(strategy, state, 30 + round_)
         work = rule.brief(state, "c0").work.up | {"extra"}
-        answer = rule.step(dataclasses.replace(state, memory={}), parts).state
+        answer = rule.step(bare(state), parts).state
         outcome = strategy.step(state, parts)
         last, mean, got = (s.adapter.tensors() for s in (state, answer, outcome.state))
         for key in mean:
