@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -14,9 +15,15 @@ from typing import Any
 import tomli_w
 
 from florana.flower.keys import Certificates
-from florana.flower.processes import SWITCHED_OFF, free_port
 from tests.conftest import ROOT
 
+SWITCHED_OFF = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""What Flower's own programs and Ray would tell the world or fetch from it."""
 PROGRAM = [sys.executable, "-m", "florana"]
 
 
@@ -31,6 +38,13 @@ def environment(home: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "FLWR_HOME": str(home),
     }
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Fed:

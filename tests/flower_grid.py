@@ -125,8 +125,9 @@ def lead_with_trainers(recipe_path: str, out: str, roster: str, sockets: str) ->
 
 def trainer_process(recipe_path: str, who: str, sockets: str, kept: str) -> None:
     """One site's resident trainer, in a process that a test can kill."""
-    from florana.flower.site import site_of
     from florana.flower.trainer import answer_until, listening
+
+    from florana.flower.site import site_of
     from florana.recipe_file import read_recipe
     from florana.run import prepare
 

@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
+from florana.flower.trainer import answer_until, listening
 from flwr.app import Context, Message, MessageType, RecordDict
 
 from florana.errors import FloranaError, InputError, RecipeError
@@ -24,7 +25,6 @@ from florana.flower.frames import Frame, receive, send
 from florana.flower.keys import Certificates, approve, make_server, make_site, read_private, read_roster
 from florana.flower.records import from_record, to_record
 from florana.flower.settings import Settings, from_config, to_config
-from florana.flower.trainer import answer_until, listening
 from florana.recipe_file import check
 from florana.strategy.base import Pruning
 from tests.flower_fake import identify

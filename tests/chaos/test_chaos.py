@@ -23,6 +23,7 @@ import tomli_w
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
+from florana.flower.trainer import Listener, answer_until, listening
 from flwr.app import RecordDict
 
 from florana.errors import FederationError
@@ -33,7 +34,6 @@ from florana.flower.records import from_record, to_record
 from florana.flower.server_app import lead
 from florana.flower.settings import Settings
 from florana.flower.site import Site
-from florana.flower.trainer import Listener, answer_until, listening
 from florana.recipe import Recipe
 from florana.recipe_file import check
 from florana.run import execute

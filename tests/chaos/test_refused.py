@@ -19,11 +19,12 @@ import tomli_w
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
+from florana.flower.processes import free_port
+
 from florana.errors import FederationError, InputError, RecipeError
 from florana.flower.front import Door, open_door, trusting
 from florana.flower.invitation import invite
 from florana.flower.keys import Certificates, approve, make_server, make_site, read_roster
-from florana.flower.processes import free_port
 from florana.flower.serve import _register, check_certificates, serve, superlink
 from florana.flower.settings import Settings
 from florana.recipe_file import read_recipe

@@ -14,11 +14,9 @@ from typing import Any
 
 from florana import recipe as r
 from florana.errors import FederationError, FloranaError
-from florana.flower.held import holdable
 from florana.flower.invitation import Invitation
 from florana.flower.join import prepare_site
 from florana.flower.keys import Certificates, read_private, read_roster
-from florana.flower.processes import program
 from florana.flower.reach import clock_difference
 from florana.flower.serve import check_certificates
 from florana.flower.site import base_digest
@@ -47,7 +45,7 @@ def at_site(invitation: Invitation, recipe: r.Recipe, keys: Path, data: Path | N
     """The findings at a site, each as soon as it is there."""
     yield from _common(keys)
     yield _tried("key", lambda: f"{read_private(keys)[0]}, readable by its owner alone")
-    yield _tried("the server's code", _not_run)
+    yield Finding("the server's code", True, "is neither fetched nor run at this site")
     yield from _server(invitation)
     setup: list[Setup] = []
 
@@ -101,7 +99,6 @@ def _common(folder: Path) -> Iterator[Finding]:
     names = ["florana", "flwr", "torch", "transformers", "peft"]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     yield Finding("versions", True, f"Python {sys.version.split()[0]}, {versions}")
-    yield _tried("Flower's programs", lambda: f"beside {Path(program('flower-supernode')).parent.name}/python")
     place = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(place).free
     writable = os.access(place, os.W_OK)
@@ -111,11 +108,6 @@ def _common(folder: Path) -> Iterator[Finding]:
         f"{free / 2**30:.1f} GiB free" if writable else f"{place} cannot be written",
         "" if writable and free > SPARE_DISK else "free some space, or choose another folder",
     )
-
-
-def _not_run() -> str:
-    holdable()
-    return "is neither unpacked nor run at this site"
 
 
 def _server(invitation: Invitation) -> Iterator[Finding]:

@@ -57,7 +57,7 @@ class Door:
 
     Args:
         inside: the fleet API, an ASGI application. limit: bytes of one answer of a node.
-        asked: counts the requests to nodes that were put there: while it stays, there is nothing new for one that waits.
+        asked: counts the requests that were put there: while it stays, there is nothing new for a node that waits.
     """
 
     inside: Application

@@ -22,10 +22,11 @@ from fastapi import FastAPI
 from flwr.app import Message
 from flwr.app.message.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
+from flwr.proto.fleet_pb2 import ActivateNodeResponse
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
-from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.error import http_error_translator
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
@@ -117,7 +118,11 @@ class Link:
         with self._lock, no_object_id_recompute():
             message = self._waiting.get(node)
             kept = self.state.message_ins_store.get(message.metadata.message_id) if message is not None else None
-            if message is None or kept is None or kept.metadata.message_id in self.state.message_ins_id_to_message_res_id:
+            if (
+                message is None
+                or kept is None
+                or kept.metadata.message_id in self.state.message_ins_id_to_message_res_id
+            ):
                 return
             kept.metadata.delivered_at = ""
             self._put(message)
@@ -207,18 +212,21 @@ def _running(state: InMemoryLinkState) -> int:
 
 def _fleet_api(factory: LinkStateFactory, link: Link) -> FastAPI:
     async def nothing_is_lost(request: Request, call_next: RequestResponseEndpoint) -> Response:
-        """Before a node is let in, or asks for work. Its signature has been checked.
+        """Before a node is let in, or asks for work; its signature has been checked.
 
         A site that was killed and is started again is let in at once, not when its last heartbeat is a minute old, and
         gets what it was at work on; one whose connection broke gets what it did not take to the end.
         """
-        if request.url.path == _COMES:
-            node = link.state.get_node_id_by_public_key(request.state.protobuf_request.public_key)
-            if node is not None:
-                link.state.deactivate_node(node)
-                link.offer_again(node)
-        elif request.url.path == _ASKS and link.is_unconfirmed(node := request.state.protobuf_request.node.node_id):
+        state, path = link.state, request.url.path
+        if path == _ASKS and link.is_unconfirmed(request.state.protobuf_request.node.node_id):
+            link.offer_again(request.state.protobuf_request.node.node_id)
+        node = state.get_node_id_by_public_key(request.state.protobuf_request.public_key) if path == _COMES else None
+        if node is not None:
             link.offer_again(node)
+            if state.get_node_info(node_ids=[node], statuses=[NodeStatus.ONLINE]):
+                state.acknowledge_node_heartbeat(node, HEARTBEAT_DEFAULT_INTERVAL)
+                request.state.protobuf_response = ActivateNodeResponse(node_id=node)
+                return Response()
         return await call_next(request)
 
     app = FastAPI(

@@ -7,6 +7,7 @@ never fetched, so there is none to run; no port is opened, and no program is sta
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
     PullMessagesRequest,
+    PullMessagesResponse,
     PushMessagesRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
@@ -62,7 +64,7 @@ TRIES_AGAIN = 1.0
 LOOKS_AGAIN = 0.05
 BEATS = 10.0
 CLOCK_SECONDS = 240.0
-_SIGNATURE, _UNKNOWN = 401, 412
+_SIGNATURE, _UNKNOWN, _TOO_LARGE = 401, 412, 413
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,14 +141,17 @@ def _present(client: FleetHttpClient, public: bytes) -> Iterator[Line]:
     line, left = Line(client, Node(node_id=said.node_id)), threading.Event()
     beating = threading.Thread(target=_beat, args=(line, left), daemon=True)
     beating.start()
+    broken = False
     try:
         yield line
+    except (httpx.HTTPError, OSError):
+        broken = True  # this site comes back: the server goes on waiting for its answer
+        raise
     finally:
         left.set()
-        try:
-            client.DeactivateNode(DeactivateNodeRequest(node_id=line.node.node_id))
-        except httpx.HTTPError:
-            pass  # it will miss the next heartbeats
+        if not broken:
+            with contextlib.suppress(httpx.HTTPError):  # the server will miss the next heartbeats
+                client.DeactivateNode(DeactivateNodeRequest(node_id=line.node.node_id))
 
 
 def _beat(line: Line, left: threading.Event) -> None:
@@ -161,16 +166,24 @@ def _beat(line: Line, left: threading.Event) -> None:
 def _attend(line: Line, answer: Callable[[Frame], Frame], done: threading.Event, say: Callable[[str], None]) -> None:
     while not done.is_set():
         got = line.client.PullMessages(PullMessagesRequest(node=line.node))
-        if not got.messages_list:
+        asked = _whole(line, got) if got.messages_list else None
+        if asked is None:
             done.wait(ASKS_AGAIN)
             continue
-        asked = _whole(line, got.message_object_trees[0], got.messages_list[0].metadata.run_id)
-        if asked is not None and not _sent(line, Message(to_record(_answered(asked, answer)), reply_to=asked), done):
+        try:
+            waited_for = _sent(line, Message(to_record(_answered(asked, answer)), reply_to=asked), done)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != _TOO_LARGE:
+                raise
+            reason = Frame("failure", {"reason": f"its answer is too large: {error.response.text[:100]}"})
+            waited_for = _sent(line, Message(to_record(reason), reply_to=asked), done)
+        if not waited_for and not done.is_set():
             say("the server does not wait for this answer any more")
 
 
-def _whole(line: Line, tree: object, run: int) -> Message | None:
+def _whole(line: Line, got: PullMessagesResponse) -> Message | None:
     """The request with all that belongs to it; None where the server has taken it back."""
+    tree, run = got.message_object_trees[0], got.messages_list[0].metadata.run_id
     pull = make_pull_object_fn_protobuf(line.client.PullObject, line.node, run)
     confirm = make_confirm_message_received_fn_protobuf(line.client.ConfirmMessageReceived, line.node, run)
     try:
