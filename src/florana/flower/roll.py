@@ -30,7 +30,8 @@ class Roll:
 
     Args:
         grid: the connection to the nodes.
-        keys: client -> its node's public key (bytes), as the operator approved it; None in a simulation, where every node says which client it is.
+        keys: client -> its node's public key (bytes), as the operator approved it; None in a
+            simulation, where every node says which client it is.
         agreed: the server's recipe, as `site.agreed` gives it.
         own: what the server itself holds; None without the base model, where most sites decide at the end of `wait`.
         deadline: seconds of a round; in a simulation also those to say who it is, since it loads the model first.
