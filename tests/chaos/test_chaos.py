@@ -23,7 +23,6 @@ import tomli_w
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
-from florana.flower.trainer import Listener, answer_until, listening
 from flwr.app import RecordDict
 
 from florana.errors import FederationError
@@ -42,6 +41,7 @@ from tests.chaos.counts import Tally, digest, often
 from tests.conftest import ROOT
 from tests.flower_grid import FakeGrid, trainer_at
 from tests.flower_sites import FAMILIES, grid_of, led, roster_of, sites, spoilt
+from tests.trainer import Listener, answer_until, listening
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 SMALL = {"ravan": {"heads": 2, "size": 4}}
