@@ -1,4 +1,4 @@
-"""Another account of the machine, at either end of a standing federation: it finds nothing to list, read, push or start."""
+"""Another account of the machine, at either end of a standing federation: nothing to list, read, push or start."""
 
 from __future__ import annotations
 
@@ -18,15 +18,13 @@ import pytest
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
-from tests.conftest import ROOT
 from tests.deployment import Fed, environment, federation, wait_for
 
-AS_NOBODY = (
-    ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    + ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]  # to read the interpreter, wherever it lies
-    if os.geteuid() == 0 and shutil.which("setpriv")
-    else []  # then the tests' own account, which has nothing either but what lies in the folders
-)
+NOBODY = [
+    *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
+    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),  # to read the interpreter, wherever it lies
+]
+AS_NOBODY = NOBODY if os.geteuid() == 0 and shutil.which("setpriv") else []  # else the tests' own account
 
 # every request of Flower's three APIs, with a key of its own, at one port
 PROBER = """
@@ -46,7 +44,8 @@ found = {}
 for scheme in ("https", "http"):
     address = f"{scheme}://127.0.0.1:{port}"
     with httpx.Client(verify=authority if scheme == "https" else True, timeout=5) as client:
-        for method, path in [*PROTOBUF_REQUEST_TYPES, ("GET", "/"), ("GET", "/health"), ("GET", "/docs"), ("GET", "/openapi.json")]:
+        looks = [("GET", path) for path in ("/", "/health", "/docs", "/openapi.json")]
+        for method, path in [*PROTOBUF_REQUEST_TYPES, *looks]:
             try:
                 sent = client.request(method, address + path, headers={"content-type": "application/protobuf"})
                 found[f"{method} {scheme} {path}"] = sent.status_code
@@ -56,7 +55,7 @@ with FleetHttpClient.from_server_address(f"127.0.0.1:{port}", False, open(author
     calls = {
         "own key": lambda: client.ActivateNode(
             ActivateNodeRequest(public_key=public_key_to_bytes(public), heartbeat_interval=30)),
-        "another's node": lambda: client.PullMessages(PullMessagesRequest(node=Node(node_id=int(open(sys.argv[0] + ".node").read())))),
+        "another's node": lambda: client.PullMessages(PullMessagesRequest(node=Node(node_id=1))),
     }
     for name, call in calls.items():
         try:
@@ -139,7 +138,6 @@ def test_another_account_gets_nothing_at_either_end(recipe_table: dict[str, Any]
             assert key.stat().st_mode & 0o077 == 0, key
 
         shutil.copy(fed.files.authority, public / "ca.crt")  # it is public: every site has it
-        (public / "prober.py.node").write_text("1")
         found = probed(fed.port, public / "ca.crt", public)
         got = {name: answer for name, answer in found.items() if isinstance(answer, int) and answer < 400}
         assert got == {}, "nothing but refusals"

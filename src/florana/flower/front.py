@@ -64,6 +64,8 @@ class Door:
     limit: int
     asked: Callable[[], int] = lambda: 0
     traffic: Traffic = field(default_factory=Traffic)
+    closing: threading.Event = field(default_factory=threading.Event)
+    """Set when nobody is held any more."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -108,7 +110,7 @@ class Door:
                 if answer.status_code != 200 or answer.content:
                     return answer
                 while self.asked() == seen:
-                    if clock() >= until or gone.done():
+                    if clock() >= until or gone.done() or self.closing.is_set():
                         return answer
                     await asyncio.sleep(_LOOKS)
 
@@ -133,6 +135,7 @@ class OpenDoor:
 
     def close(self) -> None:
         """Stop serving."""
+        self.door.closing.set()
         self.server.should_exit = True
         self.thread.join(15)
 
@@ -149,9 +152,9 @@ def open_door(door: Door, host: str, port: int, certificate: Path, key: Path) ->
         port=port,
         ssl_certfile=str(certificate),
         ssl_keyfile=str(key),
-        log_level="error",
+        log_level="critical",
         access_log=False,
-        timeout_graceful_shutdown=3,
+        timeout_graceful_shutdown=1,
         ws="none",
     )
     server = uvicorn.Server(config)
@@ -169,6 +172,9 @@ async def _serve(server: uvicorn.Server) -> None:
         await server.serve()
     except SystemExit:  # uvicorn's way to say that the port is taken
         return
+    for connection in list(server.server_state.connections):  # of sites that are at work, and do not read now
+        connection.transport.abort()
+    await asyncio.sleep(0)
 
 
 def trusting(authority: Path) -> ssl.SSLContext:

@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from flwr.app import Message
 from flwr.app.message.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
-from flwr.proto.fleet_pb2 import ActivateNodeResponse
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, PullMessagesRequest, PushMessagesRequest
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
@@ -34,12 +34,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
-    ObjectUnavailableError,
-    inflate_object_from_contents,
-    pull_objects,
-)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.supercore.task_identity import TaskIdentity
@@ -51,8 +46,6 @@ from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoin
 from starlette.requests import Request
 from starlette.responses import Response
 
-_LOOK_AGAIN = 0.05
-_COMES, _ASKS = "/v1/fleet/activate-node", "/v1/fleet/pull-messages"
 LOG_BYTES = 2**20
 """Of Flower's own log, twice at most: what anybody sends may be named in it."""
 
@@ -85,6 +78,7 @@ class Link:
         A node is asked one thing at a time: what it was asked before, and has not answered, is taken back.
         """
         identities = []
+        self.state.delete_sessions_in_run(self.run)  # of answers that came too late
         with no_object_id_recompute():
             for message in messages:
                 message.metadata.__dict__["_message_id"] = message.object_id
@@ -98,11 +92,12 @@ class Link:
         return identities
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The answers to these requests that are there; waits for the rest of one that has begun to arrive."""
+        """The answers to these requests that are there as a whole."""
+        ready = {request for request in message_ids if self._answer_to(request) is None or self._is_whole(request)}
         answers = []
-        for answer in self.state.get_message_res(message_ids=set(message_ids), run_id=self.run):
+        for answer in self.state.get_message_res(message_ids=ready, run_id=self.run):
             try:
-                answers.append(answer if answer.has_error() else self._whole(answer))
+                answers.append(answer if answer.has_error() else self._inflated(answer))
             finally:
                 self._forget(answer.metadata.reply_to_message_id)
                 self.state.object_store.delete(answer.metadata.message_id)
@@ -114,18 +109,25 @@ class Link:
         return message is not None and self.state.object_store.get(message.metadata.message_id) is not None
 
     def offer_again(self, node: int) -> None:
-        """Offer a node the request that it was sent last, unless it has been answered: it has lost it."""
+        """Offer a node the request that it was sent last, unless the whole answer is there: it has lost it."""
         with self._lock, no_object_id_recompute():
             message = self._waiting.get(node)
             kept = self.state.message_ins_store.get(message.metadata.message_id) if message is not None else None
-            if (
-                message is None
-                or kept is None
-                or kept.metadata.message_id in self.state.message_ins_id_to_message_res_id
-            ):
+            if message is None or kept is None or not kept.metadata.delivered_at:
                 return
+            if self._is_whole(message.metadata.message_id):
+                return
+            self._drop_answer(message.metadata.message_id)
             kept.metadata.delivered_at = ""
             self._put(message)
+
+    def begin_answer(self, node: int, answer: str) -> None:
+        """A node sends an answer: of an earlier one of which only a part has come, nothing more will come."""
+        with self._lock:
+            request = self._waiting[node].metadata.message_id if node in self._waiting else ""
+            before = self._answer_to(request)
+            if before is not None and before != answer and not self._is_whole(request):
+                self._drop_answer(request)
 
     def _put(self, message: Message) -> str:
         objects, session = get_all_nested_objects(message), self.state.start_session(self.run)
@@ -135,13 +137,20 @@ class Link:
             self.state.store_object(self.run, session, name, objects[name].deflate())
         return message.object_id if taken else ""
 
-    def _whole(self, answer: Message) -> Message:
+    def _answer_to(self, request: str) -> str | None:
+        return self.state.message_ins_id_to_message_res_id.get(request)
+
+    def _is_whole(self, request: str) -> bool:
+        answer = self._answer_to(request)
+        return answer is not None and all(self.state.object_store.get(name) for name in self._parts(answer))
+
+    def _parts(self, answer: str) -> list[str]:
+        tree = self.state.object_store.get_object_tree(answer)
+        return [node.object_id for node in iterate_object_tree(tree)]
+
+    def _inflated(self, answer: Message) -> Message:
         name = answer.metadata.message_id
-        tree = self.state.object_store.get_object_tree(name)
-        names = [node.object_id for node in iterate_object_tree(tree)]
-        contents = pull_objects(
-            names, self._content, initial_backoff=_LOOK_AGAIN, backoff_cap=1.0, max_tries_per_object=None
-        )
+        contents = {part: self.state.object_store.get(part) or b"" for part in self._parts(name)}
         whole = inflate_object_from_contents(name, contents)
         if not isinstance(whole, Message):
             raise ValueError("an answer that is no message")
@@ -149,23 +158,17 @@ class Link:
         whole.metadata.__dict__["_reply_to_message_id"] = answer.metadata.reply_to_message_id
         return whole
 
-    def _content(self, name: str) -> bytes:
-        content = self.state.get_object(self.run, name)
-        if content is None:
-            raise ObjectPullError(name, "its sender has not sent all of it")
-        if content == b"":
-            raise ObjectUnavailableError(name)
-        return content
+    def _drop_answer(self, request: str) -> None:
+        answer = self.state.message_ins_id_to_message_res_id.pop(request, None)
+        if answer is not None:
+            self.state.message_res_store.pop(answer, None)
+            self.state.object_store.delete(answer)
 
     def _forget(self, request: str) -> None:
         """Take a request and its answer away."""
-        if not request:
-            return
-        answer = self.state.message_ins_id_to_message_res_id.get(request)
+        self._drop_answer(request)
         self.state.delete_messages({request})
-        for name in (request, answer):
-            if name:
-                self.state.object_store.delete(name)
+        self.state.object_store.delete(request)
 
 
 def make_link(keys: Mapping[str, bytes]) -> tuple[Link, FastAPI]:
@@ -217,16 +220,19 @@ def _fleet_api(factory: LinkStateFactory, link: Link) -> FastAPI:
         A site that was killed and is started again is let in at once, not when its last heartbeat is a minute old, and
         gets what it was at work on; one whose connection broke gets what it did not take to the end.
         """
-        state, path = link.state, request.url.path
-        if path == _ASKS and link.is_unconfirmed(request.state.protobuf_request.node.node_id):
-            link.offer_again(request.state.protobuf_request.node.node_id)
-        node = state.get_node_id_by_public_key(request.state.protobuf_request.public_key) if path == _COMES else None
-        if node is not None:
-            link.offer_again(node)
-            if state.get_node_info(node_ids=[node], statuses=[NodeStatus.ONLINE]):
-                state.acknowledge_node_heartbeat(node, HEARTBEAT_DEFAULT_INTERVAL)
-                request.state.protobuf_response = ActivateNodeResponse(node_id=node)
-                return Response()
+        said, state = getattr(request.state, "protobuf_request", None), link.state
+        if isinstance(said, PullMessagesRequest) and link.is_unconfirmed(said.node.node_id):
+            link.offer_again(said.node.node_id)
+        elif isinstance(said, PushMessagesRequest) and said.messages_list:
+            link.begin_answer(said.node.node_id, said.messages_list[0].metadata.message_id)
+        elif isinstance(said, ActivateNodeRequest):
+            node = state.get_node_id_by_public_key(said.public_key)
+            if node is not None:
+                link.offer_again(node)
+                if state.get_node_info(node_ids=[node], statuses=[NodeStatus.ONLINE]):
+                    state.acknowledge_node_heartbeat(node, HEARTBEAT_DEFAULT_INTERVAL)
+                    request.state.protobuf_response = ActivateNodeResponse(node_id=node)
+                    return Response()
         return await call_next(request)
 
     app = FastAPI(
