@@ -250,12 +250,17 @@ def _fleet_api(factory: LinkStateFactory, link: Link) -> FastAPI:
     return app
 
 
+class _Log(RotatingFileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (a full disk is told of where it matters)
+        """Nothing."""
+
+
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:
     """Flower's own log in a file, and not on the terminal."""
     log = logging.getLogger("flwr")
     before, level = list(log.handlers), log.level
-    handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=1, delay=True)
+    handler = _Log(path, maxBytes=LOG_BYTES, backupCount=1, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for other in before:
         log.removeHandler(other)

@@ -10,6 +10,7 @@ from pathlib import Path
 from florana import recipe as r
 from florana.conduct import Show
 from florana.errors import FederationError, InputError, RecipeError
+from florana.federation.loop import Event
 from florana.flower.front import Door, OpenDoor, open_door
 from florana.flower.keys import Certificates, read_certificate, read_roster
 from florana.flower.link import logged_to, make_link
@@ -76,7 +77,10 @@ def serve(
                 folder.mkdir(parents=True, exist_ok=True)
             with locked(folder):
                 opened(inside)
-                lead(link, recipe, own, folder, noted(folder, show))
+                told = noted(folder, show)
+                if resume and not (folder / "rounds.jsonl").exists():
+                    told(Event("mended", 0, detail=f"{folder} holds no committed round: the run begins with the first"))
+                lead(link, recipe, own, folder, told)
         finally:
             inside.close()
 
