@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,23 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 import florana.flower.serve as serving
 from florana.errors import FederationError
 from florana.federation.loop import Event
+from florana.federation.messages import Brief, Reply
+from florana.flower.briefs import brief_frame
+from florana.flower.card import digest
+from florana.flower.frames import Frame
 from florana.flower.invitation import Invitation, hosts_of, invite, read_invitation
-from florana.flower.join import join
+from florana.flower.join import join, told
 from florana.flower.keys import Certificates, approve, make_server, make_site, read_certificate
 from florana.flower.serve import serve
 from florana.flower.settings import Settings
+from florana.flower.site import Site
 from florana.recipe import Recipe
 from florana.recipe_file import check
 from florana.run_folder import held, locked
 from tests.deployment import free_port
+from tests.flower_sites import sites
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
 @contextmanager
@@ -153,3 +162,23 @@ def test_the_command_invites_to_the_address_that_the_keys_were_made_for(
     assert done.returncode == 0, done.stderr
     assert read_invitation(tmp_path / "invitation").address == "10.0.0.7:8443"
     invite(tmp_path / "recipe.toml", files, "127.0.0.1", 1, tmp_path / "own")
+
+
+def test_a_site_with_other_data_than_at_the_roll_call_gives_no_kept_answer(
+    recipe_table: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe_table["partition"] = {"kind": "iid", "clients": 2}
+    site = sites(check(recipe_table, "t"), tmp_path / "kept")["client-0"]
+    made = replace(site, fit=lambda brief, memory: (Reply("client-0", 1, 3, {}, b"t", 0.1), {}))
+    brief = Brief(1, "client-0", 1, b"p", False, ["A"], ["A"], {})
+    kept, said = tmp_path / "answer", list[str]()
+
+    def ask(asked: Site, word: str) -> Frame:
+        return told(asked, brief_frame(brief, "run", word, digest(site.card)), kept, said.append)
+
+    assert ask(made, "a").fields["nonce"] == "a"
+    never = replace(site, fit=lambda brief, memory: pytest.fail("it was trained again"))
+    assert ask(never, "b").fields["nonce"] == "b"
+    other = site.card.model_copy(update={"torch": "another"})
+    assert ask(replace(never, card=other), "c").kind == "changed"
+    assert said == ["client-0: round 1"] * 3

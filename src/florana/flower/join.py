@@ -75,10 +75,11 @@ def join(
         setup = prepare_site(recipe, who, data)
         site = site_of(recipe, setup, who, keys / "kept", step)
         say(f"{who}: {site.card.holds.train} rows to train on; connecting to {invitation.address}")
-        attend(invitation, key, lambda frame: _told(site, frame, keys / "kept" / "answer", say), done, say)
+        attend(invitation, key, lambda frame: told(site, frame, keys / "kept" / "answer", say), done, say)
 
 
-def _told(site: Site, frame: Frame, kept: Path, say: Callable[[str], None]) -> Frame:
+def told(site: Site, frame: Frame, kept: Path, say: Callable[[str], None]) -> Frame:
+    """The site's answer to a request: the one in the file `kept`, where it was made for just this request."""
     brief = frame.fields.get("brief")
     if isinstance(brief, dict):
         say(f"{site.who}: round {brief.get('round')}")
