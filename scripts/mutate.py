@@ -253,7 +253,7 @@ MUTATIONS = [
     ("flower/engine.py", "until - time.monotonic()", "60.0", "test_flower_rounds"),
     ("flower/site.py", "brief.client != self.who", "False", "test_flower_rounds"),
     ("flower/frames.py", "or not isinstance(content.get(\"kind\"), str)", "", "test_flower"),
-    ("flower/link.py", "            Middleware(NodeAuthMiddleware),\n", "", "test_flower_local_users"),
+    ("flower/link.py", "            Middleware(NodeAuthMiddleware),\n", "", "test_flower_link"),
     ("flower/link.py", "self._forget(before.metadata.message_id)", "pass", "test_flower_link"),
     ("flower/link.py", "link.is_unconfirmed(said.node.node_id)", "False", "test_flower_link"),
     ("flower/link.py", "if node is not None:", "if False:", "test_flower_link"),

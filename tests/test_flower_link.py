@@ -14,8 +14,23 @@ import pytest
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import MessageType
-from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.proto.fab_pb2 import GetFabRequest
+from flwr.proto.fleet_pb2 import (
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+    RegisterNodeFleetRequest,
+    UnregisterNodeFleetRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
+from flwr.proto.node_pb2 import Node
+from flwr.proto.run_pb2 import GetRunRequest
+from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 import florana.flower.front as front
 import florana.flower.node as node_of
@@ -300,6 +315,44 @@ def test_another_request_gets_no_kept_answer(tmp_path: Path, change: dict[str, A
     named = {**fields, **{name: value for name, value in change.items() if name in fields}}
     other = Frame(change.get("kind", "train"), named, change.get("payload", b"p"))
     assert remembered(lambda frame: Frame("new"), other, tmp_path / "kept") == Frame("new")
+
+
+def test_nobody_asks_or_answers_in_anothers_name(place: Place) -> None:
+    """Every request of the fleet API, for the node of `a`: by a key that is not approved, and by another's."""
+    approve(place.files, place.folder / "b" / "b.pub")
+    a_request = {
+        "PullMessages": PullMessagesRequest,
+        "PushMessages": PushMessagesRequest,
+        "PullObject": PullObjectRequest,
+        "PushObject": PushObjectRequest,
+        "ConfirmMessageReceived": ConfirmMessageReceivedRequest,
+        "SendNodeHeartbeat": SendNodeHeartbeatRequest,
+        "GetRun": GetRunRequest,
+        "GetFab": GetFabRequest,
+    }
+    stranger = generate_key_pairs()
+    private = load_ssh_private_key((place.folder / "b" / "b.key").read_bytes(), None)
+    assert isinstance(private, ec.EllipticCurvePrivateKey)
+    with place.server() as link, place.site(echo):
+        node = online(link)
+        for keys in (stranger, (private, private.public_key())):
+            authority = place.files.authority.read_bytes()
+            signed = [NodeAuthHttpInterceptor(*keys)]
+            with node_of.FleetHttpClient.from_server_address(
+                f"127.0.0.1:{place.port}", False, authority, signed
+            ) as client:
+                calls = [(name, kind(node=Node(node_id=node))) for name, kind in a_request.items()]
+                calls += [("DeactivateNode", DeactivateNodeRequest(node_id=node))]
+                calls += [("UnregisterNode", UnregisterNodeFleetRequest(node_id=node))]
+                for name, request in calls:
+                    with pytest.raises(httpx.HTTPStatusError) as refused:
+                        getattr(client, name)(request)
+                    assert refused.value.response.status_code == 401, name
+                fresh = RegisterNodeFleetRequest(public_key=public_key_to_bytes(keys[1]))
+                with pytest.raises(httpx.HTTPStatusError) as refused:
+                    client.RegisterNode(fresh)
+                assert refused.value.response.status_code in (400, 403, 409, 412)
+        assert ask(link, ECHO) == Frame("reply", ECHO.fields, ECHO.payload), "and a never noticed"
 
 
 def test_nobody_speaks_for_the_run(place: Place) -> None:

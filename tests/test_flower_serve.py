@@ -1,4 +1,4 @@
-"""What `florana serve` and `florana join` refuse before anything starts, or say where something is unlike what was meant."""
+"""What `florana serve` and `florana join` refuse before anything starts, and what they say of it."""
 
 from __future__ import annotations
 
@@ -168,6 +168,7 @@ def test_a_site_with_other_data_than_at_the_roll_call_gives_no_kept_answer(
     recipe_table: dict[str, Any], tmp_path: Path
 ) -> None:
     recipe_table["partition"] = {"kind": "iid", "clients": 2}
+    recipe_table["federation"] = {"rounds": 2}
     site = sites(check(recipe_table, "t"), tmp_path / "kept")["client-0"]
     made = replace(site, fit=lambda brief, memory: (Reply("client-0", 1, 3, {}, b"t", 0.1), {}))
     brief = Brief(1, "client-0", 1, b"p", False, ["A"], ["A"], {})
