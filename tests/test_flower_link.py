@@ -33,6 +33,7 @@ from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 import florana.flower.front as front
+import florana.flower.link as link_of
 import florana.flower.node as node_of
 from florana.errors import FederationError
 from florana.federation.messages import Failure
@@ -110,6 +111,15 @@ def ask(link: Link, frame: Frame, deadline: float = 20.0, node: int | None = Non
     return answer
 
 
+def soon() -> threading.Event:
+    """Set after ten seconds: what should have ended by itself would else go on for ever."""
+    done = threading.Event()
+    timer = threading.Timer(10, done.set)
+    timer.daemon = True
+    timer.start()
+    return done
+
+
 def echo(frame: Frame) -> Frame:
     return Frame("reply", frame.fields, frame.payload)
 
@@ -146,9 +156,11 @@ def test_a_site_that_does_not_know_when_to_stop_is_asked_the_newest(place: Place
         return echo(frame)
 
     with place.server() as link, place.site(slow):
-        first = ask(link, Frame("train", {"round": 1}), deadline=0.5)
+        online(link)
+        first = ask(link, Frame("train", {"round": 1}), deadline=3.0)
         assert isinstance(first, Failure)
         assert "did not answer within" in first.reason
+        assert heard == [1]
         second = threading.Thread(target=lambda: heard.append(ask(link, Frame("train", {"round": 2}))))
         second.start()
         time.sleep(0.3)
@@ -246,7 +258,47 @@ def test_an_answer_that_is_too_large_ends_as_a_failure_of_that_site(place: Place
         assert "too large: an answer may have 1000 bytes" in answer.fields["reason"]
 
 
-def test_a_site_that_leaves_is_missed_at_once(place: Place) -> None:
+def test_a_site_that_leaves_and_comes_back_soon_gets_what_it_was_asked(place: Place) -> None:
+    answers: list[Frame | Failure] = []
+    with place.server() as link:
+        with place.site(echo):
+            node = online(link)
+        asked = threading.Thread(target=lambda: answers.append(ask(link, ECHO, node=node)))
+        asked.start()
+        time.sleep(0.3)
+        with place.site(echo):
+            asked.join(20)
+        assert answers == [Frame("reply", ECHO.fields, ECHO.payload)]
+
+
+def test_a_site_at_work_is_heard_of_all_the_while(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_of, "BEATS", 0.1)
+    began, go = threading.Event(), threading.Event()
+
+    def long(frame: Frame) -> Frame:
+        began.set()
+        assert go.wait(20)
+        return echo(frame)
+
+    def until(link: Link) -> float:
+        (known,) = link.get_nodes()
+        return float(known.online_until)
+
+    with place.server() as link, place.site(long):
+        online(link)
+        asked = threading.Thread(target=ask, args=(link, ECHO))
+        asked.start()
+        assert began.wait(20)
+        before = until(link)
+        assert wait_for(lambda: until(link) > before, 10)
+        go.set()
+        asked.join(20)
+
+
+def test_a_site_that_leaves_for_good_is_missed_before_the_deadline(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_of, "PATIENCE", 0.5)
     with place.server() as link:
         with place.site(echo):
             node = online(link)
@@ -259,7 +311,7 @@ def test_a_site_that_leaves_is_missed_at_once(place: Place) -> None:
 def test_a_key_that_is_not_approved_ends_with_advice(place: Place) -> None:
     key = read_private(place.folder / "b")[1]
     with place.server() as link, pytest.raises(FederationError, match="does not know this site's key") as refused:
-        attend(place.invitation, key, echo, threading.Event())
+        attend(place.invitation, key, echo, soon())
     assert list(link.get_nodes()) == []
     assert "florana flower approve" in refused.value.fix
 
@@ -272,7 +324,7 @@ def test_a_clock_that_is_off_ends_with_advice(place: Place, monkeypatch: pytest.
     monkeypatch.setattr(signing, "now", lambda: dt.datetime.now(dt.UTC) + dt.timedelta(hours=1))
     monkeypatch.setattr(node_of, "clock_difference", lambda invitation: 3600.0)
     with place.server(), pytest.raises(FederationError, match="does not accept this site's signature") as refused:
-        attend(place.invitation, read_private(place.folder / "a")[1], echo, threading.Event())
+        attend(place.invitation, read_private(place.folder / "a")[1], echo, soon())
     assert "3600 seconds ahead" in refused.value.why
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoin
 from starlette.requests import Request
 from starlette.responses import Response
 
+PATIENCE = 15.0
+"""Seconds for a node that is offline to come back to what it was asked: it was started anew, or this machine slept."""
 LOG_BYTES = 2**20
 """Of Flower's own log, twice at most: what anybody sends may be named in it."""
 
@@ -66,6 +69,8 @@ class Link:
     asked: int = 0
     _waiting: dict[int, Message] = field(default_factory=dict)
     """Node -> the request that it was sent last, until it is answered."""
+    _away: dict[str, float] = field(default_factory=dict)
+    """Request -> when its node was first found to be offline."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def get_nodes(self) -> Iterable[NodeInfo]:
@@ -92,14 +97,22 @@ class Link:
         return identities
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The answers to these requests that are there as a whole."""
+        """The answers to these requests that are there as a whole; an error where a node has been away for a while."""
         ready = {request for request in message_ids if self._answer_to(request) is None or self._is_whole(request)}
+        found = self.state.get_message_res(message_ids=ready, run_id=self.run)
+        away = {answer.metadata.reply_to_message_id for answer in found if answer.has_error()}
+        for request in ready - away:
+            self._away.pop(request, None)
         answers = []
-        for answer in self.state.get_message_res(message_ids=ready, run_id=self.run):
+        for answer in found:
+            request = answer.metadata.reply_to_message_id
+            if request in away and time.monotonic() - self._away.setdefault(request, time.monotonic()) < PATIENCE:
+                self.state.object_store.delete(answer.metadata.message_id)
+                continue
             try:
                 answers.append(answer if answer.has_error() else self._inflated(answer))
             finally:
-                self._forget(answer.metadata.reply_to_message_id)
+                self._forget(request)
                 self.state.object_store.delete(answer.metadata.message_id)
         return answers
 
@@ -166,6 +179,7 @@ class Link:
 
     def _forget(self, request: str) -> None:
         """Take a request and its answer away."""
+        self._away.pop(request, None)
         self._drop_answer(request)
         self.state.delete_messages({request})
         self.state.object_store.delete(request)
