@@ -106,7 +106,7 @@ def federation(table: dict[str, Any], folder: Path, names: list[str], join: bool
         for process in fed.sites.values():
             process.terminate()
         for process in fed.sites.values():
-            process.wait(30)
+            process.wait(90)
         end_all(folder)
 
 

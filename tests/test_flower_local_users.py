@@ -106,7 +106,7 @@ def flwr(public: Path, port: int, *arguments: str) -> subprocess.CompletedProces
 
 
 def serving(fed: Fed, folder: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "florana", *fed.serving("--wait", "120", "--deadline", "60", "--no-base")]
+    command = [sys.executable, "-m", "florana", *fed.serving("--wait", "400", "--deadline", "60", "--no-base")]
     with (folder / "serve.log").open("wb") as log:
         return subprocess.Popen(command, env=environment(fed.home), stdout=log, stderr=log)
 
@@ -160,9 +160,9 @@ def test_another_account_gets_nothing_at_either_end(recipe_table: dict[str, Any]
         assert done.returncode != 0, done.stdout
 
         fed.join("client-1")  # the run goes on as if nobody had been there
-        assert server.wait(120) == 0, (tmp_path / "serve.log").read_text()
+        assert server.wait(400) == 0, (tmp_path / "serve.log").read_text()
         assert len((fed.out / "rounds.jsonl").read_text().splitlines()) == 2
         assert "refused" not in log.read_text()
         assert site.poll() is None
         site.send_signal(signal.SIGTERM)
-        assert site.wait(30) in (130, 143, 0)
+        assert site.wait(90) in (130, 143, 0)

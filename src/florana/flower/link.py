@@ -23,7 +23,7 @@ from fastapi import FastAPI
 from flwr.app import Message
 from flwr.app.message.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, PushMessagesRequest
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
@@ -115,11 +115,6 @@ class Link:
                 self._forget(request)
                 self.state.object_store.delete(answer.metadata.message_id)
         return answers
-
-    def is_unconfirmed(self, node: int) -> bool:
-        """Whether the node has not said that it got the whole of the request that it was sent last."""
-        message = self._waiting.get(node)
-        return message is not None and self.state.object_store.get(message.metadata.message_id) is not None
 
     def offer_again(self, node: int) -> None:
         """Offer a node the request that it was sent last, unless the whole answer is there: it has lost it."""
@@ -229,15 +224,13 @@ def _running(state: InMemoryLinkState) -> int:
 
 def _fleet_api(factory: LinkStateFactory, link: Link) -> FastAPI:
     async def nothing_is_lost(request: Request, call_next: RequestResponseEndpoint) -> Response:
-        """Before a node is let in, or asks for work; its signature has been checked.
+        """Before a node is let in, or answers; its signature has been checked.
 
-        A site that was killed and is started again is let in at once, not when its last heartbeat is a minute old, and
-        gets what it was at work on; one whose connection broke gets what it did not take to the end.
+        A site that was killed, or whose connection broke, is let in again at once, not when its last heartbeat is a
+        minute old, and gets what it was at work on or did not take to the end.
         """
         said, state = getattr(request.state, "protobuf_request", None), link.state
-        if isinstance(said, PullMessagesRequest) and link.is_unconfirmed(said.node.node_id):
-            link.offer_again(said.node.node_id)
-        elif isinstance(said, PushMessagesRequest) and said.messages_list:
+        if isinstance(said, PushMessagesRequest) and said.messages_list:
             link.begin_answer(said.node.node_id, said.messages_list[0].metadata.message_id)
         elif isinstance(said, ActivateNodeRequest):
             node = state.get_node_id_by_public_key(said.public_key)
