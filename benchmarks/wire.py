@@ -27,9 +27,14 @@ import tomli_w
 
 from florana.flower.invitation import invite
 from florana.flower.keys import approve, make_server, make_site
-from florana.flower.processes import free_port
 
 PROGRAM = [sys.executable, "-m", "florana"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Proxy:

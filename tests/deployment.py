@@ -15,8 +15,15 @@ from typing import Any
 import tomli_w
 
 from florana.flower.keys import Certificates
-from florana.flower.processes import SWITCHED_OFF, free_port, start
 from tests.conftest import ROOT
+
+SWITCHED_OFF = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""What Flower's own programs and Ray would tell the world or fetch from it."""
 
 HANGS = 900.0
 """Seconds after which a program is taken to hang, however busy the machine."""
@@ -28,12 +35,19 @@ def environment(home: Path) -> dict[str, str]:
     return {
         **os.environ,
         **SWITCHED_OFF,
-        "PYTHONPATH": str(ROOT / "src"),
+        "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT / "src")]).lstrip(os.pathsep),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "FLWR_HOME": str(home),
     }
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Fed:
@@ -111,13 +125,25 @@ def simulation(home: Path, own: dict[str, str]) -> Iterator[Path]:
         f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
     options = ["--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
-    child = start(["flower-superlink", *options, "--disable-runtime-dependency-installation"], log, own, home)
+    program = Path(sys.executable).with_name("flower-superlink")
+    path = os.pathsep.join([str(program.parent), os.environ.get("PATH", "")])  # Flower's programs start one another
+    with log.open("ab") as stream:
+        child = subprocess.Popen(
+            [str(program), *options, "--disable-runtime-dependency-installation"],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PATH": path, **SWITCHED_OFF, **own},
+            cwd=home,
+            start_new_session=True,
+        )
     try:
-        assert wait_for(lambda: not child.running() or listens(port)), "the SuperLink does not listen"
-        assert child.running(), child.tail()
+        assert wait_for(lambda: child.poll() is not None or listens(port)), "the SuperLink does not listen"
+        assert child.poll() is None, log.read_text()[-2000:]
         yield log
     finally:
-        child.end()
+        child.terminate()
+        child.wait(HANGS)
         end_all(home)
 
 

@@ -16,9 +16,10 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from florana.flower.frames import Frame, receive, send
+from florana.flower.frames import Frame
 from florana.flower.records import from_record, to_record
 from tests.flower_fake import identify
+from tests.trainer import receive, send
 
 Answer = Callable[[Frame], Frame]
 """What stands at the other end of a node."""
@@ -110,7 +111,7 @@ def trainer_at(path: Path) -> Answer:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
             channel.connect(str(path))
             send(channel, frame)
-            answer = receive(channel, 2**30)
+            answer = receive(channel)
         assert answer is not None
         return answer
 
@@ -132,10 +133,11 @@ def lead_with_trainers(recipe_path: str, out: str, roster: str, sockets: str) ->
 
 def trainer_process(recipe_path: str, who: str, sockets: str, kept: str) -> None:
     """One site's resident trainer, in a process that a test can kill."""
+
     from florana.flower.site import site_of
-    from florana.flower.trainer import answer_until, listening
     from florana.recipe_file import read_recipe
     from florana.run import prepare
+    from tests.trainer import answer_until, listening
 
     recipe = read_recipe(Path(recipe_path))
     site = site_of(recipe, prepare(recipe), who, Path(kept))

@@ -40,35 +40,51 @@ def simulated(recipe: Recipe, unlike: dict[str, Any], folder: Path) -> Path:
     return out
 
 
-# an operator's machine that was taken over: the app that it sends has code of its own for the sites
+# an operator's machine that was taken over: its server offers an app with code of its own to every site
 EVIL = """
-import sys
+import hashlib, io, zipfile
 from pathlib import Path
 import florana.flower.serve as serve
 from florana.cli import main
+from flwr.supercore.fab import Fab
 
-export = serve.export
+make_link = serve.make_link
 
-def changed(*arguments):
-    app = export(*arguments)
-    path = app / "florana_app" / "client_app.py"
-    path.write_text("from pathlib import Path\\nPath({mark!r}).write_text('ran')\\n" + path.read_text())
-    return app
+def changed(keys):
+    link, app = make_link(keys)
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as fab:
+        fab.writestr("pyproject.toml", {project!r})
+        fab.writestr("evil/client_app.py", "from pathlib import Path\\nPath({mark!r}).write_text('ran')\\n")
+    offered = link.state.store_fab(Fab(hashlib.sha256(content.getvalue()).hexdigest(), content.getvalue(), {{}}))
+    link.state.run_ids[link.run].run.fab_hash = offered
+    Path({mark!r} + ".offered").write_text(offered)
+    return link, app
 
-serve.export = changed
+serve.make_link = changed
 main()
+"""
+PROJECT = """
+[project]
+name = "evil"
+version = "1.0.0"
+[tool.flwr.app]
+publisher = "evil"
+[tool.flwr.app.components]
+serverapp = "evil.client_app:app"
+clientapp = "evil.client_app:app"
 """
 
 
 def deployed(recipe: Recipe, unlike: dict[str, Any], folder: Path) -> Path:
     mark = folder / "mark"
-    (folder / "evil.py").write_text(EVIL.format(mark=str(mark)))
+    (folder / "evil.py").write_text(EVIL.format(mark=str(mark), project=PROJECT))
     with federation(unlike, folder, [f"client-{index}" for index in range(3)]) as fed:
         options = ["--wait", str(HANGS), "--deadline", str(HANGS)]
         command = [sys.executable, str(folder / "evil.py"), *fed.serving(*options)]
         done = subprocess.run(command, env=environment(fed.home), capture_output=True, text=True, timeout=HANGS)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert "write_text('ran')" in next(fed.files.folder.rglob("client_app.py")).read_text(), "it was sent"
+    assert (folder / "mark.offered").exists(), "it was offered"
     assert not mark.exists(), "and no site ran it"
     return fed.out
 

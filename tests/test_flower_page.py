@@ -16,9 +16,9 @@ import tomli_w
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
-from florana.flower.processes import free_port
+
 from tests.conftest import ROOT
-from tests.deployment import HANGS, PROGRAM, end_all, environment, wait_for
+from tests.deployment import HANGS, PROGRAM, end_all, environment, free_port, wait_for
 
 pytestmark = pytest.mark.slow
 PAGE = (ROOT / "docs" / "flower.md").read_text()

@@ -141,6 +141,17 @@ def test_a_disk_that_refuses_leaves_the_round_before(
         assert digest(folder) == digest(tmp_path / "clean")
 
 
+def test_a_run_folder_that_was_moved_away_is_not_begun_anew(tmp_path: Path) -> None:
+    run(tmp_path / "run", "fedit", 2)
+    journal = Journal(tmp_path / "run", CARD)
+    last, _ = journal.recover()
+    assert last is not None
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    with pytest.raises(FederationError, match="round 2 could not be saved"):
+        journal.commit(last.state, last.record)
+    assert not (tmp_path / "run").exists()
+
+
 def test_sigkill_at_every_step_of_a_commit_loses_no_committed_round(tmp_path: Path) -> None:
     """A real process, killed again and again while it works; the end is the same bytes as of a run left alone."""
     rounds, folder, seen = 40, tmp_path / "killed", 0

@@ -20,6 +20,7 @@ from florana.federation.journal import read_records
 from florana.federation.records import RoundRecord
 from florana.recipe import Recipe
 from florana.recipe_file import check, differences
+from florana.whole_files import explained
 
 OUTCOME, PROGRESS, RUN_NAME = "outcome.json", "progress.jsonl", "run.json"
 """Of a run over the network: how it ended, a line per event, and the name by which sites keep what stays with them."""
@@ -116,27 +117,20 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def held(file: Path, taken: FederationError, seconds: float = 0.0) -> Iterator[None]:
-    """A lock that its holder's death frees; `taken` is raised where somebody else has it for that long."""
-    lock = filelock.FileLock(file)
-    try:
-        lock.acquire(timeout=seconds)
-    except filelock.Timeout:
-        raise taken from None
+    """A lock that its holder's death frees; `taken` is raised where somebody else has it for that long.
+
+    Who holds it may take it again: whoever leads a run over the network holds it before the rounds begin.
+    """
+    with explained(file.parent, "the folder could not be locked"):
+        lock = filelock.FileLock(file, is_singleton=True)
+        try:
+            lock.acquire(timeout=seconds)
+        except filelock.Timeout:
+            raise taken from None
     try:
         yield
     finally:
         lock.release()
-
-
-def is_free(file: Path) -> bool:
-    """Whether nobody holds that lock now."""
-    lock = filelock.FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        return False
-    lock.release()
-    return True
 
 
 @contextmanager

@@ -30,7 +30,6 @@ from florana.flower.records import from_record, to_record
 from florana.flower.server_app import lead
 from florana.flower.settings import Settings
 from florana.flower.site import Site
-from florana.flower.trainer import Listener, answer_until, listening
 from florana.recipe import Recipe
 from florana.recipe_file import check
 from florana.run import execute
@@ -39,6 +38,7 @@ from tests.chaos.counts import Tally, digest, often
 from tests.flower_grid import FakeGrid, lead_with_trainers, trainer_at, trainer_process
 from tests.flower_sites import FAMILIES, grid_of, led, roster_of, sites, spoilt
 from tests.program import begun, struck
+from tests.trainer import Listener, answer_until, listening
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 SMALL = {"ravan": {"heads": 2, "size": 4}}

@@ -1,4 +1,4 @@
-"""Who is not let in: at a real SuperLink behind the real door, over TLS."""
+"""Who is not let in: at Flower's fleet API behind the real door, over TLS."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import datetime as dt
 import os
 import resource
 import shutil
-import ssl
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,11 +22,11 @@ from florana.errors import FederationError, InputError, RecipeError
 from florana.flower.front import Door, open_door, trusting
 from florana.flower.invitation import invite
 from florana.flower.keys import Certificates, approve, make_server, make_site, read_roster
-from florana.flower.processes import free_port
-from florana.flower.serve import _register, check_certificates, serve, superlink
+from florana.flower.link import make_link
+from florana.flower.serve import check_certificates, serve
 from florana.flower.settings import Settings
 from florana.recipe_file import read_recipe
-from tests.deployment import HANGS, PROGRAM, end_all, environment
+from tests.deployment import HANGS, PROGRAM, end_all, environment, free_port
 
 pytestmark = [pytest.mark.chaos, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 
@@ -60,17 +59,13 @@ def standing(tiny_bert: Path, sentences: Path, tmp_path_factory: pytest.TempPath
     make_site(folder / "client-0", "client-0")
     approve(files, folder / "client-0" / "client-0.pub")
     invite(recipe, files, "127.0.0.1", port, folder / "invitation")
-    work = folder / "fed" / "flower"
-    work.mkdir()
     limit = 100_000
+    _, fleet = make_link(read_roster(files.roster))
+    opened = open_door(Door(fleet, limit), "127.0.0.1", port, files.certificate, files.key)
     try:
-        with superlink(files, work) as link:
-            _register(link, read_roster(files.roster), work)
-            door = Door(f"https://{link.address}", limit, trusting(files.authority))
-            opened = open_door(door, "127.0.0.1", port, files.certificate, files.key)
-            yield Standing(folder, files, port, recipe, limit)
-            opened.close()
+        yield Standing(folder, files, port, recipe, limit)
     finally:
+        opened.close()
         end_all(folder)
 
 
@@ -102,9 +97,7 @@ def test_a_certificate_out_of_date_is_refused_at_both_ends(standing: Standing, t
     with pytest.raises(InputError, match="is valid from"):
         check_certificates(old)
     port = free_port()
-    opened = open_door(
-        Door("https://127.0.0.1:1", 1, ssl.create_default_context()), "127.0.0.1", port, old.certificate, old.key
-    )
+    opened = open_door(Door(make_link({})[1], 1), "127.0.0.1", port, old.certificate, old.key)
     try:
         invite(standing.recipe, old, "127.0.0.1", port, tmp_path / "invitation")
         done = join(standing, standing.folder / "client-0", tmp_path / "invitation")

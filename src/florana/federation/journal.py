@@ -65,6 +65,7 @@ class Journal:
         final = self._checkpoint(state.round)
         temporary = final.with_name(final.name + ".tmp")
         with explained(self.folder, f"round {state.round} could not be saved"):
+            self.folder.stat()  # one that was moved away or removed is not begun anew in the middle of a run
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             try:

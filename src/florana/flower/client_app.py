@@ -1,20 +1,15 @@
-"""The ClientApp: hands each message to the resident trainer of its site, or trains here in a simulation.
-
-Flower starts a fresh process for every message of a deployment, so nothing heavy is imported unless it must be.
-"""
+"""The ClientApp of an exported app: each node of a simulation trains one client. `florana join` runs none."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from florana.flower.frames import Frame, receive, send
+from florana.flower.frames import Frame
 from florana.flower.records import from_record, to_record
 
 if TYPE_CHECKING:
@@ -23,8 +18,6 @@ if TYPE_CHECKING:
     from florana.run import Setup
 
 app = ClientApp()
-REPLY_LIMIT = 2**33
-"""Bytes of one reply of the site's own trainer."""
 
 
 @app.train()
@@ -41,28 +34,11 @@ def query(message: Message, context: Context) -> Message:
 
 def _answer(message: Message, context: Context) -> Message:
     frame = from_record(message.content)
-    node = context.node_config
-    if "trainer" in node:
-        answer = _ask(str(node["trainer"]), frame)
-    elif "partition-id" in node:
+    if "partition-id" in context.node_config:
         answer = _simulated(context).answer(frame)
     else:
-        answer = Frame("failure", {"reason": "it is neither started by 'florana join' nor a node of a simulation"})
+        answer = Frame("failure", {"reason": "it is no node of a simulation: sites of a federation run 'florana join'"})
     return Message(to_record(answer), reply_to=message)
-
-
-def _ask(path: str, frame: Frame) -> Frame:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
-        try:
-            channel.connect(path)
-            with contextlib.suppress(BrokenPipeError):  # it may have refused before it had read all
-                send(channel, frame)
-            answer = receive(channel, REPLY_LIMIT)
-        except OSError as error:
-            return Frame("failure", {"reason": f"its trainer is gone ({error.strerror or type(error).__name__})"})
-        except ValueError as error:
-            return Frame("failure", {"reason": f"its trainer broke off: {error}"})
-    return answer or Frame("failure", {"reason": "its trainer ended while it worked"})
 
 
 def _simulated(context: Context) -> Site:

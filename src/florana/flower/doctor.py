@@ -16,11 +16,9 @@ import torch
 
 from florana import recipe as r
 from florana.errors import FederationError, FloranaError
-from florana.flower.held import holdable
 from florana.flower.invitation import Invitation
 from florana.flower.join import prepare_site
 from florana.flower.keys import Certificates, read_private, read_roster
-from florana.flower.processes import program
 from florana.flower.reach import clock_difference
 from florana.flower.serve import check_certificates
 from florana.flower.site import base_digest
@@ -50,7 +48,7 @@ def at_site(invitation: Invitation, recipe: r.Recipe, keys: Path, data: Path | N
     """The findings at a site, each as soon as it is there."""
     yield from _common(keys, recipe)
     yield _tried("key", lambda: f"{read_private(keys)[0]}, readable by its owner alone")
-    yield _tried("the server's code", _not_run)
+    yield Finding("the server's code", True, "is neither fetched nor run at this site")
     yield from _server(invitation)
     setup: list[Setup] = []
 
@@ -106,7 +104,6 @@ def _common(folder: Path, recipe: r.Recipe) -> Iterator[Finding]:
     yield Finding("versions", True, f"Python {sys.version.split()[0]}, {versions}")
     count, whose = recipe.threads or torch.get_num_threads(), "the recipe's" if recipe.threads else "this process's own"
     yield Finding("threads", True, f"{count}, {whose}, on a processor with {instructions()}")
-    yield _tried("Flower's programs", lambda: f"beside {Path(program('flower-supernode')).parent.name}/python")
     place = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(place).free
     writable = os.access(place, os.W_OK)
@@ -116,11 +113,6 @@ def _common(folder: Path, recipe: r.Recipe) -> Iterator[Finding]:
         f"{free / 2**30:.1f} GiB free" if writable else f"{place} cannot be written",
         "" if writable and free > SPARE_DISK else "free some space, or choose another folder",
     )
-
-
-def _not_run() -> str:
-    holdable()
-    return "is neither unpacked nor run at this site"
 
 
 def _server(invitation: Invitation) -> Iterator[Finding]:

@@ -6,12 +6,12 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.app import Message, MessageType
-from flwr.serverapp import Grid
+from flwr.proto.node_pb2 import NodeInfo
 from torch import Tensor
 
 from florana.federation.messages import Brief, Failure, Reply
@@ -19,7 +19,23 @@ from florana.flower.briefs import brief_frame, read_reply
 from florana.flower.frames import Frame
 from florana.flower.records import from_record, to_record
 
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.05
+
+
+class Nodes(Protocol):
+    """The connection to the nodes: `link.Link`, or the Grid that Flower gives to an exported app."""
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Those that are online."""
+        ...
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send requests; the id of each, empty where it was not taken."""
+        ...
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The answers to these requests that have come."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,14 +51,14 @@ class FlowerEngine:
     """Carries briefs over a Grid.
 
     Args:
-        grid: Flower's connection to the nodes.
+        grid: the connection to the nodes.
         seats: asked at the start of each round: client -> its seat, of the clients that are connected and fit; and
             client -> why not, of the others. changed: told of a client that is not what it said at the roll call.
         run: the name of the run, by which clients keep what stays with them.
         deadline: seconds from sending to the last answer that counts.
     """
 
-    grid: Grid
+    grid: Nodes
     seats: Callable[[], tuple[Mapping[str, Seat], Mapping[str, str]]]
     changed: Callable[[str], None]
     run: str
@@ -71,7 +87,7 @@ class FlowerEngine:
 
 
 def exchange(
-    grid: Grid, frames: Mapping[str, tuple[int, Frame]], deadline: float, kind: str = MessageType.TRAIN
+    grid: Nodes, frames: Mapping[str, tuple[int, Frame]], deadline: float, kind: str = MessageType.TRAIN
 ) -> Iterator[tuple[str, Frame | Failure]]:
     """Send each client its frame; yield each client's answer once, in the order of arrival.
 
@@ -111,7 +127,7 @@ def exchange(
 
 
 def _wait(
-    grid: Grid,
+    grid: Nodes,
     client: str,
     identity: str,
     done: threading.Event,

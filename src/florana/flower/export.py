@@ -30,7 +30,7 @@ __all__ = ["app"]
 '''
 _MODULES = {
     "server_app": "The server side: florana's round loop.",
-    "client_app": "The client side: hands messages to the site's trainer.",
+    "client_app": "The client side: the training of a simulated client.",
 }
 
 

@@ -1,7 +1,6 @@
 """The server's front door: the one port that the network sees.
 
-A SuperLink serves on one port what nodes need and what operators need, and lets everyone who reaches the port submit
-programs. So the SuperLink listens on this machine alone, and this door passes on the nodes' requests and nothing else,
+It passes the nodes' requests on to Flower's fleet API, which runs in this process (`link.py`), and nothing else; it
 counts their bytes, and cuts off a node that sends more than an update can hold.
 """
 
@@ -28,13 +27,15 @@ _HOP_BY_HOP = {b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trai
 _BEGINS_AN_ANSWER = "/push-messages"
 _ASKS_FOR_WORK = "/pull-messages"
 _SPARE = 2**20
-HELD_SECONDS = 2.5
-"""How long a node that asks for work is held where there is none: an idle node asks again only after three seconds."""
-_ASKED_AGAIN = 0.2
+HELD_SECONDS = 10.0
+"""How long a node that asks for work is held where there is none; it gives up a question after thirty seconds."""
+_LOOKS = 0.02
+_INSIDE = "http://link"
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class TooMuch(Exception):  # noqa: N818  (a verdict on a request)
@@ -55,20 +56,21 @@ class Door:
     """The ASGI application.
 
     Args:
-        inside: the SuperLink's address on this machine, as a URL. limit: bytes of one answer of a node.
-        trust: what the SuperLink's certificate is checked by.
+        inside: the fleet API, an ASGI application. limit: bytes of one answer of a node.
+        asked: counts the requests that were put there: while it stays, there is nothing new for a node that waits.
     """
 
-    inside: str
+    inside: Application
     limit: int
-    trust: ssl.SSLContext
+    asked: Callable[[], int] = lambda: 0
     traffic: Traffic = field(default_factory=Traffic)
-    _client: list[httpx.AsyncClient] = field(default_factory=list)
+    closing: threading.Event = field(default_factory=threading.Event)
+    """Set when nobody is held any more."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
+            await _lifespan(receive, send)
         elif scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].startswith(PASSED):
             await _short(send, 404, b"this port is for the nodes of a federation only")
         else:
@@ -84,33 +86,33 @@ class Door:
         except TooMuch:
             await _short(send, 413, f"an answer may have {self.limit} bytes".encode())
             return
-        held = HELD_SECONDS if scope["path"].endswith(_ASKS_FOR_WORK) else 0.0
+        gone = asyncio.ensure_future(receive())
         try:
-            answer = await self._answer(scope["path"], headers, body, held)
-        except httpx.HTTPError:
-            await _short(send, 503, b"the SuperLink does not answer")
-            return
-        try:
-            kept = [(name, value) for name, value in answer.headers.raw if name.lower() not in _HOP_BY_HOP]
-            await send({"type": "http.response.start", "status": answer.status_code, "headers": kept})
-            async for part in answer.aiter_raw():
-                self.traffic.down[node] += len(part)
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
+            answer = await self._answer(scope["path"], headers, body, gone)
         finally:
-            await answer.aclose()
+            gone.cancel()
+        kept = [(name, value) for name, value in answer.headers.raw if name.lower() not in _HOP_BY_HOP]
+        self.traffic.down[node] += len(answer.content)
+        await send({"type": "http.response.start", "status": answer.status_code, "headers": kept})
+        await send({"type": "http.response.body", "body": answer.content})
 
-    async def _answer(self, path: str, headers: list[tuple[bytes, bytes]], body: bytes, held: float) -> httpx.Response:
-        """The SuperLink's answer; where it is empty, asked for again for as long as the node may be held."""
-        until = asyncio.get_running_loop().time() + held
-        while True:
-            request = self._client[0].build_request("POST", self.inside + path, headers=headers, content=body)
-            answer = await self._client[0].send(request, stream=True)
-            empty = answer.status_code == 200 and answer.headers.get("content-length") == "0"
-            if not empty or asyncio.get_running_loop().time() >= until:
-                return answer
-            await answer.aclose()
-            await asyncio.sleep(_ASKED_AGAIN)
+    async def _answer(
+        self, path: str, headers: list[tuple[bytes, bytes]], body: bytes, gone: asyncio.Future[Any]
+    ) -> httpx.Response:
+        """The fleet API's answer. A node that asks for work is held where there is none, unless it is `gone`."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + (HELD_SECONDS if path.endswith(_ASKS_FOR_WORK) else 0.0)
+        transport = httpx.ASGITransport(app=self.inside, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url=_INSIDE) as client:
+            while True:
+                seen = self.asked()
+                answer = await client.post(path, headers=headers, content=body)
+                if answer.status_code != 200 or answer.content:
+                    return answer
+                while self.asked() == seen:
+                    if clock() >= until or gone.done() or self.closing.is_set():
+                        return answer
+                    await asyncio.sleep(_LOOKS)
 
     async def _body(self, node: str, receive: Receive) -> bytes:
         content = bytearray()
@@ -121,17 +123,6 @@ class Door:
                 raise TooMuch
             content += part
         return bytes(content)
-
-    async def _lifespan(self, receive: Receive, send: Send) -> None:
-        while True:
-            message = await receive()
-            if message["type"] == "lifespan.startup":
-                self._client.append(httpx.AsyncClient(verify=self.trust, timeout=120.0))
-                await send({"type": "lifespan.startup.complete"})
-            else:
-                await self._client.pop().aclose()
-                await send({"type": "lifespan.shutdown.complete"})
-                return
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +135,7 @@ class OpenDoor:
 
     def close(self) -> None:
         """Stop serving."""
+        self.door.closing.set()
         self.server.should_exit = True
         self.thread.join(15)
 
@@ -160,9 +152,9 @@ def open_door(door: Door, host: str, port: int, certificate: Path, key: Path) ->
         port=port,
         ssl_certfile=str(certificate),
         ssl_keyfile=str(key),
-        log_level="error",
+        log_level="critical",
         access_log=False,
-        timeout_graceful_shutdown=3,
+        timeout_graceful_shutdown=1,
         ws="none",
     )
     server = uvicorn.Server(config)
@@ -180,6 +172,9 @@ async def _serve(server: uvicorn.Server) -> None:
         await server.serve()
     except SystemExit:  # uvicorn's way to say that the port is taken
         return
+    for connection in list(server.server_state.connections):  # of sites that are at work, and do not read now
+        connection.transport.abort()
+    await asyncio.sleep(0)
 
 
 def trusting(authority: Path) -> ssl.SSLContext:
@@ -202,6 +197,12 @@ async def _parts(receive: Receive) -> AsyncIterator[bytes]:
             return
         yield message.get("body", b"")
         more = message.get("more_body", False)
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while (await receive())["type"] == "lifespan.startup":
+        await send({"type": "lifespan.startup.complete"})
+    await send({"type": "lifespan.shutdown.complete"})
 
 
 async def _short(send: Send, status: int, text: bytes) -> None:

@@ -97,10 +97,9 @@ def site_recipe(invitation: Invitation, base: str | None, test: Path | None, ass
 
 
 def hosts_of(certificate: x509.Certificate) -> list[str]:
-    """The names and addresses that a server certificate is for."""
+    """The names and addresses that a server certificate is for, in the order in which they were given."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return []
-    found = [str(name) for name in names.get_values_for_type(x509.DNSName)]
-    return found + [str(address) for address in names.get_values_for_type(x509.IPAddress)]
+    return [str(name.value) for name in names if isinstance(name, x509.DNSName | x509.IPAddress)]

@@ -10,17 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import MessageType
-from flwr.serverapp import Grid
 
 from florana.errors import FederationError
 from florana.federation.loop import Event
 from florana.federation.messages import Failure
 from florana.flower.card import Card, Common, card_from, difference, digest, most_common
-from florana.flower.engine import Seat, exchange
+from florana.flower.engine import Nodes, Seat, exchange
 from florana.flower.frames import Frame
 
 SAYS = 30.0
-"""Seconds for a site to say who it is: its model is loaded, only Flower has to start a process."""
+"""Seconds for a site to say who it is: its model is loaded."""
 ANEW = 10.0
 """Seconds until a site that did not fit is asked once more: it may have been mended."""
 
@@ -30,8 +29,9 @@ class Roll:
     """Who takes part. The one thing that changes while a run goes on: nodes come and go.
 
     Args:
-        grid: Flower's connection. keys: client -> its node's public key (bytes), as the operator approved it; None in
-            a simulation, where every node says which client it is.
+        grid: the connection to the nodes.
+        keys: client -> its node's public key (bytes), as the operator approved it; None in a
+            simulation, where every node says which client it is.
         agreed: the server's recipe, as `site.agreed` gives it; with `threads`, where it names their number.
         own: what the server itself holds; None without the base model, where most sites decide at the end of `wait`.
         deadline: seconds of a round; in a simulation also those to say who it is, since it loads the model first.
@@ -40,7 +40,7 @@ class Roll:
         cards: client -> its card, of all whose name and recipe are right. examples: client -> its training rows.
     """
 
-    grid: Grid
+    grid: Nodes
     keys: Mapping[str, bytes] | None
     agreed: Mapping[str, Any]
     own: Common | None

@@ -1,16 +1,14 @@
-"""The ServerApp: the round loop of florana, with Flower's Grid as its engine and the run folder as its memory.
+"""The server's part of a run over Flower: called by `florana serve`, or as the ServerApp of an exported app.
 
-RUN/progress.jsonl has a line per event and RUN/outcome.json how it ended, for whoever started the run.
+RUN/progress.jsonl has a line per event. Of an exported app, RUN/outcome.json says how it ended, for whoever started it
+with Flower's own command.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import secrets
-import threading
 import time
 import traceback
 from collections.abc import Mapping
@@ -24,18 +22,18 @@ from torch import Tensor
 
 from florana import recipe as r
 from florana.conduct import Show, conduct, settled
-from florana.errors import FederationError, FloranaError, RecipeError
+from florana.errors import FloranaError, RecipeError
 from florana.factors import Adapter
 from florana.federation.loop import Event
 from florana.federation.messages import Engine, unpack_whole
 from florana.flower.card import Common
-from florana.flower.engine import FlowerEngine
+from florana.flower.engine import FlowerEngine, Nodes
 from florana.flower.keys import read_roster
 from florana.flower.roll import Roll
-from florana.flower.settings import Settings, beside, from_config
+from florana.flower.settings import Settings, from_config
 from florana.flower.site import agreed, common_of, starts_anywhere
 from florana.run import Setup, begin, facts_of, federation_of, prepare, strategy_of
-from florana.run_folder import OUTCOME, PROGRESS, RUN_NAME, check_folder, held, is_free
+from florana.run_folder import OUTCOME, PROGRESS, RUN_NAME, check_folder, locked
 from florana.strategy.base import State, Strategy
 from florana.whole_files import explained, replace_file
 
@@ -47,25 +45,22 @@ def main(grid: Grid, context: Context) -> None:
     """One run, from the configuration that `florana flower export` declared."""
     recipe, settings = from_config(dict(context.run_config))
     folder = Path(settings.out)
-    with contextlib.ExitStack() as stack:
-        if settings.guard:
-            stack.enter_context(held(beside(Path(settings.guard)), FederationError("this run is led already"), 5.0))
-            threading.Thread(target=end_when_free, args=(Path(settings.guard),), daemon=True).start()
-        try:
-            check_folder(recipe, folder, settings.resume)
-            folder.mkdir(parents=True, exist_ok=True)
-            lead(grid, recipe, settings, folder, _progress(folder))
-        except FloranaError as error:
-            _end(folder, error.exit_code, error.what, error.why, error.fix)
-            logging.getLogger("florana").error("%s", error)
-            raise SystemExit(error.exit_code) from None
-        except Exception as error:
-            _end(folder, 1, f"{type(error).__name__}: {error}", traceback.format_exc())
-            raise
-        _end(folder, 0)
+    try:
+        check_folder(recipe, folder, settings.resume)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            lead(grid, recipe, settings, folder, noted(folder))
+    except FloranaError as error:
+        _end(folder, error.exit_code, error.what, error.why, error.fix)
+        logging.getLogger("florana").error("%s", error)
+        raise SystemExit(error.exit_code) from None
+    except Exception as error:
+        _end(folder, 1, f"{type(error).__name__}: {error}", traceback.format_exc())
+        raise
+    _end(folder, 0)
 
 
-def lead(grid: Grid, recipe: r.Recipe, settings: Settings, folder: Path, show: Show) -> None:
+def lead(grid: Nodes, recipe: r.Recipe, settings: Settings, folder: Path, show: Show) -> None:
     """Call the roll, then run every round that the folder does not hold yet.
 
     Raises:
@@ -76,7 +71,7 @@ def lead(grid: Grid, recipe: r.Recipe, settings: Settings, folder: Path, show: S
         _lead(grid, own, settings, folder, show, named=recipe.threads)
 
 
-def _lead(grid: Grid, recipe: r.Recipe, settings: Settings, folder: Path, show: Show, named: int | None) -> None:
+def _lead(grid: Nodes, recipe: r.Recipe, settings: Settings, folder: Path, show: Show, named: int | None) -> None:
     """`named`: the number of threads that the operator's recipe asks of everybody."""
     keys = read_roster(Path(settings.roster)) if settings.roster else None
     here = prepare(recipe, {} if recipe.partition.kind == "sites" else None) if settings.base else None
@@ -117,17 +112,6 @@ def _lead(grid: Grid, recipe: r.Recipe, settings: Settings, folder: Path, show: 
     )
 
 
-def end_when_free(guard: Path) -> None:
-    """End this process at once when nobody holds the guard any more: its operator's program was killed.
-
-    Flower would leave it running, holding the run folder against the program that resumes. A commit is whole or
-    absent at any moment, so nothing is lost.
-    """
-    while not is_free(guard):
-        time.sleep(0.5)
-    os._exit(FederationError.exit_code)
-
-
 def _from_a_client(recipe: r.Recipe, strategy: Strategy, roll: Roll) -> Adapter:
     if strategy.begin != "lora":
         raise RecipeError(
@@ -139,9 +123,9 @@ def _from_a_client(recipe: r.Recipe, strategy: Strategy, roll: Roll) -> Adapter:
     return Adapter(start.modules) if recipe.model.personal else start
 
 
-def _simulated(grid: Grid, recipe: r.Recipe) -> int:
+def _simulated(grid: Nodes, recipe: r.Recipe) -> int:
     """How many clients a simulation has; its nodes are there from the beginning."""
-    nodes, clients = len(list(grid.get_node_ids())), recipe.partition.clients
+    nodes, clients = len(list(grid.get_nodes())), recipe.partition.clients
     if clients is not None and nodes != clients:
         raise RecipeError(
             f"the simulation has {nodes} nodes, and the recipe {clients} clients",
@@ -185,8 +169,10 @@ def _run_name(folder: Path) -> str:
     return str(json.loads(path.read_text(encoding="utf-8"))["run"])
 
 
-def _progress(folder: Path) -> Show:
-    def show(event: Event) -> None:
+def noted(folder: Path, show: Show = lambda event: None) -> Show:
+    """A line of RUN/progress.jsonl for each event, before it is shown."""
+
+    def note(event: Event) -> None:
         line = {
             "time": time.time(),
             "kind": event.kind,
@@ -194,10 +180,11 @@ def _progress(folder: Path) -> Show:
             "client": event.client,
             "detail": event.detail,
         }
-        with (folder / PROGRESS).open("a", encoding="utf-8") as stream:
+        with explained(folder, "the run folder could not be written"), (folder / PROGRESS).open("a") as stream:
             stream.write(json.dumps(line) + "\n")
+        show(event)
 
-    return show
+    return note
 
 
 def _end(folder: Path, code: int, what: str = "", why: str = "", fix: str = "") -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from florana.errors import RecipeError, nearest
@@ -29,8 +28,6 @@ class Settings:
         wait: seconds to wait for clients before the first round.
         base: whether the server loads the base model (and measures the global model on the common test set).
         kept: the folder where clients of a simulation keep what stays with them; empty: below `out`.
-        guard: a file that whoever started the run keeps locked; when the lock is free the run ends. The run itself
-            keeps the file beside it locked whose name ends in `.run`. Empty: neither.
     """
 
     out: str = "florana-run"
@@ -40,12 +37,6 @@ class Settings:
     wait: float = 600.0
     base: bool = True
     kept: str = ""
-    guard: str = ""
-
-
-def beside(guard: Path) -> Path:
-    """What the run itself keeps locked, by which its operator's program sees that it lives."""
-    return guard.with_suffix(".run")
 
 
 def to_config(recipe: Recipe, settings: Settings) -> dict[str, Scalar]:

@@ -1,4 +1,4 @@
-"""What a site answers: who it is, and a round of training. The same in the resident trainer and in a simulation."""
+"""What a site answers: who it is, and a round of training. The same at a site of a federation and in a simulation."""
 
 from __future__ import annotations
 

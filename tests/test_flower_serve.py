@@ -1,0 +1,185 @@
+"""What `florana serve` and `florana join` refuse before anything starts, and what they say of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
+
+import florana.flower.serve as serving
+from florana.errors import FederationError
+from florana.federation.loop import Event
+from florana.federation.messages import Brief, Reply
+from florana.flower.briefs import brief_frame
+from florana.flower.card import digest
+from florana.flower.frames import Frame
+from florana.flower.invitation import Invitation, hosts_of, invite, read_invitation
+from florana.flower.join import join, told
+from florana.flower.keys import Certificates, approve, make_server, make_site, read_certificate
+from florana.flower.serve import serve
+from florana.flower.settings import Settings
+from florana.flower.site import Site
+from florana.recipe import Recipe
+from florana.recipe_file import check
+from florana.run_folder import held, locked
+from tests.deployment import free_port
+from tests.flower_sites import sites
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+@contextmanager
+def elsewhere(lock: Any) -> Iterator[None]:
+    """The lock is held by somebody else: another thread here, as it would be another process."""
+    took, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            took.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert took.wait(10)
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.fixture
+def fed(tmp_path: Path) -> Certificates:
+    files = make_server(tmp_path / "fed", ["127.0.0.1"])
+    approve(files, make_site(tmp_path / "a", "a")[1])
+    return files
+
+
+@pytest.fixture
+def recipe(recipe_table: dict[str, Any]) -> Recipe:
+    return check({**recipe_table, "federation": {"rounds": 2, "min_clients": 1}}, "t")
+
+
+def begin(recipe: Recipe, fed: Certificates, out: Path, **named: Any) -> list[Event]:
+    events: list[Event] = []
+    settings = Settings(wait=0.1, deadline=1, base=False)
+    with pytest.raises(FederationError) as refused:
+        serve(recipe, fed, out, settings, host="127.0.0.1", port=free_port(), show=events.append, **named)
+    events.append(Event("refused", 0, detail=f"{refused.value.what}; {refused.value.why}; {refused.value.fix}"))
+    return events
+
+
+def test_a_second_server_on_a_live_run_folder_is_refused(recipe: Recipe, fed: Certificates, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    with elsewhere(locked(out)):
+        (event,) = begin(recipe, fed, out, resume=True)
+    assert f"another florana is working in {out}; ; wait for it, or name another folder" in event.detail
+
+
+def test_a_second_server_of_an_operators_folder_is_refused(recipe: Recipe, fed: Certificates, tmp_path: Path) -> None:
+    (fed.folder / "flower").mkdir()
+    with elsewhere(held(fed.folder / "flower" / "guard", FederationError("taken"))):
+        (event,) = begin(recipe, fed, tmp_path / "run")
+    assert "another florana serves from" in event.detail
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_join_of_a_sites_folder_is_refused(recipe: Recipe, fed: Certificates, tmp_path: Path) -> None:
+    (tmp_path / "a" / "flower").mkdir()
+    there = Invitation(tmp_path, "127.0.0.1", 1, fed.authority, tmp_path / "recipe.toml")
+    with (
+        elsewhere(held(tmp_path / "a" / "flower" / "lock", FederationError("taken"))),
+        pytest.raises(FederationError, match="another florana takes part from"),
+    ):
+        join(recipe, there, tmp_path / "a", None, done=threading.Event())
+
+
+def test_a_resumed_run_that_is_not_there_begins_and_says_so(recipe: Recipe, fed: Certificates, tmp_path: Path) -> None:
+    events = begin(recipe, fed, tmp_path / "deep" / "run", resume=True)
+    assert events[0].kind == "mended"
+    assert "holds no committed round: the run begins with the first" in events[0].detail
+    assert "0 clients were there after 0.1 seconds" in events[-1].detail
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused(recipe: Recipe, fed: Certificates, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (event,) = begin(recipe, fed, tmp_path / "file" / "run")
+    assert "the run folder could not be made" in event.detail
+    assert "--out" in event.detail or "disk" in event.detail
+
+
+def test_a_port_in_use_leaves_no_run_folder(
+    recipe: Recipe, fed: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(*_: Any) -> Any:
+        raise FederationError("the port cannot be served")
+
+    monkeypatch.setattr(serving, "open_door", taken)
+    (event,) = begin(recipe, fed, tmp_path / "run")
+    assert "cannot be served" in event.detail
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        (["10.0.0.7"], "10.0.0.7"),
+        (["fed.example.org", "10.0.0.7"], "fed.example.org"),
+        (["10.0.0.7", "fed.example.org"], "10.0.0.7"),
+        (["2001:db8::7"], "2001:db8::7"),
+        (["localhost"], "localhost"),
+    ],
+)
+def test_an_invitation_names_the_host_that_was_named_first(hosts: list[str], first: str, tmp_path: Path) -> None:
+    files = make_server(tmp_path / "fed", hosts)
+    names = hosts_of(read_certificate(files.certificate))
+    assert names[: len(hosts)] == hosts
+    assert {"localhost", "127.0.0.1"} <= set(names)
+    assert names[0] == first
+
+
+def test_the_command_invites_to_the_address_that_the_keys_were_made_for(
+    recipe_table: dict[str, Any], tmp_path: Path
+) -> None:
+    import tomli_w
+
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe_table))
+    files = make_server(tmp_path / "fed", ["10.0.0.7"])
+    command = ["flower", "invite", "recipe.toml", "--fed", str(files.folder), "--out", "invitation", "--no-base"]
+    done = subprocess.run(
+        [sys.executable, "-m", "florana", *command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert read_invitation(tmp_path / "invitation").address == "10.0.0.7:8443"
+    invite(tmp_path / "recipe.toml", files, "127.0.0.1", 1, tmp_path / "own")
+
+
+def test_a_site_with_other_data_than_at_the_roll_call_gives_no_kept_answer(
+    recipe_table: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe_table["partition"] = {"kind": "iid", "clients": 2}
+    recipe_table["federation"] = {"rounds": 2}
+    site = sites(check(recipe_table, "t"), tmp_path / "kept")["client-0"]
+    made = replace(site, fit=lambda brief, memory: (Reply("client-0", 1, 3, {}, b"t", 0.1), {}))
+    brief = Brief(1, "client-0", 1, b"p", False, ["A"], ["A"], {})
+    kept, said = tmp_path / "answer", list[str]()
+
+    def ask(asked: Site, word: str) -> Frame:
+        return told(asked, brief_frame(brief, "run", word, digest(site.card)), kept, said.append)
+
+    assert ask(made, "a").fields["nonce"] == "a"
+    never = replace(site, fit=lambda brief, memory: pytest.fail("it was trained again"))
+    assert ask(never, "b").fields["nonce"] == "b"
+    other = site.card.model_copy(update={"torch": "another"})
+    assert ask(replace(never, card=other), "c").kind == "changed"
+    assert said == ["client-0: round 1"] * 3
