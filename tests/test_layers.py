@@ -21,6 +21,7 @@ FLOORS = [
     {"adapter_reader"},
     {"adapter_files"},
     {"aggregate"},
+    {"robust"},
     {"strategy", "merged", "recipe_data"},
     {"recipe", "recipe_file", "federation", "merge"},
     {"engine", "train", "run_folder", "inspection"},

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from florana.aggregate.error import AggregationError, measure
 from florana.errors import FederationError
 from florana.factors import Contribution, Update
-from florana.federation.gate import OUTLIER_FACTOR, Expected, Refused, admit, oversized
+from florana.federation.gate import MAX_CHANGE, Expected, Refused, admit, oversized
 from florana.federation.journal import Journal
 from florana.federation.messages import Brief, Engine, Failure, Reply, pack
 from florana.federation.records import RoundRecord
@@ -201,7 +201,7 @@ def _collect(answers: Iterable[Reply | Failure], expected: Expected, show: Calla
             show(Event("refused", expected.round, answer.client, str(reason)))
         else:
             show(Event("reply", expected.round, answer.client))
-    for client, why in oversized(list(updates.values()), expected.clients, OUTLIER_FACTOR).items():
+    for client, why in oversized(list(updates.values()), expected.clients, MAX_CHANGE).items():
         del updates[client]
         refused[client] = why
         show(Event("refused", expected.round, client, why))

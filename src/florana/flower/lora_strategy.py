@@ -22,7 +22,7 @@ from florana.aggregate.error import measure
 from florana.aggregate.stack import combined
 from florana.errors import FloranaError, RecipeError, nearest
 from florana.factors import Adapter, Contribution
-from florana.federation.gate import OUTLIER_FACTOR, Expected
+from florana.federation.gate import MAX_CHANGE, Expected
 from florana.federation.loop import by_examples
 from florana.flower.answers import (
     FLORANA,
@@ -124,7 +124,7 @@ class LoraStrategy(FedAvg):
         self._ranks = options.get("client_ranks")
         if self._ranks is not None and method.cut is None:
             raise RecipeError(f"client_ranks does not go with '{method.name}'", why=method.facts.mixed_ranks)
-        self._outlier_factor = options.get("outlier_factor", OUTLIER_FACTOR)
+        self._outlier_factor = options.get("outlier_factor", MAX_CHANGE)
         if not self._outlier_factor > 1:
             raise RecipeError(f"outlier_factor is {self._outlier_factor}, not above 1")
         self._residual = method.facts.down in _WITH_RESIDUAL
