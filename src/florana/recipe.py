@@ -13,11 +13,24 @@ import tomli_w
 from pydantic import Field, model_validator
 
 from florana.recipe_data import Data, Generation, Partition, Section
+from florana.recipe_robust import Robust
 from florana.score.glue import GLUE
 from florana.strategy import builder
 from florana.strategy.base import Strategy
 
-__all__ = ["Data", "Evaluate", "Generation", "Model", "Partition", "Recipe", "Rounds", "Section", "Study", "Train"]
+__all__ = [
+    "Data",
+    "Evaluate",
+    "Generation",
+    "Model",
+    "Partition",
+    "Recipe",
+    "Robust",
+    "Rounds",
+    "Section",
+    "Study",
+    "Train",
+]
 
 
 class Model(Section):
@@ -119,6 +132,11 @@ class Rounds(Section):
     weighting: Literal["examples", "uniform"] = "examples"
     uplink: Literal["float32", "bfloat16", "int8"] = "float32"
     """How clients write what they send; the narrow ones write the change since the broadcast, rounded."""
+    max_weight: float | None = Field(None, gt=0, le=1)
+    """The most that one client weighs, as a share of the round; not given: one half of three clients or more, ten equal
+    shares of more than twenty, no cap of two. What is above it goes to the others in proportion."""
+    max_change: float = Field(10.0, gt=1)
+    """An update that moved the model so many times further than the round's median update is refused."""
 
 
 class Evaluate(Section):
@@ -160,6 +178,7 @@ class Recipe(Section):
     partition: Partition = Partition()
     train: Train
     federation: Rounds = Rounds()
+    robust: Robust = Robust()
     strategy: dict[str, Any]
     """`name`, and the strategy's own options."""
     evaluate: Evaluate = Evaluate()
@@ -206,6 +225,11 @@ class Recipe(Section):
         reached = per_round if per_round is not None else clients
         if reached is not None and self.federation.min_clients > reached:
             raise ValueError(f"federation.min_clients is {self.federation.min_clients}, but {reached} are asked")
+        if self.federation.min_clients < self.robust.fewest:
+            raise ValueError(
+                f"federation.min_clients is {self.federation.min_clients}: robust.rule = '{self.robust.rule}' with "
+                f"{self.robust.hostile} hostile needs {self.robust.fewest} updates in every round"
+            )
         if self.model.quantization != "none" and self.model.device in ("cpu", "mps"):
             raise ValueError(
                 f"model.quantization = '{self.model.quantization}' needs model.device = 'cuda' (or 'auto' finding one)"

@@ -112,6 +112,14 @@ class Journal:
             )
         return None, mended
 
+    def rows(self) -> dict[str, int]:
+        """Client -> the training rows it had in the first round that counted it."""
+        path = self.folder / "rounds.jsonl"
+        found: dict[str, int] = {}
+        for record in read_records(path) if path.exists() else ():
+            found = {**record.examples, **found}
+        return found
+
     def _mend_rounds(self, last: RoundRecord) -> list[str]:
         path = self.folder / "rounds.jsonl"
         records = [r for r in read_records(path) if r.round < last.round]
