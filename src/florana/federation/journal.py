@@ -112,14 +112,6 @@ class Journal:
             )
         return None, mended
 
-    def rows(self) -> dict[str, int]:
-        """Client -> the training rows it had in the first round that counted it."""
-        path = self.folder / "rounds.jsonl"
-        found: dict[str, int] = {}
-        for record in read_records(path) if path.exists() else ():
-            found = {**record.examples, **found}
-        return found
-
     def _mend_rounds(self, last: RoundRecord) -> list[str]:
         path = self.folder / "rounds.jsonl"
         records = [r for r in read_records(path) if r.round < last.round]
@@ -162,6 +154,14 @@ def read_records(path: Path) -> list[RoundRecord]:
                 break
             raise InputError(f"{path}, line {number} cannot be read", why=str(error)) from None
     return records
+
+
+def first_rows(path: Path) -> dict[str, int]:
+    """Client -> the training rows it had in the first round of a rounds.jsonl that counted it."""
+    found: dict[str, int] = {}
+    for record in read_records(path):
+        found = {**record.examples, **found}
+    return found
 
 
 def _write_checkpoint(folder: Path, round_: Committed) -> None:

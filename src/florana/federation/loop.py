@@ -10,7 +10,7 @@ from florana.aggregate.error import AggregationError, measure
 from florana.errors import FederationError
 from florana.factors import Contribution, Update
 from florana.federation.gate import MAX_CHANGE, Expected, Refused, admit, oversized
-from florana.federation.journal import Journal
+from florana.federation.journal import Journal, first_rows
 from florana.federation.messages import Brief, Engine, Failure, Reply, pack
 from florana.federation.reach import Reach
 from florana.federation.records import RoundRecord
@@ -81,7 +81,7 @@ def run_rounds(
     Raises:
         FederationError: fewer usable updates than the minimum; the rounds before stand.
     """
-    rows = journal.rows()
+    rows: Mapping[str, int] = first_rows(journal.folder / "rounds.jsonl")
     while state.round < federation.rounds:
         state, record = _one_round(strategy, state, engine, federation, rows, show)
         journal.commit(state, record, engine.memories())

@@ -36,6 +36,8 @@ class Roll:
         own: what the server itself holds; None without the base model, where most sites decide at the end of `wait`.
         deadline: seconds of a round; in a simulation also those to say who it is, since it loads the model first.
         show: told of every client that joins or is refused.
+        rows: client -> its training rows, as the operator approved them or as this run began with; of the others the
+            first card counts, for the whole run.
         cards: client -> its card, of all whose name and recipe are right. examples: client -> its training rows.
     """
 
@@ -45,6 +47,7 @@ class Roll:
     own: Common | None
     deadline: float
     show: Callable[[Event], None]
+    rows: Mapping[str, int] = field(default_factory=dict)
     cards: dict[str, Card] = field(default_factory=dict)
     examples: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -183,6 +186,12 @@ class Roll:
             return f"calls itself '{card.client[:80]}', but its key is that of '{known}'"
         if not known and card.client in self._clients.values():
             return f"two nodes call themselves '{card.client[:80]}'"
+        said, known_rows = card.holds.train, self.rows.get(card.client, self.examples.get(card.client))
+        if known_rows is not None and said != known_rows:
+            return (
+                f"says it has {said} training rows, and {known_rows} were approved or counted before; a new count needs "
+                f"'florana flower approve FED {card.client[:80]}.pub --rows {card.client[:80]}={said}' and a restart"
+            )
         different = [
             f"{key} is {card.agreed.get(key)!r}, here {self.agreed.get(key)!r}"
             for key in sorted(self.agreed.keys() | card.agreed.keys())

@@ -26,11 +26,12 @@ from florana import recipe as r
 from florana.conduct import Show, conduct
 from florana.errors import FederationError, FloranaError, RecipeError
 from florana.factors import Adapter
+from florana.federation.journal import first_rows
 from florana.federation.loop import Event
 from florana.federation.messages import Engine, unpack_whole
 from florana.flower.card import Common
 from florana.flower.engine import FlowerEngine
-from florana.flower.keys import read_roster
+from florana.flower.keys import read_roster, read_rows
 from florana.flower.roll import Roll
 from florana.flower.settings import Settings, beside, from_config
 from florana.flower.site import agreed, common_of, starts_anywhere
@@ -77,7 +78,8 @@ def lead(grid: Grid, recipe: r.Recipe, settings: Settings, folder: Path, show: S
     run = _run_name(folder)
 
     def called(own: Common | None) -> Roll:
-        roll = Roll(grid, keys, agreed(recipe), own, settings.deadline, show)
+        rows = _rows_before(folder) | (read_rows(Path(settings.roster)) if settings.roster else {})
+        roll = Roll(grid, keys, agreed(recipe), own, settings.deadline, show, rows)
         wanted = len(keys) if keys is not None else _simulated(grid, recipe)
         roll.wait(recipe.federation.min_clients, wanted, settings.wait)
         return roll
@@ -157,6 +159,13 @@ def _facts(recipe: r.Recipe, here: Setup | None, roll: Roll, begun: State) -> di
         "base_parameters": roll.common.base_parameters,
         "common_test": 0,
     }
+
+
+def _rows_before(folder: Path) -> dict[str, int]:
+    """Client -> the training rows it had when this run first counted it; empty for a new run."""
+    path = folder / "setup.json"
+    clients = json.loads(path.read_text(encoding="utf-8"))["clients"] if path.exists() else {}
+    return first_rows(folder / "rounds.jsonl") | {name: holds["train"] for name, holds in clients.items()}
 
 
 def _run_name(folder: Path) -> str:
