@@ -125,7 +125,9 @@ def test_the_unit_of_each_kind_is_its_median_client() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([0.01, 0.3, 10.0]), st.floats(0.001, 1.0), st.booleans())
-def test_drawn_back_is_a_point_of_the_line_at_the_wanted_change(seed: int, far: float, share: float, zero: bool) -> None:
+def test_drawn_back_is_a_point_of_the_line_at_the_wanted_change(
+    seed: int, far: float, share: float, zero: bool
+) -> None:
     (pair,) = pairs_of(seed, 1, 2, far, zero=zero)
     whole = np.linalg.norm(dense(pair))
     back = drawn_back(pair, {"product": share})

@@ -20,7 +20,7 @@ class Robust(Section):
     rule: Literal["none", "clip", "multi-krum", "geometric-median", "trimmed"] = "none"
     hostile: int | None = Field(None, ge=1)
     """f, how many clients of a round may be hostile: of multi-krum (at least 2 f + 3 clients) and trimmed (2 f + 1)."""
-    radius: float | None = Field(None, gt=0)
+    radius: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Of clip: how far a client may move the model, in changes of the median client; 1 where not given."""
     smoothing: float | None = Field(None, gt=0, lt=1)
     """Of geometric-median: nu, in distances between clients; 0.001 where not given."""
