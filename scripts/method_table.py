@@ -66,6 +66,7 @@ def page(built: dict[str, Strategy]) -> str:
             "client keeps": facts.client_state,
             "mixed ranks": facts.mixed_ranks,
             "secure aggregation": facts.secure_aggregation,
+            "robust rules": facts.robust,
             "added noise": facts.noise,
             "narrow uplink": {
                 "stay": "with error feedback",

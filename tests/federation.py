@@ -11,8 +11,9 @@ from torch import Tensor
 from florana.adapter_files import AdapterCard
 from florana.factors import Adapter, LoraFactors, adapter_from_tensors, kind_of
 from florana.federation.journal import Journal
-from florana.federation.loop import Event, Federation, by_examples, run_rounds
+from florana.federation.loop import Event, Federation, run_rounds
 from florana.federation.messages import Brief, Failure, Reply, pack, unpack
+from florana.federation.weighing import Weighing, by_examples
 from florana.strategy import STRATEGIES
 from florana.strategy.base import State, Strategy
 
@@ -88,7 +89,7 @@ def federation(rounds: int, minimum: int = 1) -> Federation:
         rounds=rounds,
         per_round=3,
         seed=7,
-        weights=by_examples,
+        weighing=Weighing(by_examples),
         evaluate=None,
         measured=lambda round_: True,
         personal=lambda round_: False,

@@ -17,7 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 import florana.flower
 from florana.factors import Adapter, Contribution, LoraFactors, Update
 from florana.federation.gate import oversized
-from florana.federation.loop import by_examples
+from florana.federation.weighing import by_examples
 from florana.flower.names import peft_name
 from florana.strategy.base import Outcome, Payload, State
 from tests.flower_fake import (

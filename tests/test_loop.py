@@ -186,8 +186,12 @@ def test_bytes_are_those_really_sent_and_weights_are_the_shares(tmp_path: Path) 
     (record,) = read_records(tmp_path / "rounds.jsonl")
     assert record.bytes_down == sum(sent)
     assert record.bytes_up == sum(received)
-    total = sum(record.examples.values())
-    assert record.weights == {client: pytest.approx(n / total) for client, n in record.examples.items()}
+    # rows 10, 20, 40: four sevenths of three clients are above one half
+    assert record.examples == {"client-0": 10, "client-1": 20, "client-3": 40}
+    assert record.weights == {
+        c: pytest.approx(w) for c, w in (("client-0", 1 / 6), ("client-1", 1 / 3), ("client-3", 1 / 2))
+    }
+    assert record.notes["capped"] == {"client-3": pytest.approx(4 / 7)}
 
 
 def test_errors_in_the_journal_are_ordered_as_the_theory_says(tmp_path: Path) -> None:

@@ -54,17 +54,33 @@ def keys(
 def approve(
     fed: Annotated[Path, typer.Argument(help="The operator's folder.")],
     public: Annotated[list[Path], typer.Argument(help="The sites' .pub files.")],
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=COUNT", help="How many training rows a site has; it counts with no others."),
+    ] = None,
 ) -> None:
     """Let sites in: put their public keys on the roster.
 
-    Example: florana flower approve fed hospital-a.pub hospital-b.pub
+    Example: florana flower approve fed hospital-a.pub hospital-b.pub --rows hospital-a=5400
     """
     require_flwr()
-    from florana.flower.keys import Certificates
+    from florana.flower.keys import Certificates, read_public
     from florana.flower.keys import approve as put
 
-    for path in public:
-        typer.echo(f"approved: {put(Certificates(fed), path)}")
+    counts = dict(_count(text) for text in rows or [])
+    names = {path: read_public(path)[0] for path in public}
+    for name in counts.keys() - names.values():
+        raise RecipeError(f"--rows names '{name}', whose .pub file is not given", fix="name its file too")
+    for path, name in names.items():
+        put(Certificates(fed), path, counts.get(name))
+        typer.echo(f"approved: {name}" + (f", {counts[name]} training rows" if name in counts else ""))
+
+
+def _count(text: str) -> tuple[str, int]:
+    name, _, count = text.rpartition("=")
+    if not name or not (count.isascii() and count.isdecimal()) or not 1 <= int(count[:12]) <= 1_000_000_000:
+        raise RecipeError(f"--rows {text!r} is not NAME=COUNT", fix="for example --rows hospital-a=5400")
+    return name, int(count)
 
 
 @flower.command()

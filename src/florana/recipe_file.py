@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from florana.errors import RecipeError, nearest
 from florana.recipe import Recipe
-from florana.strategy import STRATEGIES, builder
+from florana.strategy import STRATEGIES, builder, facts
 from florana.strategy.base import Strategy
 from florana.strategy.own import is_own
 from florana.strategy.ranks import with_ranks
@@ -92,6 +92,18 @@ def _check_combinations(recipe: Recipe, strategy: Strategy) -> None:
             f"{asked} clients of rank {recipe.model.rank} are {asked * recipe.model.rank}",
             why="its step solves dense systems of that size",
             fix="lower federation.clients_per_round or model.rank, or choose other options of it (scope = 'module')",
+        )
+    if recipe.robust.rule != "none" and strategy.facts.robust.startswith("no"):
+        raise RecipeError(
+            f"the strategy '{strategy.name}' does not go with robust.rule = '{recipe.robust.rule}'",
+            why=strategy.facts.robust.removeprefix("no: "),
+            fix="set robust.rule = 'none', or choose another strategy (of a study: leave it out of the controls)",
+        )
+    if recipe.robust.rule != "none" and recipe.model.client_ranks is not None and strategy.facts.up is facts.CORE:
+        raise RecipeError(
+            f"model.client_ranks does not go with robust.rule = '{recipe.robust.rule}' under '{strategy.name}'",
+            why="clients that train unlike blocks cannot be compared",
+            fix="leave one of the two out",
         )
     if strategy.begin != "lora" and recipe.model.quantization != "none":
         raise RecipeError(

@@ -19,12 +19,14 @@ from florana import recipe as r
 from florana.conduct import Result, Show, conduct, settled
 from florana.engine.local import LocalEngine
 from florana.factors import Adapter
-from florana.federation.loop import Federation, by_examples, uniformly
+from florana.federation.loop import Federation
+from florana.federation.reach import reach_of
+from florana.federation.weighing import Weighing, by_examples, uniformly
 from florana.run_folder import check_folder
 from florana.strategy.base import State, Strategy
 from florana.strategy.ranks import with_ranks
 from florana.train import beginnings
-from florana.train.client import ClientData, TrainingClients
+from florana.train.client import ClientData, TrainingClients, steps_per_round
 from florana.train.data import load_tables
 from florana.train.evaluate import evaluate
 from florana.train.exam import Exam, exam
@@ -215,7 +217,12 @@ def federation_of(
         rounds=rounds,
         per_round=recipe.federation.clients_per_round or len(clients),
         seed=recipe.seed,
-        weights=WEIGHTINGS[recipe.federation.weighting],
+        weighing=Weighing(
+            WEIGHTINGS[recipe.federation.weighting],
+            recipe.federation.max_weight,
+            recipe.robust.build(),
+            recipe.robust.rule,
+        ),
         # A personal head leaves the server without one, so there is no global model to measure.
         evaluate=None if recipe.model.personal or setup is None or not setup.common else scores,
         measured=lambda round_: round_ % every == 0 or round_ == rounds or asked(round_),
@@ -223,6 +230,10 @@ def federation_of(
         minimum=recipe.federation.min_clients,
         examples=examples,
         uplink=recipe.federation.uplink,
+        max_change=recipe.federation.max_change,
+        reach=lambda rows: reach_of(
+            recipe.train.learning_rate, recipe.train.weight_decay, steps_per_round(recipe.train, rows)
+        ),
     )
 
 

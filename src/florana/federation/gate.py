@@ -18,13 +18,15 @@ from florana.aggregate.pad import leading
 from florana.factors import Adapter, Update, kind_of
 from florana.federation import wire
 from florana.federation.messages import Reply, completed, travelling
+from florana.federation.reach import Reach
+from florana.robust.changes import sizes
 from florana.strategy.base import Payload
 
 MAX_EXAMPLES = 1_000_000_000
 """More training examples than this from one client is taken for nonsense."""
 
-OUTLIER_FACTOR = 1000.0
-"""An update that changed what it was sent by more than this many times the round's median is refused."""
+MAX_CHANGE = 10.0
+"""An update that moved the model more than this many times as far as the round's median update is refused."""
 
 
 class Refused(Exception):  # noqa: N818  (a verdict, not a fault)
@@ -41,12 +43,15 @@ class Expected:
             dtypes (or of the lower rank that was allowed, in all modules), and what does not come up stays as it was.
         examples: client name -> the size of its training share, where the server knows it.
         uplink: the format of the replies, see `federation.wire`.
+        reach: training rows -> how far a round's training can have moved a number; None where clients train as they
+            like.
     """
 
     round: int
     clients: Mapping[str, Payload]
     examples: Mapping[str, int] = field(default_factory=dict)
     uplink: wire.Format = "float32"
+    reach: Callable[[int], Reach] | None = None
 
 
 Opened = Callable[[Payload], Mapping[str, Tensor]]
@@ -62,7 +67,8 @@ def admit(reply: Reply, expected: Expected, seen: Collection[str], opened: Opene
 
     Raises:
         Refused: wrong round, unknown or repeated client, senseless number of examples, oversize or damaged bytes, a
-            missing or foreign tensor, a wrong shape or dtype, a value or a product that is not finite, a scale below 0.
+            missing or foreign tensor, a wrong shape or dtype, a value or a product that is not finite, a scale below 0,
+            a number that no training of this recipe could have moved so far.
     """
     if reply.client not in expected.clients:
         raise Refused("was not asked in this round")
@@ -74,6 +80,8 @@ def admit(reply: Reply, expected: Expected, seen: Collection[str], opened: Opene
     sent = expected.clients[reply.client]
     tensors = opened(sent) if opened else _from_bytes(reply.payload, sent, expected.uplink)
     adapter = _check_tensors(tensors, sent, expected.uplink)
+    if expected.reach is not None:
+        _check_reach(adapter, sent, expected.reach(reply.examples))
     bad = [name for name, value in reply.metrics.items() if not math.isfinite(value)]
     if bad:
         raise Refused(f"the metric '{bad[0]}' is not finite")
@@ -152,6 +160,18 @@ def _check_tensor(name: str, tensor: Tensor, expected: Tensor) -> None:
         raise Refused(f"tensor '{name}' overflows (norm {size:.1e})")
 
 
+def _check_reach(adapter: Adapter, sent: Payload, reach: Reach) -> None:
+    before, after = sent.adapter.tensors(), travelling(adapter, sent.work.up)
+    for name, tensor in after.items():
+        start = before[name][tuple(slice(size) for size in tensor.shape)]
+        allowed = reach.of(name, start, sent.work.trains)
+        beyond = ((tensor.double() - start.double()).abs() / allowed.clamp_min(1e-300)).max()
+        if beyond > 1:
+            raise Refused(
+                f"tensor '{name}' was changed {float(beyond):.1f} times as much as any training of this recipe can"
+            )
+
+
 def _check_levels(name: str, tensor: Tensor) -> None:
     """What the type of int8 and of its scales does not say."""
     if name.startswith(wire.SCALE):
@@ -162,31 +182,27 @@ def _check_levels(name: str, tensor: Tensor) -> None:
 
 
 def oversized(updates: Sequence[Update], sent: Mapping[str, Payload], factor: float) -> dict[str, str]:
-    """Client -> why, for updates that changed more than `factor` times as much as the median update of the round.
+    """Client -> why, for updates that moved the model more than `factor` times as far as the round's median update.
 
-        change_u = || (what u sent) - (what u was sent) ||_F, over all its tensors
+    What is measured is `robust.changes.sizes`: the change of the products, from what this client was sent, and beside
+    it that of each factor that travels and of the heads, each against its own median. A product alone would not do:
+    factors (B t, A / t) have an honest one, and ruin an average of factors.
 
     A finite number of any size can be honest; only beside the others' can it be told. So three updates are the fewest
-    that say anything, and of an even number the lower median counts.
+    that say anything, and of an even number the lower median counts. What one or two updates may be at most, and what
+    any number of them that lie together, is said by `reach`.
     """
-    changes = {}
-    for update in updates:
-        before = sent[update.client].adapter.tensors()
-        changes[update.client] = math.sqrt(
-            math.fsum(
-                float((tensor.double() - _like(before[name], tensor).double()).square().sum())
-                for name, tensor in update.adapter.tensors().items()
-            )
-        )
-    median = statistics.median_low(changes.values()) if len(changes) > 2 else 0.0
-    return {
-        client: f"changed what it was sent by {change:.1e}, more than {factor:g} times the median of this round, "
-        f"{median:.1e}"
-        for client, change in changes.items()
-        if median > 0 and change > factor * median
-    }
+    found = {u.client: sizes((u.adapter, sent[u.client].adapter), sent[u.client].work.up) for u in updates}
+    wrong: dict[str, str] = {}
+    for kind in next(iter(found.values())) if len(found) > 2 else ():
+        median = statistics.median_low(moved[kind] for moved in found.values())
+        wrong |= {
+            client: f"changed {_MEASURED[kind]} by {moved[kind]:.1e}, more than {factor:g} times the median of this "
+            f"round, {median:.1e}"
+            for client, moved in found.items()
+            if median > 0 and moved[kind] > factor * median and client not in wrong
+        }
+    return wrong
 
 
-def _like(sent: Tensor, answer: Tensor) -> Tensor:
-    """The part of what was sent that a client of a lower rank has answered with."""
-    return sent[tuple(slice(size) for size in answer.shape)]
+_MEASURED = {"product": "the products of its factors", "A": "its A", "B": "its B", "extra": "the tensors trained whole"}

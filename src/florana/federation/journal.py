@@ -157,6 +157,14 @@ def read_records(path: Path) -> list[RoundRecord]:
     return records
 
 
+def first_rows(path: Path) -> dict[str, int]:
+    """Client -> the training rows it had in the first round of a rounds.jsonl that counted it."""
+    found: dict[str, int] = {}
+    for record in read_records(path):
+        found = {**record.examples, **found}
+    return found
+
+
 def _write_checkpoint(folder: Path, round_: Committed) -> None:
     state = round_.state
     tensors = {f"adapter/{name}": t for name, t in state.adapter.tensors().items()}

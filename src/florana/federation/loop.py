@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from florana.aggregate.error import AggregationError, measure
 from florana.errors import FederationError
 from florana.factors import Contribution, Update
-from florana.federation.gate import OUTLIER_FACTOR, Expected, Refused, admit, oversized
-from florana.federation.journal import Journal
+from florana.federation.gate import MAX_CHANGE, Expected, Refused, admit, oversized
+from florana.federation.journal import Journal, first_rows
 from florana.federation.messages import Brief, Engine, Failure, Reply, pack
+from florana.federation.reach import Reach
 from florana.federation.records import RoundRecord
 from florana.federation.sampling import derive, sample
+from florana.federation.weighing import Weighing, weigh
 from florana.federation.wire import Format
 from florana.strategy.base import Payload, State, Strategy
 
@@ -43,35 +45,27 @@ class Federation:
         clients: all client names. examples: their training share sizes, where the server knows them.
         rounds: how many rounds in all. per_round: how many clients each. minimum: the fewest usable updates.
         seed: of sampling and of the clients' training.
-        weights: updates -> client -> weight (`by_examples` or `uniformly`).
+        weighing: how much each update counts.
         evaluate: scores of a state's global model, or None where the server cannot measure.
         measured: whether a round is one that is measured.
         personal: whether a round is one in which clients measure their own models.
         uplink: how clients write what they send, see `federation.wire`.
+        max_change: see `gate.oversized`. reach: training rows -> see `federation.reach`; None where nobody knows.
     """
 
     clients: Sequence[str]
     rounds: int
     per_round: int
     seed: int
-    weights: Callable[[Sequence[Update]], Mapping[str, float]]
+    weighing: Weighing
     evaluate: Callable[[State], Scores] | None
     measured: Callable[[int], bool]
     personal: Callable[[int], bool]
     minimum: int = 1
     examples: Mapping[str, int] = field(default_factory=dict)
     uplink: Format = "float32"
-
-
-def by_examples(updates: Sequence[Update]) -> dict[str, float]:
-    """w_u = n_u / sum n over the clients that took part."""
-    total = sum(update.examples for update in updates)
-    return {update.client: update.examples / total for update in updates}
-
-
-def uniformly(updates: Sequence[Update]) -> dict[str, float]:
-    """w_u = 1 / U, as in the FLoRA-NA paper's formula."""
-    return {update.client: 1 / len(updates) for update in updates}
+    max_change: float = MAX_CHANGE
+    reach: Callable[[int], Reach] | None = None
 
 
 def run_rounds(
@@ -87,23 +81,30 @@ def run_rounds(
     Raises:
         FederationError: fewer usable updates than the minimum; the rounds before stand.
     """
+    rows: Mapping[str, int] = first_rows(journal.folder / "rounds.jsonl")
     while state.round < federation.rounds:
-        state, record = _one_round(strategy, state, engine, federation, show)
+        state, record = _one_round(strategy, state, engine, federation, rows, show)
         journal.commit(state, record, engine.memories())
+        rows = {**record.examples, **rows}
         show(Event("committed", state.round, record=record))
     return state
 
 
 def _one_round(
-    strategy: Strategy, state: State, engine: Engine, federation: Federation, show: Callable[[Event], None]
+    strategy: Strategy,
+    state: State,
+    engine: Engine,
+    federation: Federation,
+    rows: Mapping[str, int],
+    show: Callable[[Event], None],
 ) -> tuple[State, RoundRecord]:
     round_ = state.round + 1
     chosen = sample(federation.clients, federation.per_round, federation.seed, round_)
     show(Event("round", round_, detail=str(len(chosen))))
     payloads = {client: strategy.brief(state, client) for client in chosen}
     briefs = _briefs(strategy, payloads, round_, federation)
-    expected = Expected(round_, payloads, federation.examples, federation.uplink)
-    collected = _collect(engine.fit(briefs), expected, show)
+    expected = Expected(round_, payloads, {**rows, **federation.examples}, federation.uplink, federation.reach)
+    collected = _collect(engine.fit(briefs), expected, federation.max_change, show)
     updates = sorted(collected.updates, key=lambda update: update.client)
     if len(updates) < max(1, federation.minimum):
         reasons = "; ".join(f"{client}: {reason}" for client, reason in sorted(collected.refused.items()))
@@ -113,10 +114,11 @@ def _one_round(
             why=reasons or "no client answered",
             fix="mend the clients named and run again with --resume: the rounds before this one are committed",
         )
-    weights = federation.weights(updates)
+    weighed = weigh(updates, payloads, federation.weighing)
+    kept, weights = weighed.updates, weighed.weights
     parts = [
         Contribution(update.client, update.adapter, weights[update.client], sent.residual, sent.blocks)
-        for update, sent in ((update, payloads[update.client]) for update in updates)
+        for update, sent in ((update, payloads[update.client]) for update in kept)
     ]
     started = time.perf_counter()
     outcome = strategy.step(state, parts)
@@ -126,22 +128,22 @@ def _one_round(
         aimed, answer = outcome.judged or (parts, outcome.state)
         error = _error_json(measure(aimed, answer.adapter, answer.residual))
     if federation.uplink != "float32":
-        error = {**error, "uplink": _weighted("uplink_error", updates, parts)}
+        error = {**error, "uplink": _weighted("uplink_error", kept, parts)}
     record = RoundRecord(
         round=round_,
         strategy=strategy.name,
-        clients=[update.client for update in updates],
+        clients=[update.client for update in kept],
         refused=dict(sorted(collected.refused.items())),
-        examples={update.client: update.examples for update in updates},
+        examples={update.client: update.examples for update in kept},
         weights=dict(weights),
-        train_loss=_weighted("train_loss", updates, parts),
-        eval=_scores(outcome.state, updates, federation, one_model=strategy.facts.one_model),
+        train_loss=_weighted("train_loss", kept, parts),
+        eval=_scores(outcome.state, kept, federation, one_model=strategy.facts.one_model),
         bytes_up=sum(collected.bytes_up.values()),
         bytes_down=sum(len(brief.payload) for brief in briefs),
         server_seconds=server_seconds,
         client_seconds=collected.client_seconds,
         error=error,
-        notes=dict(outcome.notes),
+        notes={**outcome.notes, **weighed.notes},
         traffic={
             brief.client: {"up": collected.bytes_up[brief.client], "down": len(brief.payload)} for brief in briefs
         },
@@ -183,7 +185,9 @@ class _Collected:
     client_seconds: float
 
 
-def _collect(answers: Iterable[Reply | Failure], expected: Expected, show: Callable[[Event], None]) -> _Collected:
+def _collect(
+    answers: Iterable[Reply | Failure], expected: Expected, max_change: float, show: Callable[[Event], None]
+) -> _Collected:
     updates: dict[str, Update] = {}
     refused: dict[str, str] = {}
     bytes_up, seconds = dict.fromkeys(expected.clients, 0), 0.0
@@ -202,7 +206,7 @@ def _collect(answers: Iterable[Reply | Failure], expected: Expected, show: Calla
             show(Event("refused", expected.round, answer.client, str(reason)))
         else:
             show(Event("reply", expected.round, answer.client))
-    for client, why in oversized(list(updates.values()), expected.clients, OUTLIER_FACTOR).items():
+    for client, why in oversized(list(updates.values()), expected.clients, max_change).items():
         del updates[client]
         refused[client] = why
         show(Event("refused", expected.round, client, why))

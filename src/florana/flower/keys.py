@@ -126,8 +126,11 @@ def make_site(folder: Path, name: str) -> tuple[Path, Path]:
     return private, public
 
 
-def approve(files: Certificates, public: Path) -> str:
-    """Put a site's public key on the roster; returns the site's name.
+def approve(files: Certificates, public: Path, rows: int | None = None) -> str:
+    """Put a site's public key on the roster, and how many training rows it is to have; returns the site's name.
+
+    Args:
+        rows: None leaves the count as it is on the roster; a site without one is believed at its first roll call.
 
     Raises:
         InputError: the file is no such key. RecipeError: the name or the key is taken.
@@ -139,8 +142,10 @@ def approve(files: Certificates, public: Path) -> str:
             raise RecipeError(f"'{name}' is approved already, with another key", fix="the site needs a name of its own")
         if known != name and other == key:
             raise RecipeError(f"the key in {public} is approved already, as '{known}'", fix="one key per site")
+    counts = read_rows(files.roster) | ({} if rows is None else {name: rows})
     entries = {
-        client: {"key": base64.b64encode(content).decode()} for client, content in (roster | {name: key}).items()
+        client: {"key": base64.b64encode(content).decode()} | ({"rows": counts[client]} if client in counts else {})
+        for client, content in (roster | {name: key}).items()
     }
     replace_file(files.roster, (json.dumps({"clients": dict(sorted(entries.items()))}, indent=1) + "\n").encode())
     return name
@@ -153,6 +158,17 @@ def read_roster(path: Path) -> dict[str, bytes]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {str(client): base64.b64decode(entry["key"]) for client, entry in content["clients"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"the roster {path} cannot be read", why=f"{type(error).__name__}: {error}") from None
+
+
+def read_rows(path: Path) -> dict[str, int]:
+    """Client -> the training rows that the operator approved, of those where one was given. Raises InputError."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {str(client): int(entry["rows"]) for client, entry in content["clients"].items() if "rows" in entry}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"the roster {path} cannot be read", why=f"{type(error).__name__}: {error}") from None
 

@@ -22,8 +22,8 @@ from florana.aggregate.error import measure
 from florana.aggregate.stack import combined
 from florana.errors import FloranaError, RecipeError, nearest
 from florana.factors import Adapter, Contribution
-from florana.federation.gate import OUTLIER_FACTOR, Expected
-from florana.federation.loop import by_examples
+from florana.federation.gate import MAX_CHANGE, Expected
+from florana.federation.weighing import Weighing, by_examples, weigh
 from florana.flower.answers import (
     FLORANA,
     RESIDUAL,
@@ -36,6 +36,7 @@ from florana.flower.answers import (
 )
 from florana.flower.arrays import pack, unpack
 from florana.flower.names import Names, names_of, scaling_rule
+from florana.robust.rule import Rule
 from florana.strategy import facts
 from florana.strategy.base import MARK, PAIR, Outcome, Payload, State, Strategy, rank_of
 
@@ -55,6 +56,8 @@ class Common(TypedDict, total=False):
             on it: one of the two must be given.
         client_ranks: node id -> the rank of its model, where clients have unlike ranks.
         outlier_factor: an update whose change is more than so many times the round's median change is refused.
+        max_weight: the most that one node weighs, as a share of the round; None for `florana.robust.cap.usual`.
+        robust: a rule that stands before the method, see `florana.robust.rule`.
     """
 
     fraction_train: float
@@ -72,9 +75,11 @@ class Common(TypedDict, total=False):
     scaling: float | Mapping[str, float] | None
     client_ranks: Mapping[int, int] | Callable[[int], int] | None
     outlier_factor: float
+    max_weight: float | None
+    robust: Rule | None
 
 
-_OWN = ("lora_alpha", "rslora", "scaling", "client_ranks", "outlier_factor")
+_OWN = ("lora_alpha", "rslora", "scaling", "client_ranks", "outlier_factor", "max_weight", "robust")
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,9 +129,17 @@ class LoraStrategy(FedAvg):
         self._ranks = options.get("client_ranks")
         if self._ranks is not None and method.cut is None:
             raise RecipeError(f"client_ranks does not go with '{method.name}'", why=method.facts.mixed_ranks)
-        self._outlier_factor = options.get("outlier_factor", OUTLIER_FACTOR)
+        self._outlier_factor = options.get("outlier_factor", MAX_CHANGE)
         if not self._outlier_factor > 1:
             raise RecipeError(f"outlier_factor is {self._outlier_factor}, not above 1")
+        most = options.get("max_weight")
+        if most is not None and not 0 < most <= 1:
+            raise RecipeError(f"max_weight is {most}, not above 0 and at most 1")
+        rule = options.get("robust")
+        if rule is not None and method.facts.robust.startswith("no"):
+            raise RecipeError(f"a robust rule does not go with '{method.name}'", why=method.facts.robust[4:])
+        self._weighing = Weighing(by_examples, most, rule)
+        self._rows: dict[str, int] = {}  # what each node said in its first round
         self._residual = method.facts.down in _WITH_RESIDUAL
         self.state: State | None = None
         self.refused: Mapping[str, str] = {}
@@ -162,15 +175,18 @@ class LoraStrategy(FedAvg):
         rules = Rules(
             self._names, self.weighted_by_key, asked.digests if self._residual else None, self._outlier_factor
         )
-        found = collect(replies, Expected(server_round, payloads), rules)
+        found = collect(replies, Expected(server_round, payloads, self._rows), rules)
         self.refused = found.refused
         if self.state is None or not found.updates:
             return None, None
-        weights = by_examples(found.updates)
-        parts = [
-            Contribution(u.client, u.adapter, weights[u.client], payloads[u.client].residual) for u in found.updates
-        ]
+        self._rows = {**{u.client: u.examples for u in found.updates}, **self._rows}
         try:
+            weighed = weigh(found.updates, payloads, self._weighing)
+            weights = weighed.weights
+            parts = [
+                Contribution(u.client, u.adapter, weights[u.client], payloads[u.client].residual)
+                for u in weighed.updates
+            ]
             outcome = self.method.step(self.state, parts)
             _require_finite(outcome)
             metrics = self._metrics(found, parts, outcome)

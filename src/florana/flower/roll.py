@@ -37,6 +37,8 @@ class Roll:
         deadline: seconds of a round; in a simulation also those to say who it is, since it loads the model first.
         show: told of every client that joins or is refused.
         began: client -> what it computed with when the run began, of a run that goes on.
+        rows: client -> its training rows, as the operator approved them or as this run began with; of the others the
+            first card counts, for the whole run.
         cards: client -> its card, of all whose name and recipe are right. examples: client -> its training rows.
     """
 
@@ -47,6 +49,7 @@ class Roll:
     deadline: float
     show: Callable[[Event], None]
     began: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    rows: Mapping[str, int] = field(default_factory=dict)
     cards: dict[str, Card] = field(default_factory=dict)
     examples: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -185,6 +188,12 @@ class Roll:
             return f"calls itself '{card.client[:80]}', but its key is that of '{known}'"
         if not known and card.client in self._clients.values():
             return f"two nodes call themselves '{card.client[:80]}'"
+        said, known_rows = card.holds.train, self.rows.get(card.client, self.examples.get(card.client))
+        if known_rows is not None and said != known_rows:
+            return (
+                f"says it has {said} training rows, and {known_rows} were approved or counted before; a new one needs "
+                f"'florana flower approve FED {card.client[:80]}.pub --rows {card.client[:80]}={said}' and a restart"
+            )
         theirs = {**card.agreed, **({"threads": card.threads} if "threads" in self.agreed else {})}
         different = [
             f"{key} is {theirs.get(key)!r}, here {self.agreed.get(key)!r}"

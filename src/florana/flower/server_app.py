@@ -24,11 +24,12 @@ from florana import recipe as r
 from florana.conduct import Show, conduct, settled
 from florana.errors import FloranaError, RecipeError
 from florana.factors import Adapter
+from florana.federation.journal import first_rows
 from florana.federation.loop import Event
 from florana.federation.messages import Engine, unpack_whole
 from florana.flower.card import Common
 from florana.flower.engine import FlowerEngine, Nodes
-from florana.flower.keys import read_roster
+from florana.flower.keys import read_roster, read_rows
 from florana.flower.roll import Roll
 from florana.flower.settings import Settings, from_config
 from florana.flower.site import agreed, common_of, starts_anywhere
@@ -79,7 +80,8 @@ def _lead(grid: Nodes, recipe: r.Recipe, settings: Settings, folder: Path, show:
 
     def called(own: Common | None) -> Roll:
         everyone = agreed(recipe) | ({} if named is None else {"threads": named})
-        roll = Roll(grid, keys, everyone, own, settings.deadline, show, _computed(folder))
+        rows = _rows_before(folder) | (read_rows(Path(settings.roster)) if settings.roster else {})
+        roll = Roll(grid, keys, everyone, own, settings.deadline, show, _computed(folder), rows)
         wanted = len(keys) if keys is not None else _simulated(grid, recipe)
         roll.wait(recipe.federation.min_clients, wanted, settings.wait)
         return roll
@@ -157,6 +159,13 @@ def _facts(recipe: r.Recipe, here: Setup | None, roll: Roll, begun: State) -> di
         "base_parameters": roll.common.base_parameters,
         "common_test": 0,
     }
+
+
+def _rows_before(folder: Path) -> dict[str, int]:
+    """Client -> the training rows it had when this run first counted it; empty for a new run."""
+    path = folder / "setup.json"
+    clients = json.loads(path.read_text(encoding="utf-8"))["clients"] if path.exists() else {}
+    return first_rows(folder / "rounds.jsonl") | {name: holds["train"] for name, holds in clients.items()}
 
 
 def _run_name(folder: Path) -> str:

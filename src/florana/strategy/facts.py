@@ -65,6 +65,7 @@ class Facts:
         mixed_ranks: what a client of a lower rank gets, or why all must have one rank.
         secure_aggregation: whether the server can work on sums alone; if not, why.
         noise: how noise added to what is sent (differential privacy) enters the result.
+        robust: whether the rules of [robust] can stand before it, or `no: ` and why not.
         trained: how many numbers a client trains per module.
         residual: (clients, rank, rounds) -> the most terms the frozen part can have by then, before the module's own
             sides bound it.
@@ -91,6 +92,7 @@ class Facts:
     mixed_ranks: str = "refused: factors are combined entry by entry"
     secure_aggregation: str = "no: needs every client's factors"
     noise: str = "in both factors: a product of noises remains"
+    robust: str = "all rules"
     trained: Callable[[Size], int] = PAIR.of
     residual: Callable[[int, int, int], int] = lambda clients, rank, rounds: 0
     shape: Callable[[int], tuple[int, int]] = lambda rank: (rank, 1)

@@ -37,6 +37,7 @@ FACTS = facts.Facts(
     exact="no: the covariance of the factors, and a larger weight for larger updates",
     client_state="none: the server remembers each client's rank",
     mixed_ranks="the first r_u columns of B and rows of A",
+    robust="all rules; a client's weight is the rule's, times the norm of its product",
     secure_aggregation="only if every client's norm is revealed",
     optimizer=("factors", "products"),
     differs="the norms are multiplied by the clients' weights (published: the norms alone; the same at equal weights); "

@@ -21,6 +21,7 @@ FACTS = facts.Facts(
     mixed_ranks="refused: the control has one rank",
     secure_aggregation="yes: nothing is sent",
     noise="none",
+    robust="no: its server sums nothing up",
     one_model=False,
 )
 WORK = work(trains=["A", "B"], up=[], down=[])

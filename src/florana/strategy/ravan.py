@@ -77,7 +77,12 @@ def build(heads: int = 4, size: int = 16, heads_per_client: int | None = None) -
     facts_of = replace(FACTS, shape=lambda rank: (heads * size, heads))
     if count < heads:
         some = facts.Count("c (r/h)^2", lambda s: count * (s.rank // s.blocks) ** 2)
-        facts_of = replace(facts_of, up=some, trained=lambda s: some.of(s) + count)
+        facts_of = replace(
+            facts_of,
+            robust="no: clients that train unlike heads cannot be compared",
+            up=some,
+            trained=lambda s: some.of(s) + count,
+        )
     return Strategy("ravan", "arXiv 2506.05568", facts_of, _init(heads, size), brief, _step, cut=cut)
 
 

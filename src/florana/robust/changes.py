@@ -1,0 +1,130 @@
+"""How far clients moved the model, and how alike their moves are: inner products of changes, never dense.
+
+A client's change of a module is that of its product, from what it was sent (B_0, A_0) to what it answers (B_u, A_u):
+
+    D_u = s (B_u A_u - B_0 A_0) = s [B_u - B_0, B_0] [A_u; A_u - A_0] = L_u R_u        L_u (out, 2r), R_u (2r, in)
+    <D_u, D_v> = <L_u^T L_v, R_u R_v^T>                                               blocks of 2r x 2r, float64
+
+The middle form has no difference of large products, so small changes keep their digits. Cores are multiplied into B; a
+factor that did not move drops its half. A frozen part beside the pair is the same before and after, and cancels.
+
+A product is all that a model sees, but not all that a rule sees: (B t, A / t) is the product of (B, A), and averaged
+entry by entry with others' factors it ruins them. So the factors' own changes are measured beside the product, and the
+tensors trained whole (heads) by themselves, since they are of another size:
+
+    product    sum over modules of <D_u, D_v>
+    A, B       sum over modules of <A_u - A_0, A_v - A_0>, and the same of B; where the factor travels
+    extra      sum over heads of <h_u - h_0, h_v - h_0>
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from florana.aggregate.core import fold
+from florana.factors import Adapter, LoraFactors, kind_of
+from florana.linalg import Stack
+
+Pair = tuple[Adapter, Adapter]
+"""What a client answers, and what it was sent. The answer may be of a lower rank: it then continues the first columns
+of B and rows of A."""
+
+
+def sizes(pair: Pair, travels: Collection[str]) -> dict[str, float]:
+    """The norms of one client's change: of `product`, of `A` and `B` where they are in `travels`, of `extra`.
+
+    >>> before = Adapter({"q": LoraFactors(torch.zeros(3, 1), torch.ones(1, 4), 2.0)})
+    >>> after = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 4), 2.0)})
+    >>> {name: round(size, 4) for name, size in sizes((after, before), {"A", "B"}).items()}  # 2 sqrt(12), 0, sqrt(3)
+    {'product': 6.9282, 'A': 0.0, 'B': 1.7321}
+    """
+    return {name: math.sqrt(max(float(gram[0, 0]), 0.0)) for name, gram in grams([pair], travels).items()}
+
+
+def grams(pairs: Sequence[Pair], travels: Collection[str]) -> dict[str, Tensor]:
+    """The inner products of all clients' changes, (U, U) float64 each, by what changed.
+
+    Args:
+        pairs: one per client; the same modules, any ranks. travels: the kinds of tensors that clients send.
+    """
+    found: dict[str, Tensor] = {}
+    first = pairs[0][1]
+    for module in first.modules:
+        found["product"] = found.get("product", 0) + _products([change(*pair, module) for pair in pairs])
+    for name in first.tensors():
+        kind = kind_of(name)
+        if kind == "extra" or (kind in ("A", "B") and kind in travels):
+            found[kind] = found.get(kind, 0) + _plain([_difference(*pair, name) for pair in pairs])
+    return found
+
+
+def distance_gram(found: Mapping[str, Tensor]) -> Tensor:
+    """One matrix of inner products of all that changed, each kind in units of its median client's change:
+
+        K = sum over kinds of K_kind / median_u K_kind[u, u]
+
+    so that neither the head nor a factor drowns the rest, and fewer than half of the clients cannot choose the units.
+    A kind that the median client did not change says nothing and is left out.
+    """
+    total = torch.zeros_like(next(iter(found.values())))
+    for gram in found.values():
+        unit = statistics.median_low(gram.diagonal().tolist())
+        if unit > 0:
+            total += gram / unit
+    return total
+
+
+def change(after: Adapter, before: Adapter, module: str) -> Stack:
+    """[B_u - B_0, B_0] [A_u; A_u - A_0], the scaling in the left factor; only the halves that moved."""
+    new, old = after.modules[module], start(before.modules[module], after.modules[module].rank)
+    if module in after.cores:
+        moved = fold(_wide(old), after.cores[module].double() - before.cores[module].double())
+        return Stack(moved.B * moved.scaling, moved.A)
+    dB, dA = new.B.double() - old.B.double(), new.A.double() - old.A.double()
+    left, right = [], []
+    if bool(dB.any()):
+        left, right = [dB * new.scaling], [new.A.double()]
+    if bool(dA.any()) and bool(old.B.any()):
+        left, right = [*left, old.B.double() * new.scaling], [*right, dA]
+    if not left:
+        return Stack(dB[:, :1], dA[:1])  # zeros
+    return Stack(torch.cat(left, dim=1), torch.cat(right, dim=0))
+
+
+def _products(changes: Sequence[Stack]) -> Tensor:
+    """<D_u, D_v> of one module: sums over blocks of (L^T L) * (R R^T), a row of blocks at a time."""
+    left, right = torch.cat([c.left for c in changes], dim=1), torch.cat([c.right for c in changes], dim=0)
+    owner = torch.cat([torch.full((c.left.shape[1],), u) for u, c in enumerate(changes)])
+    result = torch.zeros(len(changes), len(changes), dtype=torch.float64)
+    for u, own in enumerate(changes):
+        columns = ((own.left.T @ left) * (own.right @ right.T)).sum(dim=0)
+        result[u].index_add_(0, owner, columns)
+    return (result + result.T) / 2
+
+
+def _plain(differences: Sequence[Tensor]) -> Tensor:
+    flat = torch.stack([difference.flatten() for difference in differences])
+    return flat @ flat.T
+
+
+def _difference(after: Adapter, before: Adapter, name: str) -> Tensor:
+    """A tensor's change, zeros where a lower rank has left something out."""
+    old, new = before.tensors()[name].double(), after.tensors()[name].double()
+    moved = torch.zeros_like(old)
+    corner = tuple(slice(size) for size in new.shape)
+    moved[corner] = new - old[corner]
+    return moved
+
+
+def start(pair: LoraFactors, rank: int) -> LoraFactors:
+    """The first `rank` columns of B and rows of A."""
+    return LoraFactors(pair.B[:, :rank], pair.A[:rank], pair.scaling)
+
+
+def _wide(pair: LoraFactors) -> LoraFactors:
+    return LoraFactors(pair.B.double(), pair.A.double(), pair.scaling)
