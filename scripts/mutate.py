@@ -283,7 +283,7 @@ MUTATIONS = [
     ("robust/trimmed.py", "count - hostile), weights)", "count), weights)", ROBUST),
     ("robust/cap.py", "        full |= over", "        full = over", ROBUST),
     ("federation/weighing.py", "drawn_back(pair, share)", "pair[0]", ROBUST),
-    ("federation/weighing.py", "usual(len(updates)) if how.most is None", "1.0 if how.most is None", ROBUST),
+    ("federation/weighing.py", "usually(len(updates)) if how.most is None", "1.0 if how.most is None", ROBUST),
     ("federation/loop.py", "{**rows, **federation.examples}", "federation.examples", ROBUST),
     ("federation/reach.py", "(1 - first**t)) ** 2", "(1 - first**t))", ROBUST),
     ("federation/reach.py", "own = (1 + scale) * own", "own = own", ROBUST),

@@ -136,7 +136,8 @@ class Rounds(Section):
     """How clients write what they send; the narrow ones write the change since the broadcast, rounded."""
     max_weight: float | None = Field(None, gt=0, le=1)
     """The most that one client weighs, as a share of the round; not given: one half of three clients or more, ten equal
-    shares of more than twenty, no cap of two. What is above it goes to the others in proportion."""
+    shares of more than twenty, no cap of two; under a [robust] rule a fifth above an equal share. What is above it
+    goes to the others in proportion."""
     max_change: float = Field(10.0, gt=1)
     """An update that moved the model so many times further than the round's median update is refused."""
 

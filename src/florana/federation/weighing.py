@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from florana.errors import FederationError, InputError
 from florana.factors import Update
-from florana.robust.cap import capped, usual
+from florana.robust.cap import capped, usual, usual_under_a_rule
 from florana.robust.changes import grams
 from florana.robust.line import drawn_back
 from florana.robust.rule import Rule
@@ -23,7 +23,7 @@ class Weighing:
 
     Args:
         shares: `by_examples` or `uniformly`.
-        most: the largest share of one client; None for `robust.cap.usual`.
+        most: the largest share of one client; None for `robust.cap.usual`, or `usual_under_a_rule`.
         rule, name: the robust rule, and how the notes call it; None for none.
     """
 
@@ -65,7 +65,8 @@ def weigh(updates: Sequence[Update], sent: Mapping[str, Payload], how: Weighing)
         FederationError: fewer updates than the rule needs.
     """
     asked = how.shares(updates)
-    weights = capped(asked, usual(len(updates)) if how.most is None else how.most)
+    usually = usual if how.rule is None else usual_under_a_rule
+    weights = capped(asked, usually(len(updates)) if how.most is None else how.most)
     held = sorted(client for client, weight in weights.items() if weight < asked[client])
     notes: dict[str, object] = {"capped": {client: asked[client] for client in held}} if held else {}
     if how.rule is None:

@@ -191,8 +191,8 @@ class Roll:
         said, known_rows = card.holds.train, self.rows.get(card.client, self.examples.get(card.client))
         if known_rows is not None and said != known_rows:
             return (
-                f"says it has {said} training rows, and {known_rows} were approved or counted before; a new one needs "
-                f"'florana flower approve FED {card.client[:80]}.pub --rows {card.client[:80]}={said}' and a restart"
+                f"says it has {said} training rows, and {known_rows} were approved or counted before; a new count "
+                f"needs 'florana flower approve FED NAME.pub --rows NAME={said}' and a restart"
             )
         theirs = {**card.agreed, **({"threads": card.threads} if "threads" in self.agreed else {})}
         different = [

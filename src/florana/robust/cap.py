@@ -23,6 +23,18 @@ def usual(clients: int) -> float:
     return 1.0 if clients < 3 else min(0.5, 10 / clients)
 
 
+def usual_under_a_rule(clients: int) -> float:
+    """The cap where a robust rule stands before the strategy: a fifth above an equal share.
+
+    Numbers of rows are claims, and a median of weighted clients is that of the weight: so one of three must stay below
+    one half, and a fifth of many below a quarter, whatever they claim.
+
+    >>> usual_under_a_rule(3), usual_under_a_rule(10)
+    (0.4, 0.12)
+    """
+    return min(1.0, 1.2 / clients)
+
+
 def capped(weights: Mapping[str, float], most: float) -> dict[str, float]:
     """The shares, none above `most` (or above an equal share, where that is larger); of sum 1.
 
