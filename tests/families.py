@@ -57,7 +57,15 @@ T5 = {
     "decoder_start_token_id": 1,
     **ENDS,
 }
-GPT2 = {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 0, "eos_token_id": 2}
+GPT2 = {
+    "vocab_size": 32,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
 EXPERTS = {**GROUPED, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 MLA = {
     **PLAIN,
@@ -120,9 +128,7 @@ def _tokenizer(kind: str) -> Any:
     ends = [("<s>", 0), ("</s>", 2)]
     if kind in ("ends", "pairs"):
         pair = "<s> $A </s> $B:1 </s>:1" if kind == "pairs" else "<s> $A </s> </s> $B </s>"
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>", pair=pair, special_tokens=ends
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", pair=pair, special_tokens=ends)
     elif kind == "last":
         tokenizer.post_processor = processors.TemplateProcessing(
             single="$A </s> <s>:2", pair="$A </s> $B:1 </s>:1 <s>:2", special_tokens=ends
@@ -143,10 +149,14 @@ def _encoder(config: str, saved: str = "AutoModelForMaskedLM", tokenizer: Any = 
     return Family(f"{config}Config", {**PLAIN, **settings}, "encoder", [CLASSES], saved, tokenizer=tokenizer)
 
 
-def _decoder(config: str, settings: Mapping[str, Any] = GROUPED, tasks: Any = (CLASSES, LANGUAGE), **more: Any) -> Family:
+def _decoder(
+    config: str, settings: Mapping[str, Any] = GROUPED, tasks: Any = (CLASSES, LANGUAGE), **more: Any
+) -> Family:
     own = {key: more.pop(key) for key in ("targets", "tokenizer", "nested", "kind") if key in more}
     return Family(
-        f"{config}Config", {**settings, **more}, **{"kind": "decoder", "tasks": tasks, "saved": "AutoModelForCausalLM", **own}
+        f"{config}Config",
+        {**settings, **more},
+        **{"kind": "decoder", "tasks": tasks, "saved": "AutoModelForCausalLM", **own},
     )
 
 
@@ -157,7 +167,15 @@ FAMILIES: Mapping[str, Family] = {
     "XLM-RoBERTa": _encoder("XLMRoberta", tokenizer="ends", type_vocab_size=1),
     "DistilBERT": Family(
         "DistilBertConfig",
-        {"vocab_size": 32, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 32, **ENDS},
+        {
+            "vocab_size": 32,
+            "dim": 16,
+            "n_layers": 2,
+            "n_heads": 2,
+            "hidden_dim": 24,
+            "max_position_embeddings": 32,
+            **ENDS,
+        },
         "encoder",
         [CLASSES],
         "AutoModelForMaskedLM",
@@ -255,9 +273,7 @@ FAMILIES: Mapping[str, Family] = {
         "DeepseekV3", MLA, kind="mixture", targets=["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
     ),
     "GPT-OSS": _decoder("GptOss", EXPERTS, num_local_experts=4, sliding_window=8, kind="mixture", targets=ATTENTION),
-    "Granite-MoE": _decoder(
-        "GraniteMoe", EXPERTS, [LANGUAGE], num_local_experts=4, kind="mixture", targets=ATTENTION
-    ),
+    "Granite-MoE": _decoder("GraniteMoe", EXPERTS, [LANGUAGE], num_local_experts=4, kind="mixture", targets=ATTENTION),
     "Llama 4 (text)": _decoder(
         "Llama4Text",
         EXPERTS,

@@ -14,6 +14,7 @@ from florana.errors import InputError
 from florana.federation.sampling import derive
 from florana.score.code_tasks import cut_at
 from florana.train.model import Workbench
+from florana.train.tasks import kinds_of
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def _continue(
         out = bench.model.generate(
             input_ids=ids,
             attention_mask=mask,
+            **bench.accepted({"token_type_ids": torch.zeros_like(ids)} if kinds_of(tokenizer, 1) else {}),
             generation_config=transformers.GenerationConfig(
                 # What a model's own file may set otherwise is set here: a score is not to depend on it.
                 do_sample=False,
