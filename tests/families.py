@@ -1,4 +1,4 @@
-"""The model families that florana is held to, each as a tiny checkpoint without a head, and the table of docs/models.md.
+"""The model families that florana is held to, each as a tiny checkpoint without a head: the table of docs/models.md.
 
 A checkpoint is what the family's real ones are: the language model, the masked one or the encoder alone, saved by
 Transformers from a configuration class. Weights are drawn wide, so that a tensor left behind shows in every figure.

@@ -14,7 +14,8 @@ from florana.errors import InputError
 from florana.federation.sampling import derive
 from florana.score.code_tasks import cut_at
 from florana.train.model import Workbench
-from florana.train.tasks import kinds_of
+from florana.train.probe import pads_left
+from florana.train.tasks import batches, kinds_of
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,7 @@ def generate(
     jobs.sort(key=lambda job: len(fitting[job[0]]))  # little padding; stable, so always the same order
     texts: dict[tuple[int, int], str] = {}
     bench.model.eval()
-    for start in range(0, len(jobs), batch_size):
-        batch = jobs[start : start + batch_size]
+    for batch in batches(jobs, batch_size, lambda job: len(fitting[job[0]]), together=pads_left(bench)):
         draws = [derive(seed, "generation", row, sample) for row, sample in batch] if temperature > 0 else []
         ids = [fitting[row] for row, _ in batch]
         written = _continue(bench, ids, max_new_tokens, stops, temperature, draws)
