@@ -1,4 +1,4 @@
-"""The model families that florana is held to, each as a tiny checkpoint without a head, and docs/models.md's table.
+"""The model families that florana is held to, each as a tiny checkpoint without a head: the table of docs/models.md.
 
 A checkpoint is what the family's real ones are: the language model, the masked one or the encoder alone, saved by
 Transformers from a configuration class. Weights are drawn wide, so that a tensor left behind shows in every figure.
@@ -152,7 +152,7 @@ def _encoder(config: str, saved: str = "AutoModelForMaskedLM", tokenizer: Any = 
 def _decoder(
     config: str, settings: Mapping[str, Any] = GROUPED, tasks: Any = (CLASSES, LANGUAGE), **more: Any
 ) -> Family:
-    own = {key: more.pop(key) for key in ("targets", "tokenizer", "nested", "kind", "saved") if key in more}
+    own = {key: more.pop(key) for key in ("targets", "tokenizer", "nested", "kind") if key in more}
     return Family(
         f"{config}Config",
         {**settings, **more},
@@ -237,7 +237,7 @@ FAMILIES: Mapping[str, Family] = {
     "Falcon": _decoder("Falcon", {**PLAIN, "ffn_hidden_size": 24}, tokenizer="letters"),
     "Llama": _decoder("Llama", tokenizer="letters"),
     "Mistral": _decoder("Mistral", sliding_window=8),
-    "Qwen2": _decoder("Qwen2"),
+    "Qwen2": _decoder("Qwen2", tokenizer="letters"),
     "Qwen3": _decoder("Qwen3"),
     "Gemma": _decoder("Gemma"),
     "Gemma 2": _decoder("Gemma2", sliding_window=8, query_pre_attn_scalar=4),
@@ -257,15 +257,9 @@ FAMILIES: Mapping[str, Family] = {
     "RWKV": _decoder(
         "Rwkv", {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "context_length": 32, **ENDS}, [LANGUAGE]
     ),
-    # encoder-decoders: classified at the end token; as causal-lm, their decoder alone
-    **{
-        name: _decoder(config, SEQ2SEQ, [CLASSES], kind="encoder-decoder", saved="AutoModelForSeq2SeqLM")
-        for name, config in (("BART", "Bart"), ("mBART", "MBart"))
-    },
-    **{
-        f"{name}, the decoder": _decoder(config, SEQ2SEQ, [LANGUAGE], kind="encoder-decoder")
-        for name, config in (("BART", "Bart"), ("mBART", "MBart"), ("Pegasus", "Pegasus"))
-    },
+    # encoder-decoders: classified at the end token
+    "BART": Family("BartConfig", SEQ2SEQ, "encoder-decoder", [CLASSES], "AutoModelForSeq2SeqLM"),
+    "mBART": Family("MBartConfig", SEQ2SEQ, "encoder-decoder", [CLASSES], "AutoModelForSeq2SeqLM"),
     "T5": Family("T5Config", T5, "encoder-decoder", [CLASSES], "AutoModelForSeq2SeqLM"),
     "mT5": Family("MT5Config", T5, "encoder-decoder", [CLASSES], "AutoModelForSeq2SeqLM"),
     # mixtures of experts: `all-linear` is refused, the attention is named

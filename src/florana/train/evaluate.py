@@ -27,7 +27,7 @@ def evaluate(bench: Workbench, examples: Sequence[Example], batch_size: int) -> 
     total, count = 0.0, 0
     outputs: list[Tensor] = []
     with torch.inference_mode():
-        for rows in batches(ordered, batch_size, together=bench.padding is not None):
+        for rows in batches(ordered, batch_size, lambda row: len(row.ids), together=bench.padding is not None):
             batch = bench.batch(rows)
             labels = batch.pop("labels")
             logits = bench.forward(batch).logits.float()

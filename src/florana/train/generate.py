@@ -14,6 +14,8 @@ from florana.errors import InputError
 from florana.federation.sampling import derive
 from florana.score.code_tasks import cut_at
 from florana.train.model import Workbench
+from florana.train.probe import pads_left
+from florana.train.tasks import batches, kinds_of
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,7 @@ def generate(
     jobs.sort(key=lambda job: len(fitting[job[0]]))  # little padding; stable, so always the same order
     texts: dict[tuple[int, int], str] = {}
     bench.model.eval()
-    for start in range(0, len(jobs), batch_size):
-        batch = jobs[start : start + batch_size]
+    for batch in batches(jobs, batch_size, lambda job: len(fitting[job[0]]), together=pads_left(bench)):
         draws = [derive(seed, "generation", row, sample) for row, sample in batch] if temperature > 0 else []
         ids = [fitting[row] for row, _ in batch]
         written = _continue(bench, ids, max_new_tokens, stops, temperature, draws)
@@ -101,6 +102,7 @@ def _continue(
         out = bench.model.generate(
             input_ids=ids,
             attention_mask=mask,
+            **bench.accepted({"token_type_ids": torch.zeros_like(ids)} if kinds_of(tokenizer, 1) else {}),
             generation_config=transformers.GenerationConfig(
                 # What a model's own file may set otherwise is set here: a score is not to depend on it.
                 do_sample=False,

@@ -177,9 +177,13 @@ class Workbench:
         """Rows as tensors on the device, padded as the model reads them."""
         return collate(examples, self.tokenizer.pad_token_id, self.device, self.padding or self.tokenizer.padding_side)
 
+    def accepted(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of a batch, the inputs that the model knows."""
+        return {name: tensor for name, tensor in batch.items() if name in self._inputs}
+
     def forward(self, batch: Mapping[str, Tensor]) -> Any:
         """The model's output for a batch, without the inputs it does not know."""
-        return self.model(**{name: tensor for name, tensor in batch.items() if name in self._inputs})
+        return self.model(**self.accepted(batch))
 
 
 def _lora_layers(model: Any) -> dict[str, Any]:

@@ -61,6 +61,17 @@ def probe(bench: Workbench, task: str, base: str) -> str | None:
         ) from None
 
 
+@torch.inference_mode()
+def pads_left(bench: Workbench) -> bool:
+    """Whether a prompt may be padded on the left, as a batch that writes is: recurrent models may read the padding."""
+    bench.model.eval()
+    rows = _rows(bench, "causal-lm")
+    batch = collate(rows, bench.tokenizer.pad_token_id, bench.device, "left")
+    places = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)  # as `generate` counts them
+    logits = bench.forward({**batch, "position_ids": places}).logits
+    return _near(_logits(bench, rows[:1], "left")[0, -1], logits[0, -1])
+
+
 def _rows(bench: Workbench, task: str) -> list[Example]:
     if task == "causal-lm":
         return encode_language(TEXTS, bench.tokenizer, TOKENS)

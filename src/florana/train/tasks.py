@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from florana.errors import InputError
+
+Row = TypeVar("Row")
 
 IGNORED = -100
 """The label of a position that counts in no loss."""
@@ -111,14 +113,13 @@ def collate(examples: Sequence[Example], padding: int, device: torch.device, sid
     return batch
 
 
-def batches(examples: Sequence[Example], size: int, *, together: bool) -> Iterator[Sequence[Example]]:
+def batches(rows: Sequence[Row], size: int, length: Callable[[Row], int], *, together: bool) -> Iterator[Sequence[Row]]:
     """Rows in order of length, in batches; not `together`, each batch holds rows of one length, without padding.
 
-    >>> rows = [Example((5,), (), (0,)), Example((5, 6), (), (0,)), Example((7, 8), (), (1,))]
-    >>> [len(batch) for batch in batches(rows, 2, together=True)], [len(b) for b in batches(rows, 2, together=False)]
-    ([2, 1], [1, 2])
+    >>> list(batches(["a", "bc", "de"], 2, len, together=True)), list(batches(["a", "bc", "de"], 2, len, together=False))
+    ([['a', 'bc'], ['de']], [['a'], ['bc', 'de']])
     """
-    groups = [examples] if together else [list(same) for _, same in groupby(examples, lambda row: len(row.ids))]
+    groups = [rows] if together else [list(same) for _, same in groupby(rows, length)]
     for group in groups:
         for start in range(0, len(group), size):
             yield group[start : start + size]
