@@ -14,10 +14,10 @@ from florana.engine.local import LocalEngine
 from florana.errors import FloranaError, InputError
 from florana.federation.messages import Brief, Failure, Reply
 from florana.recipe import Recipe
+from florana.recipe_file import check
 from florana.run import prepare
 from tests.conftest import WORDS
 from tests.families import CLASSES, FAMILIES, Family, Task
-from tests.test_models import recipe
 
 
 def rows(path: Path, longest: int) -> Path:
@@ -27,8 +27,18 @@ def rows(path: Path, longest: int) -> Path:
 
 
 def asked(family: Family, task: Task, base: Path, data: Path, max_length: int) -> Recipe:
-    given: Recipe = recipe(family, task, base, data)
-    return given.model_copy(update={"data": given.data.model_copy(update={"max_length": max_length})})
+    return check(
+        {
+            "task": task,
+            "model": {"base": str(base), "target_modules": family.targets, "rank": 2, "alpha": 6.0},
+            "data": {"train": str(data), "test": str(data), "text": "text", "label": "label", "max_length": max_length},
+            "partition": {"kind": "iid", "clients": 2},
+            "train": {"steps": 3, "batch_size": 4},
+            "strategy": {"name": "fedit"},
+            "evaluate": {"personal": "never"},
+        },
+        "test",
+    )
 
 
 @pytest.mark.parametrize(
