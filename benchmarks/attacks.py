@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python benchmarks/attacks.py movement|text [--strategies NAME ...] [--seeds 1]
 
-`movement`: the worst of all attacks and strategies, in clean steps (tests/attacks.py), with and without the bound on what
-a recipe's training can reach. `text`: docstring topics, two of ten on turned labels, their updates times five.
+`movement`: the worst of all attacks and strategies, in clean steps (tests/attacks.py), with and without the bound on
+what a recipe's training can reach. `text`: docstring topics, two of ten on turned labels, their updates times five.
 """
 
 from __future__ import annotations

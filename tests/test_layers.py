@@ -54,7 +54,7 @@ ROOMS = {
     "safetensors": {"tensor_files", "federation"},
     "typer": {"cli", "cli_adapters", "cli_compare", "cli_plan", "cli_flower"},
     "rich": {"screen", "screen_study", "cli"},
-    "pydantic": {"recipe", "recipe_data", "recipe_robust", "recipe_file", "flower"},
+    "pydantic": {"recipe", "recipe_data", "recipe_robust", "recipe_server", "recipe_file", "flower"},
     "flwr": {"flower"},
     "cryptography": {"flower"},
     "pydantic_core": {"module_patterns"},

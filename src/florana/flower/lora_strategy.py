@@ -24,16 +24,8 @@ from florana.errors import FloranaError, RecipeError, nearest
 from florana.factors import Adapter, Contribution
 from florana.federation.gate import MAX_CHANGE, Expected
 from florana.federation.weighing import Weighing, by_examples, weigh
-from florana.flower.answers import (
-    FLORANA,
-    RESIDUAL,
-    Collected,
-    Rules,
-    collect,
-    common_metrics,
-    digest_of,
-    sound_metrics,
-)
+from florana.flower.answers import FLORANA, RESIDUAL, Collected, Rules
+from florana.flower.answers import collect, common_metrics, digest_of, sound_metrics  # fmt: skip
 from florana.flower.arrays import pack, unpack
 from florana.flower.names import Names, names_of, scaling_rule
 from florana.robust.rule import Rule
