@@ -24,8 +24,8 @@ from florana.errors import FloranaError, RecipeError, nearest
 from florana.factors import Adapter, Contribution
 from florana.federation.gate import MAX_CHANGE, Expected
 from florana.federation.weighing import Weighing, by_examples, weigh
-from florana.flower.answers import FLORANA, RESIDUAL, Collected, Rules
-from florana.flower.answers import collect, common_metrics, digest_of, sound_metrics  # fmt: skip
+from florana.flower import answers
+from florana.flower.answers import FLORANA, RESIDUAL, Collected, Rules, collect
 from florana.flower.arrays import pack, unpack
 from florana.flower.names import Names, names_of, scaling_rule
 from florana.robust.rule import Rule
@@ -203,8 +203,10 @@ class LoraStrategy(FedAvg):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The mean of what the sound replies report in common; None where there is none."""
         del server_round
-        contents = sound_metrics(replies, self.weighted_by_key)
-        return self.evaluate_metrics_aggr_fn(common_metrics(contents), self.weighted_by_key) if contents else None
+        contents = answers.sound_metrics(replies, self.weighted_by_key)
+        return (
+            self.evaluate_metrics_aggr_fn(answers.common_metrics(contents), self.weighted_by_key) if contents else None
+        )
 
     def _take(self, server_round: int, arrays: ArrayRecord) -> State:
         """The state that `arrays` stand for: the last round's, a new one, or the last one with an adapter put in."""
@@ -262,7 +264,7 @@ class LoraStrategy(FedAvg):
                 frozen = ArrayRecord({}) if payload.residual is None else pack(payload.residual.tensors())
                 packed[key] = (pack(self._names.record_names(payload.adapter)), frozen if payload.residual else None)
             arrays, residual = packed[key]
-            digests[str(node)] = digest_of(residual)
+            digests[str(node)] = answers.digest_of(residual)
             content = RecordDict(dict(message.content.items()))
             content[self.arrayrecord_key] = arrays
             if self._residual or payload.work != PAIR:
@@ -276,7 +278,7 @@ class LoraStrategy(FedAvg):
         return result, digests
 
     def _metrics(self, found: Collected, parts: list[Contribution], outcome: Outcome) -> MetricRecord:
-        metrics = self.train_metrics_aggr_fn(common_metrics(found.contents), self.weighted_by_key)
+        metrics = self.train_metrics_aggr_fn(answers.common_metrics(found.contents), self.weighted_by_key)
         metrics["florana-accepted"], metrics["florana-refused"] = len(found.updates), len(found.refused)
         if self.method.facts.one_model:
             error = measure(parts, outcome.state.adapter, outcome.state.residual)
