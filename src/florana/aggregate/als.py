@@ -74,7 +74,10 @@ def solve(modules: Sequence[Products], *, sweeps: int = 50, tolerance: float | N
 
 def _by_blocks(blocks: Sequence[Blocks], sweeps: int, tolerance: float) -> tuple[Tensor, Tensor, tuple[float, ...]]:
     """All starts at once, one in each row."""
-    target = sum((block.unit * target_square(block) for block in blocks), torch.zeros((), dtype=torch.float64))
+    target = sum(
+        (block.unit * target_square(block) for block in blocks),
+        torch.zeros((), dtype=torch.float64, device=blocks[0].weights.device),
+    )
     floor = 4 * torch.finfo(torch.float64).eps * float(target)  # below this an error is rounding
     fedit = _with_base(blocks[0].weights[None])
     p = q = _with_base(starts.of_blocks(blocks, float(error_at(blocks, fedit, fedit, target))))
@@ -164,12 +167,12 @@ def error_at(blocks: Sequence[Blocks], p: Tensor, q: Tensor, target: Tensor) -> 
 
 def _with_base(rows: Tensor) -> Tensor:
     """(S, U) -> (S, U+1): the base's coefficient, 1, before each row."""
-    return torch.cat([torch.ones((len(rows), 1), dtype=rows.dtype), rows], dim=1)
+    return torch.cat([torch.ones((len(rows), 1), dtype=rows.dtype, device=rows.device), rows], dim=1)
 
 
 def _half_step(sides: Sequence[tuple[Tensor, Tensor, float]], weights: Tensor, x: Tensor, other: Tensor) -> Tensor:
     """The best x (S, U+1) for the other side fixed, row by row."""
-    M = torch.zeros((*x.shape, x.shape[1]), dtype=x.dtype)
+    M = torch.zeros((*x.shape, x.shape[1]), dtype=x.dtype, device=x.device)
     b = torch.zeros_like(x)
     for free, fixed, unit in sides:
         M_l, b_l = quadratic(free, fixed, weights, other)

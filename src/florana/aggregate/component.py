@@ -70,7 +70,10 @@ def solve(modules: Sequence[Products], *, sweeps: int = 60, tolerance: float = 1
     target = sum(block.unit * float(target_square(block)) for block in blocks)
     floor = 4 * torch.finfo(torch.float64).eps * target
     weights = blocks[0].weights
-    p, q = (torch.cat([torch.ones(1).double(), x])[:, None].repeat(1, rank) for x in (start.p, start.q))
+    p, q = (
+        torch.cat([torch.ones(1, dtype=x.dtype, device=x.device), x])[:, None].repeat(1, rank)
+        for x in (start.p, start.q)
+    )
     history = [start.history[-1]]
     for _ in range(sweeps):
         p_new, _ = _half_step(sides, weights, p, q)
@@ -118,9 +121,9 @@ def _flat(G: Tensor) -> Tensor:
 def _half_step(sides: Sequence[_Side], weights: Tensor, x: Tensor, other: Tensor) -> tuple[Tensor, float]:
     """The best x (U+1, r) for the other side fixed, 1 in its first row, and its error less ||T||^2."""
     rank = x.shape[1]
-    component = torch.arange(x.numel()) % rank
-    N = torch.zeros((x.numel(), x.numel()), dtype=x.dtype)
-    b = torch.zeros(x.numel(), dtype=x.dtype)
+    component = torch.arange(x.numel(), device=x.device) % rank
+    N = torch.zeros((x.numel(), x.numel()), dtype=x.dtype, device=x.device)
+    b = torch.zeros(x.numel(), dtype=x.dtype, device=x.device)
     for side in sides:
         cross = torch.einsum("kui,ui->ki", side.fixed.view(-1, *x.shape), other)  # a_k . a_hat_i
         S = torch.einsum("ui,uij->ij", other, cross.view(*x.shape, rank))  # a_hat_i . a_hat_j

@@ -161,7 +161,9 @@ def in_q(module: Directions, B: Tensor, A: Tensor) -> Quadratic:
 
 def probes(module: Directions) -> Tensor:
     """PROBES random columns (in, PROBES), the same in every call."""
-    noise = torch.randn(module.A.shape[1], PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(
+        module.A.shape[1], PROBES, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu"
+    )
     return noise.to(module.A)
 
 

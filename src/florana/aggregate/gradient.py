@@ -33,9 +33,12 @@ def solve(
     """
     blocks = [module.blocks() for module in modules]
     weights = blocks[0].weights
-    one = torch.ones(1, dtype=weights.dtype)
-    target = sum((block.unit * target_square(block) for block in blocks), torch.zeros((), dtype=weights.dtype))
-    multipliers = torch.ones((2, len(weights)), dtype=weights.dtype, requires_grad=True)
+    one = torch.ones(1, dtype=weights.dtype, device=weights.device)
+    target = sum(
+        (block.unit * target_square(block) for block in blocks),
+        torch.zeros((), dtype=weights.dtype, device=weights.device),
+    )
+    multipliers = torch.ones((2, len(weights)), dtype=weights.dtype, device=weights.device, requires_grad=True)
     optimizer = torch.optim.AdamW([multipliers], lr=learning_rate, weight_decay=weight_decay)
     best, best_multipliers = math.inf, multipliers.detach().clone()
     history: list[float] = []

@@ -130,7 +130,8 @@ def mix(
     >>> round(float((pair.B @ pair.A)[0, 0]), 4)  # (1 + 9) / 2; averaging the factors would give 4
     5.0
     """
-    weights = torch.tensor(inputs.shares(parts), dtype=torch.float64)
+    device = next(iter(parts[0].adapter.modules.values())).A.device if parts else None
+    weights = torch.tensor(inputs.shares(parts), dtype=torch.float64, device=device)
     directions, modules = {}, {}
     columns = inputs.matched(parts)
     for name, pairs in columns.items():

@@ -105,7 +105,7 @@ def jittered(weights: Sequence[float]) -> list[float]:
     >>> jittered([0.5, 0.5]) == jittered([0.5, 0.5])
     True
     """
-    moves = torch.rand(len(weights), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moves = torch.rand(len(weights), generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu")
     return [w * (1 + JITTER * (2 * move - 1)) for w, move in zip(weights, moves.tolist(), strict=True)]
 
 
@@ -174,7 +174,9 @@ def _filled(target: Product, basis: Tensor, size: int) -> Tensor:
     count = size - basis.shape[1]
     if count <= 0:
         return basis
-    noise = torch.randn(len(target.weights), count, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise = torch.randn(
+        len(target.weights), count, generator=torch.Generator("cpu").manual_seed(1), dtype=torch.float64, device="cpu"
+    )
     more = _orthonormal(target.left @ (target.weights[:, None] * noise.to(basis)))
     return _orthonormal(torch.cat([basis, more], dim=1))
 

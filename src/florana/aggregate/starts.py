@@ -40,7 +40,7 @@ def of_blocks(blocks: Sequence[Blocks], fedit: float) -> Tensor:
     >>> of_blocks([Blocks(one, one, torch.tensor([0.5, 0.5]).double())], fedit=0.0)
     tensor([[0.5000, 0.5000]], dtype=torch.float64)
     """
-    figures = torch.zeros((3, len(blocks[0].weights)), dtype=torch.float64)
+    figures = torch.zeros((3, len(blocks[0].weights)), dtype=torch.float64, device=blocks[0].weights.device)
     for block in blocks:
         G, H = whole_blocks(block.G), whole_blocks(block.H)
         towards = torch.einsum("v,vuab,vuab->u", block.weights, G, H)
@@ -52,7 +52,7 @@ def of_blocks(blocks: Sequence[Blocks], fedit: float) -> Tensor:
 def of_directions(modules: Sequence[Directions]) -> Tensor:
     """The same with all figures estimated from random columns Z: <X, Y> by <X Z, Y Z>; at most FEW starts."""
     fedit = 0.0
-    figures = torch.zeros((3, len(modules[0].weights)), dtype=torch.float64)
+    figures = torch.zeros((3, len(modules[0].weights)), dtype=torch.float64, device=modules[0].weights.device)
     for module in modules:
         columns = probes(module)
         target = target_times(module, columns)  # (out, k)
@@ -80,4 +80,4 @@ def _chosen(modules: Sequence[Products], fedit: float, figures: Tensor, most: in
     if fedit <= NEAR * float(alone.min()):
         return weights[None]
     best = torch.argsort(alone, stable=True)[: most - 1]
-    return torch.cat([weights[None], torch.eye(len(weights), dtype=weights.dtype)[best]])
+    return torch.cat([weights[None], torch.eye(len(weights), dtype=weights.dtype, device=weights.device)[best]])
