@@ -29,8 +29,8 @@ def usual_under_a_rule(clients: int) -> float:
     Numbers of rows are claims, and a median of weighted clients is that of the weight: so one of three must stay below
     one half, and a fifth of many below a quarter, whatever they claim.
 
-    >>> usual_under_a_rule(3), usual_under_a_rule(10)
-    (0.4, 0.12)
+    >>> [round(usual_under_a_rule(clients), 2) for clients in (3, 10)]
+    [0.4, 0.12]
     """
     return min(1.0, 1.2 / clients)
 
