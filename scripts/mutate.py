@@ -284,7 +284,7 @@ MUTATIONS = [
     ("robust/cap.py", "        full |= over", "        full = over", ROBUST),
     ("federation/weighing.py", "drawn_back(pair, share)", "pair[0]", ROBUST),
     ("federation/weighing.py", "usually(len(updates)) if how.most is None", "1.0 if how.most is None", ROBUST),
-    ("federation/loop.py", "{**rows, **federation.examples}", "federation.examples", ROBUST),
+    ("federation/loop.py", "ChainMap(federation.examples, rows)", "federation.examples", ROBUST),
     ("federation/reach.py", "(1 - first**t)) ** 2", "(1 - first**t))", ROBUST),
     ("federation/reach.py", "own = (1 + scale) * own", "own = own", ROBUST),
     ("federation/gate.py", "if beyond > 1:", "if False:", ROBUST),

@@ -83,9 +83,13 @@ def test_the_round_loop_and_flower_give_the_same_bits(name: str, tmp_path: Path)
         )
         return [Reply(brief.client, brief.round, examples_of(node), {}, packed(trained, brief.returns), 0.0)]
 
-    fixed = dataclasses.replace(federation(3), clients=["0", "1", "2", "3"], per_round=4)
-    other = made(name)
-    other.state = run_rounds(method, begun, FakeEngine(answer), fixed, Journal(tmp_path, CARD), lambda event: None)
+    other, state = made(name), begun
+    for number in (1, 2, 3):  # a folder for each: within one run a name keeps its number of rows
+        fixed = dataclasses.replace(federation(number), clients=["0", "1", "2", "3"], per_round=4)
+        (tmp_path / str(number)).mkdir()
+        journal = Journal(tmp_path / str(number), CARD)
+        state = run_rounds(method, state, FakeEngine(answer), fixed, journal, lambda event: None)
+    other.state = state
     assert bytes_of(strategy) == bytes_of(other)
     assert strategy.state is not None
     assert strategy.state.round == 3

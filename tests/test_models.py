@@ -115,7 +115,7 @@ def test_the_adapter_is_the_model_that_was_measured(name: str, task: Task, texts
     figures, again, adapter = run_and_reload(family, task, texts, tmp_path)
     assert again == pytest.approx({figure: figures[figure] for figure in again}, abs=1e-4)
     bare = by_peft_alone(fresh(model, task, 99), model, task, texts)
-    assert abs(bare["loss"] - again["loss"]) > 1e-2, "the figures do not show the adapter"
+    assert abs(bare["loss"] - again["loss"]) > 1e-3, "the figures do not show the adapter"
     prefix = fresh(model, task, 0).base_model_prefix + "."
     planned = shapes_of(str(model), family.targets, task).modules
     assert planned == {module.removeprefix(prefix): pair.shape for module, pair in adapter.modules.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -103,7 +104,9 @@ def _one_round(
     show(Event("round", round_, detail=str(len(chosen))))
     payloads = {client: strategy.brief(state, client) for client in chosen}
     briefs = _briefs(strategy, payloads, round_, federation)
-    expected = Expected(round_, payloads, {**rows, **federation.examples}, federation.uplink, federation.reach)
+    # read while answers come in: a site that joins during the round is held to the rows it said
+    known: Mapping[str, int] = ChainMap(federation.examples, rows)  # type: ignore[arg-type]
+    expected = Expected(round_, payloads, known, federation.uplink, federation.reach)
     collected = _collect(engine.fit(briefs), expected, federation.max_change, show)
     updates = sorted(collected.updates, key=lambda update: update.client)
     if len(updates) < max(1, federation.minimum):
