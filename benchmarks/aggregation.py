@@ -30,10 +30,12 @@ import torch
 from torch import Tensor
 
 from florana import Adapter, Contribution, LoraFactors, best_rank, mean, mix, read_adapter
-from florana.aggregate import gradient, inputs, project
+from florana.aggregate import validate
+from florana.aggregate.best_rank import project
+from florana.aggregate.best_rank.project import by_power, by_qr
 from florana.aggregate.error import measure
-from florana.aggregate.mix import as_factors
-from florana.aggregate.project import by_power, by_qr
+from florana.aggregate.flora_na import adamw
+from florana.aggregate.flora_na.scalars import as_factors
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "client_adapters" / "minilm-agnews-r8"
 FACTOR = "module"
@@ -85,7 +87,7 @@ def dense_target(parts: Sequence[Contribution]) -> Tensor:
     """The weighted sum as one matrix, as the published code forms it: product by product."""
     pairs = [part.adapter.modules[FACTOR] for part in parts]
     total = torch.zeros(pairs[0].shape)
-    for weight, pair in zip(inputs.shares(parts), pairs, strict=True):
+    for weight, pair in zip(validate.shares(parts), pairs, strict=True):
         total.addmm_(pair.B, pair.A, alpha=weight * pair.scaling)
     return total
 
@@ -124,7 +126,7 @@ def peft_merged(model: object, parts: Sequence[Contribution], kind: str, rank: i
     """`add_weighted_adapter(combination_type=kind)`: `cat` is the stack, rank U r, exact; `svd` a dense one."""
     names, options = [part.client for part in parts], {"svd_rank": rank} if kind == "svd" else {}
     model.base_model.add_weighted_adapter(  # type: ignore[attr-defined]
-        names, inputs.shares(parts), "merged", combination_type=kind, **options
+        names, validate.shares(parts), "merged", combination_type=kind, **options
     )
     layer = model.base_model.model._modules[FACTOR]  # type: ignore[attr-defined]
     B, A = layer.lora_B["merged"].weight.detach().clone(), layer.lora_A["merged"].weight.detach().clone()
@@ -144,7 +146,7 @@ def peers(parts: Sequence[Contribution], rank: int, dense_svd: bool) -> list[Pee
     reads = 2.0 * total * sides  # one multiply-add per entry of the factors
 
     def fitted() -> Adapter:
-        return mix(parts, solver=gradient.solve).adapter
+        return mix(parts, solver=adamw.solve).adapter
 
     def within() -> Adapter:
         return best_rank(parts, rank, tolerance=1e-2, way=by_power)

@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from florana.factors import Update
 from florana.federation import loop
-from florana.recipe import Recipe
-from florana.recipe_file import check, read_recipe
+from florana.lora.factors import Update
+from florana.recipe.load import check, read_recipe
+from florana.recipe.schema import Recipe
 from florana.robust.changes import sizes
-from florana.run import execute
+from florana.runs.setup import execute
 from florana.strategy import STRATEGIES
 from florana.strategy.base import Payload
 

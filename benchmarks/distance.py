@@ -3,9 +3,9 @@
     python benchmarks/distance.py sst2 [--seeds 3] [--rounds 1,3] [--vary alpha,rank] [--score]    or mrpc, gsm8k ...
 
 Clients train from a shared start under FedIT; at the wanted rounds the very updates its server got are given to every
-rule (`florana.study.swap`), so that nothing but the rule differs. Printed as Markdown: the relative aggregation error
-over all modules, mean ± half the 95 % interval over seeds (Student's t), and how much of the way from FedIT to the best
-adapter of that rank FLoRA-NA goes, each seed by itself. A seed gives a partition, a start and an order.
+rule (`florana.study.fixed_updates`), so that nothing but the rule differs. Printed as Markdown: the relative
+aggregation error over all modules, mean ± half the 95 % interval over seeds (Student's t), and how much of the way
+from FedIT to the best adapter of that rank FLoRA-NA goes, each seed by itself. A seed gives a partition, a start and an order.
 
 The base point is followed for `--rounds`; `--score` also scores its merged models there, on the recipe's test rows;
 `--rules FILE.py:FUNCTION,...` scores further rules; `--out ROWS.json` keeps all rows, for `benchmarks/findings.py`.
@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
-from florana.recipe_file import read_recipe
-from florana.run import prepare
-from florana.study.cells import method_of, split_methods
+from florana.recipe.load import read_recipe
+from florana.runs.setup import prepare
 from florana.study.estimates import estimate
-from florana.study.swap import exchange, hold
+from florana.study.fixed_updates import exchange, hold
+from florana.study.grid import method_of, split_methods
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 RULES = {

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from florana.federation.sampling import derive
-from florana.plan import peak_memory
-from florana.recipe import Recipe
-from florana.recipe_file import check
-from florana.run import Setup, execute, prepare
-from florana.train.tasks import collate
+from florana.recipe.load import check
+from florana.recipe.schema import Recipe
+from florana.runs.dry_run import peak_memory
+from florana.runs.setup import Setup, execute, prepare
+from florana.train.data.tokenize import collate
 
 
 def recipe(clients: int, per_round: int, rounds: int, steps: int) -> Recipe:

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from florana.report.views import RunView, view
-from florana.study.cells import Cell, Setting, method_of
 from florana.study.estimates import Estimate, estimate, paired
+from florana.study.grid import Cell, Setting, method_of
 from florana.study.publish import rank_correlation
 
 Row = Mapping[str, Any]

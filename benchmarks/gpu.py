@@ -35,9 +35,9 @@ from torch import Tensor
 
 from florana import Adapter, Contribution, LoraFactors, best_rank, mean, mix
 from florana.federation.sampling import derive
-from florana.recipe import Recipe
-from florana.recipe_file import check
-from florana.run import Setup, execute, global_scores, prepare
+from florana.recipe.load import check
+from florana.recipe.schema import Recipe
+from florana.runs.setup import Setup, execute, global_scores, prepare
 from florana.train.client import train_locally
 
 ENCODER = Path(__file__).resolve().parents[1] / "src" / "florana" / "demo" / "tiny-encoder"

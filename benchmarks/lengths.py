@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from florana import Adapter, Contribution, best_rank, linalg, mean
-from florana.aggregate.project import targets
+from florana import Adapter, Contribution, best_rank, mean
+from florana.aggregate.best_rank.project import targets
+from florana.lora import linalg
 
 
 def long_mean(parts: Sequence[Contribution], rank: int) -> Adapter:

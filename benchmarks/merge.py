@@ -101,7 +101,7 @@ def peer(folders: list[Path], out: Path) -> dict[str, float]:
 
 
 def ours(folders: list[Path], out: Path) -> dict[str, float]:
-    from florana.merge import merge
+    from florana.adapters.merge import merge
 
     started = time.perf_counter()
     merged = merge(folders, out)
@@ -121,7 +121,7 @@ def fresh(who: str, pile: Path, out: Path) -> dict[str, Any]:
 
 
 def child(who: str, pile: Path, out: Path) -> None:
-    from florana.plan import peak_memory
+    from florana.runs.dry_run import peak_memory
 
     folders = sorted(pile.iterdir())
     result = {"peer": peer, "florana": ours}[who](folders, out)

@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 from florana import Adapter, Contribution, LoraFactors, best_rank, mean, measure, mix, read_adapter
-from florana.aggregate import gradient, inputs
-from florana.aggregate.mix import per_model, per_module
+from florana.aggregate import validate
+from florana.aggregate.flora_na import adamw
+from florana.aggregate.flora_na.scalars import per_model, per_module
 
 DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "data" / "client_adapters" / "minilm-agnews-r8"
 
@@ -36,9 +37,9 @@ def load(folder: Path) -> list[Contribution]:
 
 def dense(parts: Sequence[Contribution], steps: int = 200) -> Adapter:
     """One multiplier per client and side, per module, fitted by AdamW through the dense product."""
-    weights = torch.tensor(inputs.shares(parts))
+    weights = torch.tensor(validate.shares(parts))
     modules = {}
-    for name, pairs in inputs.columns(parts).items():
+    for name, pairs in validate.columns(parts).items():
         Bs, As = torch.stack([p.B for p in pairs]), torch.stack([p.A for p in pairs])
         target = torch.einsum("u,uor,uri->oi", weights, Bs, As)
         multipliers = torch.ones(2, len(parts), requires_grad=True)
@@ -60,7 +61,7 @@ def dense(parts: Sequence[Contribution], steps: int = 200) -> Adapter:
         B = torch.einsum("u,uor->or", weights * kept[0], Bs)
         A = torch.einsum("u,uri->ri", weights * kept[1], As)
         modules[name] = LoraFactors(B=B, A=A, scaling=pairs[0].scaling)
-    return Adapter(modules, inputs.average_extra(parts))
+    return Adapter(modules, validate.average_extra(parts))
 
 
 def timed(rule: Callable[[], Adapter], repeats: int) -> tuple[float, Adapter]:
@@ -108,7 +109,7 @@ def main() -> None:
                 lambda fit=fit, start=start: mix(parts, fit=fit, base=start).adapter, arguments.repeats
             )
             slow, other = timed(
-                lambda fit=fit, start=start: mix(parts, solver=gradient.solve, fit=fit, base=start).adapter,
+                lambda fit=fit, start=start: mix(parts, solver=adamw.solve, fit=fit, base=start).adapter,
                 max(1, arguments.repeats // 2),
             )
             row(f"flora-na {combine}/{scope} als", fast, answer)

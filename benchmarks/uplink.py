@@ -19,11 +19,11 @@ from typing import Literal
 
 import torch
 
-from florana.conduct import Result, conduct
-from florana.federation.wire import Format
-from florana.recipe import Recipe
-from florana.recipe_file import read_recipe
-from florana.run import Setup, begin, engine_of, federation_of, prepare, strategy_of
+from florana.federation.quantize import Format
+from florana.recipe.load import read_recipe
+from florana.recipe.schema import Recipe
+from florana.runs.rounds import Result, conduct
+from florana.runs.setup import Setup, begin, engine_of, federation_of, prepare, strategy_of
 
 RUNS: list[tuple[str, Format, Literal["stay", "move"]]] = [
     ("fedit", "float32", "stay"),
@@ -38,7 +38,7 @@ RUNS: list[tuple[str, Format, Literal["stay", "move"]]] = [
 
 
 def run(recipe: Recipe, setup: Setup, coordinates: Literal["stay", "move"], folder: Path) -> Result:
-    """As `florana.run.execute`, with the strategy's word on its coordinates replaced."""
+    """As `florana.runs.setup.execute`, with the strategy's word on its coordinates replaced."""
     plain = strategy_of(recipe, sorted(setup.clients))
     strategy = replace(plain, facts=replace(plain.facts, coordinates=coordinates))
     begun = strategy.init(begin(recipe, setup, strategy))

@@ -23,8 +23,8 @@ import torch
 from scipy import stats
 
 from florana.demo.demo import demo_recipe
-from florana.recipe_file import check
-from florana.run import execute, prepare
+from florana.recipe.load import check
+from florana.runs.setup import execute, prepare
 from florana.strategy import STRATEGIES
 
 VARIANTS: list[dict[str, Any]] = [

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import tomli_w
 
-from florana.flower.invitation import invite
-from florana.flower.keys import approve, make_server, make_site
+from florana.flower.deploy.invitation import invite
+from florana.flower.deploy.keys import approve, make_server, make_site
 
 PROGRAM = [sys.executable, "-m", "florana"]
 

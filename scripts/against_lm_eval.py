@@ -22,7 +22,7 @@ import yaml
 from lm_eval.api.metrics import exact_match_hf_evaluate
 from lm_eval.filters.extraction import RegexFilter
 
-from florana.score import tasks
+from florana.score import benchmarks
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 PIECES = [
@@ -109,8 +109,8 @@ def main(data: Path) -> None:
     print("lm-eval", importlib.metadata.version("lm-eval"))
     rng = random.Random(0)
     score, count, apart = their_gsm8k(), 0, []
-    for row, text in gsm8k_texts(tasks.read_problems("gsm8k", data / "gsm8k" / "test.jsonl"), rng):
-        ours = tasks.figures("gsm8k", [row], [[text]])
+    for row, text in gsm8k_texts(benchmarks.read_problems("gsm8k", data / "gsm8k" / "test.jsonl"), rng):
+        ours = benchmarks.figures("gsm8k", [row], [[text]])
         theirs = score(row, text)
         count += 1
         if (bool(ours["exact_match"]), bool(ours["exact_match_flexible"])) != theirs:
@@ -132,7 +132,7 @@ def main(data: Path) -> None:
         if left.count("$") or right.count("{") != right.count("}") or right.startswith(" ") or not left.strip():
             continue
         row = {"problem": "?", "solution": gold}
-        ours = bool(tasks.figures("math", [row], [[left]])["exact_match"])
+        ours = bool(benchmarks.figures("math", [row], [[left]])["exact_match"])
         theirs = bool(theirs_math.process_results(row, [left])["exact_match"])
         count += 1
         if ours != theirs and raises(theirs_math.strip_string, left, right):

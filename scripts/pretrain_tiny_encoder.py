@@ -4,9 +4,9 @@
 
 A WordPiece vocabulary and a BERT of about 0.7 million parameters (3 layers, hidden 96) are trained by the two
 original objectives (masked words; do two passages come from the same file), on the comments of all modules and
-the docstrings outside the held-out share of `florana.train.docstrings`. The weights are stored in bfloat16. About half
-an hour on two cores. Seeded: the same Python, torch and vocabulary give the same bytes. The vocabulary is the committed
-one, since its trainer breaks ties at random; `--train-vocabulary` makes a new one.
+the docstrings outside the held-out share of `florana.train.data.docstrings`. The weights are stored in bfloat16.
+About half an hour on two cores. Seeded: the same Python, torch and vocabulary give the same bytes. The
+vocabulary is the committed one, since its trainer breaks ties at random; `--train-vocabulary` makes a new one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForPreTraining, BertTokenizerFast
 
-from florana.train.docstrings import comments, docstrings, source_files
+from florana.train.data.docstrings import comments, docstrings, source_files
 
 LENGTH = 64  # tokens
 VOCABULARY = 4096  # pieces

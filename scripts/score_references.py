@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from florana.score import tasks
+from florana.score import benchmarks
 from florana.score.code_tasks import humaneval_program, mbpp_program
 from florana.score.programs import run_programs
 
@@ -21,8 +21,8 @@ WRONG = {"return None": "return None", "a syntax error": "return (", "exit(0)": 
 
 def main(data: Path) -> None:
     """Print one line per task and kind of solution."""
-    humaneval = tasks.read_problems("humaneval", data / "humaneval" / "HumanEval.jsonl.gz")
-    mbpp = tasks.read_all("mbpp", data / "mbpp" / "mbpp.jsonl")
+    humaneval = benchmarks.read_problems("humaneval", data / "humaneval" / "HumanEval.jsonl.gz")
+    mbpp = benchmarks.read_all("mbpp", data / "mbpp" / "mbpp.jsonl")
     kinds = {
         "humaneval, reference": [humaneval_program(row, row["canonical_solution"]) for row in humaneval],
         "mbpp, reference": [mbpp_program(row, row["code"]) for row in mbpp],
@@ -38,9 +38,9 @@ def main(data: Path) -> None:
         passed = sum(verdict.passed for verdict in verdicts)
         print(f"{name}: {passed} of {len(verdicts)} passed, {time.perf_counter() - started:.0f} s")
     for split in ("train", "test"):
-        rows = tasks.read_problems("gsm8k", data / "gsm8k" / f"{split}.jsonl")
-        print(f"gsm8k {split}, {len(rows)} gold:", tasks.figures("gsm8k", rows, [[row["answer"]] for row in rows]))
-        wrong = tasks.figures("gsm8k", rows, [[row["answer"] + "1"] for row in rows])
+        rows = benchmarks.read_problems("gsm8k", data / "gsm8k" / f"{split}.jsonl")
+        print(f"gsm8k {split}, {len(rows)} gold:", benchmarks.figures("gsm8k", rows, [[row["answer"]] for row in rows]))
+        wrong = benchmarks.figures("gsm8k", rows, [[row["answer"] + "1"] for row in rows])
         print(f"gsm8k {split}, corrupted:", wrong)
 
 

@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from florana.aggregate.core import folded
+from florana.aggregate.cores import folded
 from florana.aggregate.stack import combined
-from florana.factors import kind_of
 from florana.federation.loop import Federation, run_rounds
 from florana.federation.messages import Brief, Failure, Reply, pack, unpack
-from florana.federation.reach import reach_of
-from florana.federation.weighing import Weighing, by_examples
-from florana.recipe_robust import Robust
+from florana.federation.step_bounds import reach_of
+from florana.federation.weighting import Weighing, by_examples
+from florana.lora.factors import kind_of
+from florana.recipe.robust_schema import Robust
 from florana.strategy.base import State, Strategy
 from tests.federation import CARD, built, first_adapter
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from florana.conduct import conduct
-from florana.engine.local import LocalEngine
 from florana.errors import FloranaError
-from florana.factors import adapter_from_tensors
+from florana.federation.local_engine import LocalEngine
 from florana.federation.messages import Brief, Reply, pack, unpack
-from florana.recipe_file import check, read_recipe
-from florana.run import begin, clients_of, federation_of, prepare, strategy_of
+from florana.lora.factors import adapter_from_tensors
+from florana.recipe.load import check, read_recipe
+from florana.runs.rounds import conduct
+from florana.runs.setup import begin, clients_of, federation_of, prepare, strategy_of
 from tests.attacks import rule_of
 from tests.conftest import ROOT
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from florana.factors import Adapter, Contribution, LoraFactors
+from florana.lora.factors import Adapter, Contribution, LoraFactors
 from tests.oracle import Client
 
 

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from florana.errors import InputError
-from florana.recipe import Recipe
-from florana.recipe_file import check
+from florana.recipe.load import check
+from florana.recipe.schema import Recipe
 from florana.score.programs import run_program
 
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from typing import Any
 
 import tomli_w
 
-from florana.flower.keys import Certificates
+from florana.flower.deploy.keys import Certificates
 from tests.conftest import ROOT
 
 SWITCHED_OFF = {

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from florana.adapter_files import AdapterCard
-from florana.factors import Adapter, LoraFactors, adapter_from_tensors, kind_of
+from florana.adapters.adapter_folder import AdapterCard
 from florana.federation.journal import Journal
 from florana.federation.loop import Event, Federation, run_rounds
 from florana.federation.messages import Brief, Failure, Reply, pack, unpack
-from florana.federation.weighing import Weighing, by_examples
+from florana.federation.weighting import Weighing, by_examples
+from florana.lora.factors import Adapter, LoraFactors, adapter_from_tensors, kind_of
 from florana.strategy import STRATEGIES
 from florana.strategy.base import State, Strategy
 

@@ -11,9 +11,9 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
-from florana.flower.answers import FLORANA, RESIDUAL, digest_of
-from florana.flower.arrays import pack, unpack
-from florana.flower.names import peft_name
+from florana.flower.dropin.arrays import pack, unpack
+from florana.flower.dropin.names import peft_name
+from florana.flower.dropin.replies import FLORANA, RESIDUAL, digest_of
 from tests.federation import first_adapter
 
 NODES = [11, 7, 5, 3]

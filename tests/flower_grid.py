@@ -16,8 +16,8 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from florana.flower.frames import Frame
-from florana.flower.records import from_record, to_record
+from florana.flower.app.flower_records import from_record, to_record
+from florana.flower.app.frames import Frame
 from tests.flower_fake import identify
 from tests.trainer import receive, send
 
@@ -120,10 +120,10 @@ def trainer_at(path: Path) -> Answer:
 
 def lead_with_trainers(recipe_path: str, out: str, roster: str, sockets: str) -> None:
     """The server's part of a run, in a process that a test can kill: the trainers live elsewhere."""
-    from florana.flower.keys import read_roster
-    from florana.flower.server_app import lead
-    from florana.flower.settings import Settings
-    from florana.recipe_file import read_recipe
+    from florana.flower.app.server_app import lead
+    from florana.flower.app.settings import Settings
+    from florana.flower.deploy.keys import read_roster
+    from florana.recipe.load import read_recipe
 
     keys = read_roster(Path(roster))
     nodes = {n + 1: (keys[name], trainer_at(Path(sockets) / name)) for n, name in enumerate(sorted(keys))}
@@ -134,9 +134,9 @@ def lead_with_trainers(recipe_path: str, out: str, roster: str, sockets: str) ->
 def trainer_process(recipe_path: str, who: str, sockets: str, kept: str) -> None:
     """One site's resident trainer, in a process that a test can kill."""
 
-    from florana.flower.site import site_of
-    from florana.recipe_file import read_recipe
-    from florana.run import prepare
+    from florana.flower.app.site import site_of
+    from florana.recipe.load import read_recipe
+    from florana.runs.setup import prepare
     from tests.trainer import answer_until, listening
 
     recipe = read_recipe(Path(recipe_path))

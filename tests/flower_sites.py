@@ -17,12 +17,12 @@ from torch import Tensor
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 from florana.federation.loop import Event
-from florana.flower.frames import Frame
-from florana.flower.server_app import lead
-from florana.flower.settings import Settings
-from florana.flower.site import Site, site_of
-from florana.recipe import Recipe
-from florana.run import prepare
+from florana.flower.app.frames import Frame
+from florana.flower.app.server_app import lead
+from florana.flower.app.settings import Settings
+from florana.flower.app.site import Site, site_of
+from florana.recipe.schema import Recipe
+from florana.runs.setup import prepare
 from tests.flower_grid import FakeGrid
 
 
@@ -45,7 +45,7 @@ def led(recipe: Recipe, grid: FakeGrid, roster: str, out: Path, **named: Any) ->
     events: list[Event] = []
     settings = Settings(**{"out": str(out), "roster": roster, "deadline": 30, "wait": 0.2, "base": False, **named})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("florana.flower.engine.time", grid)  # of which the engine takes `monotonic` alone
+        patch.setattr("florana.flower.app.flower_engine.time", grid)  # of which the engine takes `monotonic` alone
         lead(grid, recipe, settings, out, events.append)
     return events
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from florana.factors import Adapter, Contribution, LoraFactors, kind_of
 from florana.federation.messages import completed, travelling
+from florana.lora.factors import Adapter, Contribution, LoraFactors, kind_of
 from florana.strategy.base import State, Strategy
 from tests.cases import dense, make_case
 

@@ -19,8 +19,13 @@ from tests.strikes import strike
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
-        *("pytest", "florana.cli", "florana.run", "florana.merge", "florana.inspection", "florana.study.work"),
-        *("florana.flower.server_app", "florana.flower.trainer"),  # where Flower is installed
+        "pytest",
+        "florana.cli.main",
+        "florana.runs.setup",
+        "florana.adapters.merge",
+        "florana.adapters.inspect",
+        "florana.study.runner",
+        "florana.flower.app.server_app",  # where Flower is installed
     ]
 )
 
@@ -81,7 +86,7 @@ def _be_florana(
         os.close(opened)
     os.chdir(cwd)
     sys.argv = ["florana", *arguments]
-    from florana.cli import main
+    from florana.cli.main import main
 
     if killed_at is not None:
         strike(str(killed_at[0]), killed_at[1], told)

@@ -22,10 +22,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from florana.adapter_files import CONFIG, WEIGHTS, AdapterCard, read_adapter, write_adapter
+from florana.adapters.adapter_folder import CONFIG, WEIGHTS, AdapterCard, read_adapter, write_adapter
 from florana.aggregate.stack import stack
 from florana.errors import InputError
-from florana.factors import Adapter, Contribution, LoraFactors
+from florana.lora.factors import Adapter, Contribution, LoraFactors
 from tests import fuzz
 from tests.fuzz_reading import reading
 

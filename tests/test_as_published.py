@@ -15,10 +15,10 @@ from florana import read_adapter
 from florana.aggregate.error import measure
 from florana.aggregate.rotate import rotation
 from florana.errors import RecipeError
-from florana.factors import Adapter, Contribution, LoraFactors
 from florana.federation.journal import read_records
-from florana.recipe_file import check
-from florana.run import execute, prepare
+from florana.lora.factors import Adapter, Contribution, LoraFactors
+from florana.recipe.load import check
+from florana.runs.setup import execute, prepare
 from florana.strategy import STRATEGIES
 from florana.strategy.base import State
 from florana.strategy.ranks import with_ranks

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from florana.aggregate.core import folded
-from florana.factors import Adapter, LoraFactors
+from florana.aggregate.cores import folded
+from florana.lora.factors import Adapter, LoraFactors
 from florana.robust.changes import Pair, distance_gram, grams, sizes
-from florana.robust.line import drawn_back
+from florana.robust.shrink import drawn_back
 
 SHAPES = {"layer.0.q": (6, 9), "layer.1.v": (8, 5)}
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from florana import Adapter, AdapterCard, LoraFactors, read_adapter, write_adapter
-from florana.recipe_file import check
+from florana.recipe.load import check
 from tests.program import florana, started
 
 
@@ -102,11 +102,11 @@ def test_what_a_user_can_cause_ends_with_its_code_a_reason_and_no_traceback(
 
 def test_an_unexpected_failure_is_one_line_and_a_log(tmp_path: Path) -> None:
     script = (
-        "import florana.recipe_file as f\n"
+        "import florana.recipe.load as f\n"
         "def broken(*a): raise ZeroDivisionError('oops')\n"
         "f.read_recipe = broken\n"
         "import sys; sys.argv = ['florana', 'run', 'x.toml']\n"
-        "from florana.cli import main; main()\n"
+        "from florana.cli.main import main; main()\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1

@@ -13,13 +13,13 @@ import torch
 from hypothesis import given
 
 from florana import read_adapter
-from florana.aggregate import als, component
+from florana.adapters.merge import merge
 from florana.aggregate.error import measure
-from florana.aggregate.mix import as_blocks, as_factors, mix, per_model
+from florana.aggregate.flora_na import als, component
+from florana.aggregate.flora_na.scalars import as_blocks, as_factors, mix, per_model
 from florana.errors import InputError, RecipeError
-from florana.factors import Adapter, Contribution, LoraFactors
-from florana.merge import merge
-from florana.recipe_file import check
+from florana.lora.factors import Adapter, Contribution, LoraFactors
+from florana.recipe.load import check
 from florana.strategy import STRATEGIES
 from tests import oracle
 from tests.cases import Case, cases, dense, make_case

@@ -12,21 +12,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from florana.aggregate import als, component, gradient
-from florana.aggregate.core import folded, mean_cores
+from florana.aggregate.best_rank.project import best_rank, by_power
+from florana.aggregate.best_rank.truncate import by_energy, divided, everything
+from florana.aggregate.cores import folded, mean_cores
+from florana.aggregate.factorization import orthonormal
 from florana.aggregate.fair import corrected_mean
-from florana.aggregate.gauge import orthonormal
-from florana.aggregate.half import mean_of_A, mean_of_B
+from florana.aggregate.flora_na import adamw, als, component
+from florana.aggregate.flora_na.scalars import mix, per_model
+from florana.aggregate.heterogeneous import norm_weighted_mean
 from florana.aggregate.mean import mean
-from florana.aggregate.mix import mix, per_model
-from florana.aggregate.pad import norm_weighted_mean
-from florana.aggregate.project import best_rank, by_power
-from florana.aggregate.residual import mean_and_remainder
+from florana.aggregate.remainder import mean_and_remainder
 from florana.aggregate.rotate import align, by_A, by_B, rotated_mean
+from florana.aggregate.shared_factor import mean_of_A, mean_of_B
 from florana.aggregate.stack import combined, stack
-from florana.aggregate.terms import by_energy, divided, everything
 from florana.errors import InputError
-from florana.factors import Adapter, Contribution, LoraFactors
+from florana.lora.factors import Adapter, Contribution, LoraFactors
 from tests import oracle
 from tests.cases import Case, cases, dense, make_case
 
@@ -154,7 +154,7 @@ def copy_of(part: Contribution) -> Adapter:
     return Adapter(modules, part.adapter.extra)
 
 
-few_steps = functools.partial(gradient.solve, steps=25)  # the invariants hold at every number of steps
+few_steps = functools.partial(adamw.solve, steps=25)  # the invariants hold at every number of steps
 
 Rule = Callable[[Sequence[Contribution]], Adapter]
 

@@ -11,11 +11,11 @@ import datasets
 import pytest
 
 from florana.errors import InputError
-from florana.recipe import Data, Partition, Recipe
-from florana.train.data import load_tables
+from florana.recipe.schema import Data, Partition, Recipe
+from florana.train.data.partition import deal
+from florana.train.data.sources import load_tables
+from florana.train.data.tokenize import IGNORED, encode_language
 from florana.train.model import Workbench
-from florana.train.partition import deal
-from florana.train.tasks import IGNORED, encode_language
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from florana.aggregate import component, gradient
+from florana.aggregate.best_rank.project import best_rank, by_power, by_qr
+from florana.aggregate.best_rank.truncate import by_energy, divided, everything
 from florana.aggregate.error import measure
+from florana.aggregate.flora_na import adamw, component
+from florana.aggregate.flora_na.scalars import as_blocks, as_factors, mix, per_model, per_model_relative
 from florana.aggregate.mean import mean
-from florana.aggregate.mix import as_blocks, as_factors, mix, per_model, per_model_relative
-from florana.aggregate.project import best_rank, by_power, by_qr
-from florana.aggregate.residual import mean_and_remainder
+from florana.aggregate.remainder import mean_and_remainder
 from florana.aggregate.stack import stack
-from florana.aggregate.terms import by_energy, divided, everything
-from florana.factors import Contribution
+from florana.lora.factors import Contribution
 from tests.cases import make_case
 
 RULES: dict[str, Callable[[Sequence[Contribution]], Any]] = {
@@ -34,7 +34,7 @@ RULES: dict[str, Callable[[Sequence[Contribution]], Any]] = {
     "mix, one for all": lambda parts: mix(parts, fit=per_model),
     "mix, relative": lambda parts: mix(parts, fit=per_model_relative),
     "mix, updates": lambda parts: mix(parts, base=parts[0].adapter),
-    "mix, adamw": lambda parts: mix(parts, solver=gradient.solve),
+    "mix, adamw": lambda parts: mix(parts, solver=adamw.solve),
     "mix, components": lambda parts: mix(parts, solver=component.solve),
     "oracle": lambda parts: divided(parts, 3, everything),
     "florist": lambda parts: divided(parts, 3, by_energy(0.9)),

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from florana.recipe_file import check
+from florana.recipe.load import check
 from florana.report.views import view
-from florana.study.cells import Cell, method_of, plan_of
+from florana.study.grid import Cell, method_of, plan_of
 from florana.study.publish import publish
-from florana.study.work import execute_study, folder_of
+from florana.study.runner import execute_study, folder_of
 from tests.conftest import ROOT
 
 

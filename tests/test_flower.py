@@ -14,15 +14,22 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 from flwr.app import Context, Message, MessageType, RecordDict
 
 from florana.errors import FloranaError, InputError, RecipeError
-from florana.federation.keeping import keep, recall
+from florana.federation.client_state import keep, recall
 from florana.federation.messages import Brief, Failure, Reply
-from florana.flower.briefs import brief_frame, read_brief, read_reply, reply_frame
-from florana.flower.client_app import app
-from florana.flower.frames import Frame, from_head
-from florana.flower.keys import Certificates, approve, make_server, make_site, read_private, read_roster
-from florana.flower.records import from_record, to_record
-from florana.flower.settings import Settings, from_config, to_config
-from florana.recipe_file import check
+from florana.flower.app.client_app import app
+from florana.flower.app.codec import brief_frame, read_brief, read_reply, reply_frame
+from florana.flower.app.flower_records import from_record, to_record
+from florana.flower.app.frames import Frame, from_head
+from florana.flower.app.settings import Settings, from_config, to_config
+from florana.flower.deploy.keys import (
+    Certificates,
+    approve,
+    make_server,
+    make_site,
+    read_private,
+    read_roster,
+)
+from florana.recipe.load import check
 from florana.strategy.base import Pruning
 from tests.flower_fake import identify
 

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from florana.errors import InputError, RecipeError
-from florana.factors import Adapter
-from florana.flower.arrays import BITS, pack, tensor_of, unpack
-from florana.flower.names import names_of, peft_name, scaling_rule
+from florana.flower.dropin.arrays import BITS, pack, tensor_of, unpack
+from florana.flower.dropin.names import names_of, peft_name, scaling_rule
+from florana.lora.factors import Adapter
 from tests.federation import first_adapter
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

@@ -12,11 +12,11 @@ import pytest
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
-from florana.flower.export import export
-from florana.flower.settings import Settings
-from florana.recipe import Recipe
-from florana.recipe_file import check
-from florana.run import execute
+from florana.flower.app.export import export
+from florana.flower.app.settings import Settings
+from florana.recipe.load import check
+from florana.recipe.schema import Recipe
+from florana.runs.setup import execute
 from tests.deployment import HANGS, environment, federation, simulation, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -44,7 +44,7 @@ def simulated(recipe: Recipe, unlike: dict[str, Any], folder: Path) -> Path:
 EVIL = """
 import hashlib, io, zipfile
 from pathlib import Path
-import florana.flower.serve as serve
+import florana.flower.deploy.serve as serve
 from florana.cli import main
 from flwr.supercore.fab import Fab
 

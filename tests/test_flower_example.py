@@ -19,9 +19,9 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from florana.factors import Contribution, Update
-from florana.flower.answers import fingerprint
-from florana.flower.names import names_of
+from florana.flower.dropin.names import names_of
+from florana.flower.dropin.replies import fingerprint
+from florana.lora.factors import Contribution, Update
 from florana.strategy import STRATEGIES
 from tests.conftest import ROOT
 from tests.deployment import HANGS, environment, simulation

@@ -15,10 +15,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
 import florana.flower
-from florana.factors import Adapter, Contribution, LoraFactors, Update
 from florana.federation.gate import oversized
-from florana.federation.weighing import by_examples
-from florana.flower.names import peft_name
+from florana.federation.weighting import by_examples
+from florana.flower.dropin.names import peft_name
+from florana.lora.factors import Adapter, Contribution, LoraFactors, Update
 from florana.strategy.base import Outcome, Payload, State
 from tests.flower_fake import (
     NODES,

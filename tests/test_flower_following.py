@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 
 from florana.errors import InputError
 from florana.flower import LoraStrategy, pack, receive, reply, unpack
-from florana.flower.answers import RESIDUAL
-from florana.flower.following import KEPT
+from florana.flower.dropin.client_helpers import KEPT
+from florana.flower.dropin.replies import RESIDUAL
 from tests.flower_fake import FakeGrid, examples_of
 from tests.flower_methods import METHODS
 

@@ -32,19 +32,19 @@ from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-import florana.flower.front as front
-import florana.flower.link as link_of
-import florana.flower.node as node_of
+import florana.flower.deploy.fleet as link_of
+import florana.flower.deploy.gateway as front
+import florana.flower.deploy.node as node_of
 from florana.errors import FederationError
 from florana.federation.messages import Failure
-from florana.flower.engine import exchange
-from florana.flower.finished import remembered
-from florana.flower.frames import Frame
-from florana.flower.front import Door, open_door
-from florana.flower.invitation import Invitation
-from florana.flower.keys import approve, make_server, make_site, read_private, read_roster
-from florana.flower.link import Link, make_link
-from florana.flower.node import attend
+from florana.flower.app.flower_engine import exchange
+from florana.flower.app.frames import Frame
+from florana.flower.deploy.fleet import Link, make_link
+from florana.flower.deploy.gateway import Door, open_door
+from florana.flower.deploy.invitation import Invitation
+from florana.flower.deploy.kept_update import remembered
+from florana.flower.deploy.keys import approve, make_server, make_site, read_private, read_roster
+from florana.flower.deploy.node import attend
 from tests.deployment import free_port, wait_for
 
 ECHO = Frame("hello", {"word": "x"}, b"tensors")

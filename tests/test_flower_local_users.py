@@ -151,8 +151,8 @@ def test_another_account_gets_nothing_at_either_end(recipe_table: dict[str, Any]
         for arguments in (["list"], ["supernode", "list"], ["federation", "list"]):
             done = flwr(public, fed.port, *arguments)
             assert done.returncode != 0, f"flwr {arguments}: {done.stdout}"
-        from florana.flower.export import export
-        from florana.recipe_file import check
+        from florana.flower.app.export import export
+        from florana.recipe.load import check
 
         export(check(recipe_table, "t"), public / "app" / "mine")
         subprocess.run(["chmod", "-R", "a+rX", str(public / "app")], check=True)

@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import FedAvg
 
 import florana.flower
 from florana.errors import InputError, RecipeError
-from florana.flower.names import peft_name
+from florana.flower.dropin.names import peft_name
 from tests.flower_fake import (
     FakeGrid,
     answered,

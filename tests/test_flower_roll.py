@@ -18,10 +18,10 @@ from flwr.app import RecordDict
 from florana.errors import FederationError
 from florana.federation.journal import read_records
 from florana.federation.loop import Event
-from florana.flower.frames import Frame
-from florana.flower.records import from_record, to_record
-from florana.flower.site import Site
-from florana.recipe import Recipe
+from florana.flower.app.flower_records import from_record, to_record
+from florana.flower.app.frames import Frame
+from florana.flower.app.site import Site
+from florana.recipe.schema import Recipe
 from tests.flower_grid import FakeGrid
 from tests.flower_sites import grid_of, led, roster_of, sites
 
@@ -201,7 +201,7 @@ def test_a_site_that_was_started_anew_with_another_model_is_refused(pooled: Reci
 
 
 def test_a_site_that_was_mended_is_asked_again(pooled: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("florana.flower.roll.ANEW", 0.0)
+    monkeypatch.setattr("florana.flower.app.registration.ANEW", 0.0)
     members = sites(pooled, tmp_path / "kept")
     grid, card = grid_of(members), members["client-2"].card
     wrong = restarted(members["client-2"], agreed={**card.agreed, "seed": 9})

@@ -13,10 +13,10 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from florana.federation.journal import read_records
-from florana.flower.frames import Frame
-from florana.flower.records import from_record, to_record
-from florana.recipe import Recipe
-from florana.run import execute
+from florana.flower.app.flower_records import from_record, to_record
+from florana.flower.app.frames import Frame
+from florana.recipe.schema import Recipe
+from florana.runs.setup import execute
 from tests.flower_sites import FAMILIES, grid_of, led, roster_of, sites, spoilt
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

@@ -15,22 +15,22 @@ import pytest
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
-import florana.flower.serve as serving
+import florana.flower.deploy.serve as serving
 from florana.errors import FederationError
 from florana.federation.loop import Event
 from florana.federation.messages import Brief, Reply
-from florana.flower.briefs import brief_frame
-from florana.flower.card import digest
-from florana.flower.frames import Frame
-from florana.flower.invitation import Invitation, hosts_of, invite, read_invitation
-from florana.flower.join import join, told
-from florana.flower.keys import Certificates, approve, make_server, make_site, read_certificate
-from florana.flower.serve import serve
-from florana.flower.settings import Settings
-from florana.flower.site import Site
-from florana.recipe import Recipe
-from florana.recipe_file import check
-from florana.run_folder import held, locked
+from florana.flower.app.codec import brief_frame
+from florana.flower.app.frames import Frame
+from florana.flower.app.settings import Settings
+from florana.flower.app.site import Site
+from florana.flower.app.site_card import digest
+from florana.flower.deploy.invitation import Invitation, hosts_of, invite, read_invitation
+from florana.flower.deploy.join import join, told
+from florana.flower.deploy.keys import Certificates, approve, make_server, make_site, read_certificate
+from florana.flower.deploy.serve import serve
+from florana.recipe.load import check
+from florana.recipe.schema import Recipe
+from florana.runs.run_folder import held, locked
 from tests.deployment import free_port
 from tests.flower_sites import sites
 

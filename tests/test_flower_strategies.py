@@ -16,14 +16,14 @@ from flwr.app import Message, MetricRecord
 import florana.flower
 from florana.aggregate.error import measure
 from florana.errors import RecipeError
-from florana.factors import Contribution, LoraFactors, kind_of
 from florana.federation.journal import Journal
 from florana.federation.loop import run_rounds
 from florana.federation.messages import Brief, Failure, Reply, unpack
 from florana.federation.messages import pack as packed
 from florana.flower import LoraStrategy, pack
-from florana.flower.answers import FLORANA, RESIDUAL
-from florana.flower.names import peft_name
+from florana.flower.dropin.names import peft_name
+from florana.flower.dropin.replies import FLORANA, RESIDUAL
+from florana.lora.factors import Contribution, LoraFactors, kind_of
 from florana.strategy import STRATEGIES
 from florana.strategy.base import Outcome, State
 from tests.federation import CARD, FakeEngine, federation, first_adapter

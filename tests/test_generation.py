@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from florana.errors import InputError, RecipeError
-from florana.recipe import Model
-from florana.recipe_file import check, read_recipe
-from florana.run import execute
+from florana.recipe.load import check, read_recipe
+from florana.recipe.schema import Model
+from florana.runs.setup import execute
 from florana.score.programs import Verdict
 from florana.train.generate import Written, generate
 from florana.train.model import Workbench
@@ -210,7 +210,7 @@ def test_programs_that_cannot_run_here_are_refused_before_training(
     def refuse(*arguments: object) -> Verdict:
         raise InputError("not here")
 
-    monkeypatch.setattr("florana.train.exam.run_program", refuse)
+    monkeypatch.setattr("florana.train.generation_eval.run_program", refuse)
     table["generation"] = {"task": "humaneval", "file": str(HUMANEVAL), "limit": 1, "max_new_tokens": 4}
     table["generation"]["run_programs"] = True
     with pytest.raises(InputError, match="not here"):

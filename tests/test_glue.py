@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 
 from florana.errors import InputError, RecipeError
 from florana.federation.journal import read_records
-from florana.recipe import Data, Recipe
-from florana.recipe_file import check
+from florana.recipe.load import check
+from florana.recipe.schema import Data, Recipe
 from florana.report.views import headline, summary, views
-from florana.run import execute, global_scores, prepare
+from florana.runs.setup import execute, global_scores, prepare
 from florana.score.glue import GLUE, glue_label
 from florana.train.client import train_locally
-from florana.train.data import load_tables
+from florana.train.data.partition import binned
+from florana.train.data.sources import load_tables
+from florana.train.data.tokenize import collate
 from florana.train.evaluate import class_figures, correlations
-from florana.train.partition import binned
-from florana.train.tasks import collate
 from tests.conftest import SHARED, WORDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

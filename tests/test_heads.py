@@ -15,16 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from florana.aggregate.core import mean_cores
+from florana.aggregate.cores import mean_cores
 from florana.aggregate.error import measure
 from florana.errors import InputError
-from florana.factors import Adapter, Contribution, LoraFactors
 from florana.federation.gate import Expected, Refused, admit
 from florana.federation.journal import read_records
 from florana.federation.messages import Reply, completed, travelling
+from florana.lora.factors import Adapter, Contribution, LoraFactors
 from florana.strategy import STRATEGIES
 from florana.strategy.base import State
-from florana.strategy.draws import choice
+from florana.strategy.random_factors import choice
 from florana.strategy.ranks import with_ranks
 from tests.federation import built, first_adapter, run
 from tests.method_cases import model_of, scaling_of, start_of, trained, truth_of

@@ -15,12 +15,12 @@ from transformers import AutoTokenizer
 
 from florana.errors import InputError, RecipeError
 from florana.federation.journal import read_records
-from florana.plan import plan
-from florana.recipe_file import check
+from florana.recipe.load import check
 from florana.report.page import write_report
-from florana.run import execute, global_scores, prepare
+from florana.runs.dry_run import plan
+from florana.runs.setup import execute, global_scores, prepare
 from florana.train.client import train_locally
-from florana.train.tasks import IGNORED, collate
+from florana.train.data.tokenize import IGNORED, collate
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}<|end|>"

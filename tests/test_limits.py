@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import transformers
 
-from florana.engine.local import LocalEngine
 from florana.errors import FloranaError, InputError
+from florana.federation.local_engine import LocalEngine
 from florana.federation.messages import Brief, Failure, Reply
-from florana.recipe import Recipe
-from florana.recipe_file import check
-from florana.run import prepare
+from florana.recipe.load import check
+from florana.recipe.schema import Recipe
+from florana.runs.setup import prepare
 from tests.conftest import WORDS
 from tests.families import CLASSES, FAMILIES, Family, Task
 

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from florana import linalg
 from florana.aggregate.error import measure
 from florana.aggregate.mean import mean
 from florana.aggregate.stack import stack
 from florana.errors import InputError
-from florana.factors import LoraFactors
+from florana.lora import linalg
+from florana.lora.factors import LoraFactors
 from tests import oracle
 from tests.cases import Case, cases, dense
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from florana.adapter_files import read_adapter
+from florana.adapters.adapter_folder import read_adapter
 from florana.errors import FederationError
-from florana.factors import Adapter
 from florana.federation.gate import Expected, Refused, admit
 from florana.federation.journal import read_records
 from florana.federation.messages import Brief, Failure, Reply, pack
 from florana.federation.sampling import sample
+from florana.lora.factors import Adapter
 from florana.strategy import STRATEGIES
 from florana.strategy.base import Payload
 from tests.federation import CLIENTS, VARIANTS, first_adapter, noisy, run

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from florana.aggregate import measured
+from florana.aggregate.best_rank import measured
+from florana.aggregate.best_rank.measured import Answer, gathered, judged, nearest
+from florana.aggregate.best_rank.project import best_rank
 from florana.aggregate.error import measure
-from florana.aggregate.inputs import shares
 from florana.aggregate.mean import mean
-from florana.aggregate.measured import Answer, gathered, judged, nearest
-from florana.aggregate.project import best_rank
 from florana.aggregate.stack import stack
+from florana.aggregate.validate import shares
 from florana.errors import InputError
-from florana.factors import Adapter, Contribution, LoraFactors
+from florana.lora.factors import Adapter, Contribution, LoraFactors
 from tests import oracle
 from tests.cases import Case, dense, make_case
 
@@ -75,9 +75,9 @@ def test_ordinary_adapters_need_no_qr(shapes: str, dtype: torch.dtype, monkeypat
     def refuse(*arguments: object) -> None:
         raise AssertionError("QR was taken")
 
-    monkeypatch.setattr("florana.linalg.decompose", refuse)
-    monkeypatch.setattr("florana.linalg.norm", refuse)
-    monkeypatch.setattr("florana.linalg.singular_values", refuse)
+    monkeypatch.setattr("florana.lora.linalg.decompose", refuse)
+    monkeypatch.setattr("florana.lora.linalg.norm", refuse)
+    monkeypatch.setattr("florana.lora.linalg.singular_values", refuse)
     for name in case.modules:
         answer = nearest(pieces(case.parts, name), 4, dtype)
         assert judged(pieces(case.parts, name), answer.pair).error == pytest.approx(answer.error, abs=1e-9)

@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from florana.adapters.inspect import inspect
+from florana.adapters.merge import merge
 from florana.errors import InputError, RecipeError
-from florana.inspection import inspect
-from florana.merge import merge
 from tests.peft_adapters import PLAIN, base, logits, save_adapter, summed
 
 pytestmark = [

@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from florana import AdapterCard, mean, stack, weighted_sum
-from florana.adapter_config import CONFIG
-from florana.adapter_files import read_adapter, write_adapter
-from florana.adapter_headers import WEIGHTS
-from florana.aggregate.mix import mix
-from florana.aggregate.project import best_rank
+from florana.adapters.adapter_folder import read_adapter, write_adapter
+from florana.adapters.headers import WEIGHTS
+from florana.adapters.inspect import inspect
+from florana.adapters.merge import merge
+from florana.adapters.merge_rules import RULES
+from florana.adapters.peft_config import CONFIG
+from florana.aggregate.best_rank.project import best_rank
+from florana.aggregate.flora_na.scalars import mix
 from florana.errors import InputError, RecipeError
-from florana.factors import Adapter, Contribution, LoraFactors
-from florana.inspection import inspect
-from florana.merge import merge
-from florana.merge_rules import RULES
+from florana.lora.factors import Adapter, Contribution, LoraFactors
 from tests.cases import dense, make_case
 from tests.peft_adapters import PLAIN, base, logits, save_adapter, summed
 

@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from florana import tensor_files
-from florana.adapter_files import AdapterCard, read_adapter, write_adapter
-from florana.adapter_reader import AdapterReader, open_adapter
-from florana.aggregate import measured
+from florana.adapters import safetensors_io
+from florana.adapters.adapter_folder import AdapterCard, read_adapter, write_adapter
+from florana.adapters.merge import merge
+from florana.adapters.merge_card import names_of
+from florana.adapters.merge_rules import RULES
+from florana.adapters.reader import AdapterReader, open_adapter
+from florana.aggregate.best_rank import measured
+from florana.aggregate.best_rank.project import best_rank
 from florana.aggregate.error import measure
-from florana.aggregate.project import best_rank
 from florana.errors import InputError, RecipeError
-from florana.factors import Adapter, Contribution
-from florana.merge import merge
-from florana.merge_rules import RULES
-from florana.merged import names_of
+from florana.lora.factors import Adapter, Contribution
 from tests.cases import dense, make_case
 
 
@@ -162,15 +162,15 @@ def test_written_files_are_those_of_the_library(tmp_path: Path) -> None:
         for dtype in (torch.float16, torch.float32, torch.bfloat16, torch.float64)
     }
     path = tmp_path / "x.safetensors"
-    tensor_files.write_tensors(path, tensors)
+    safetensors_io.write_tensors(path, tensors)
     assert path.read_bytes() == save(tensors, metadata={"format": "pt"})
-    places = tensor_files.read_header(path)
+    places = safetensors_io.read_header(path)
     for key, tensor in tensors.items():
-        assert torch.equal(tensor_files.read_tensor(places[key], key), tensor)
-    tensor_files.write_tensors(path, {"turned": tensors['turned é"\ntorch.float32'].T})
+        assert torch.equal(safetensors_io.read_tensor(places[key], key), tensor)
+    safetensors_io.write_tensors(path, {"turned": tensors['turned é"\ntorch.float32'].T})
     assert torch.equal(load_file(path)["turned"], tensors['turned é"\ntorch.float32'].T)
     with pytest.raises(InputError, match="int64"):
-        tensor_files.write_tensors(path, {"count": torch.ones(2, dtype=torch.int64)})
+        safetensors_io.write_tensors(path, {"count": torch.ones(2, dtype=torch.int64)})
 
 
 def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
-from florana.adapter_config import CONFIG
-from florana.adapter_files import read_adapter, write_adapter
-from florana.adapter_settings import SETTINGS
+from florana.adapters.adapter_folder import read_adapter, write_adapter
+from florana.adapters.inspect import inspect
+from florana.adapters.merge import merge
+from florana.adapters.peft_config import CONFIG
+from florana.adapters.peft_settings import SETTINGS
 from florana.errors import InputError, RecipeError
-from florana.inspection import inspect
-from florana.merge import merge
 from tests.peft_adapters import PLAIN, base, logits, save_adapter, summed
 
 pytestmark = [

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from florana.factors import kind_of
 from florana.federation.journal import read_records
 from florana.federation.messages import Brief, Failure, Reply, travelling, unpack
+from florana.lora.factors import kind_of
 from florana.strategy import STRATEGIES
 from florana.strategy.facts import Size
 from tests.federation import VARIANTS, built, first_adapter, noisy, run

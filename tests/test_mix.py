@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from florana.aggregate import als, direct, gradient
-from florana.aggregate.mix import (
+from florana.aggregate.flora_na import adamw, als, matrix_free
+from florana.aggregate.flora_na.scalars import (
     Fit,
     Solver,
     as_blocks,
@@ -28,11 +28,11 @@ from florana.aggregate.mix import (
     per_model_relative,
     per_module,
 )
-from florana.factors import Adapter, LoraFactors
+from florana.lora.factors import Adapter, LoraFactors
 from tests import oracle
 from tests.cases import Case, cases, dense, make_case
 
-SOLVERS = {"als": als.solve, "adamw": functools.partial(gradient.solve, steps=40)}
+SOLVERS = {"als": als.solve, "adamw": functools.partial(adamw.solve, steps=40)}
 """AdamW keeps its best iterate, so what these tests ask of it holds after any number of steps."""
 
 
@@ -175,7 +175,7 @@ def test_als_ends_no_higher_than_adamw(fit: Fit, seed: int) -> None:
         answer = mix(case.parts, solver=solver, fit=fit).coefficients
         return sum({id(c): c.history[-1] for c in answer.values()}.values())
 
-    assert total(als.solve) <= total(gradient.solve) * (1 + 1e-3)
+    assert total(als.solve) <= total(adamw.solve) * (1 + 1e-3)
 
 
 @given(case=cases(equal_scalings=True))
@@ -212,7 +212,7 @@ def test_relative_and_absolute_counting_differ_where_modules_differ_in_size() ->
 def from_fedit_alone() -> Iterator[None]:
     """One start: which others the two ways try, and which of them has the lowest end after a sweep, may differ."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("florana.aggregate.starts.NEAR", math.inf)
+        patch.setattr("florana.aggregate.flora_na.starts.NEAR", math.inf)
         yield
 
 
@@ -298,7 +298,7 @@ def test_the_estimated_error_is_near_the_dense_one() -> None:
         module = directions_of(pairs, base, weights)
         truth = oracle.target(case.modules["layer.0.q"]) / max(p.scaling for p in pairs)
         square = float(np.sum((truth - (module.B @ module.A).numpy()) ** 2))
-        assert direct.square_estimate(module, module.B, module.A) == pytest.approx(square, rel=0.3)
+        assert matrix_free.square_estimate(module, module.B, module.A) == pytest.approx(square, rel=0.3)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_the_estimated_error_is_near_the_dense_one() -> None:
 )
 def test_the_cost_model_prefers_the_way_that_was_measured_faster(clients: int, size: int, rank: int, kind: str) -> None:
     zero = torch.zeros(1)
-    module = direct.Directions(  # shapes without memory; blocks() would need it, so only its choice is looked at
+    module = matrix_free.Directions(  # shapes without memory; blocks() would need it, so only its choice is looked at
         zero.expand(clients, size, rank), zero.expand(clients, rank, size), zero, zero, zero, zero, zero
     )
     assert (factors_cost({"q": module}) < blocks_cost({"q": module})) is (kind == "factors")

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from florana.aggregate.gauge import alive
+from florana.aggregate.factorization import alive
 from florana.errors import RecipeError
-from florana.factors import Adapter, LoraFactors
+from florana.lora.factors import Adapter, LoraFactors
 from florana.strategy import STRATEGIES
 from florana.strategy.ranks import with_ranks
 from tests import oracle

@@ -15,19 +15,19 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from florana.adapter_files import read_adapter
+from florana.adapters.adapter_folder import read_adapter
 from florana.errors import InputError
-from florana.factors import Adapter
 from florana.federation.journal import read_records
-from florana.recipe import Recipe
-from florana.recipe_file import check
-from florana.run import execute
+from florana.lora.factors import Adapter
+from florana.recipe.load import check
+from florana.recipe.schema import Recipe
+from florana.runs.setup import execute
+from florana.train.data.tokenize import encode_classes, encode_language
 from florana.train.evaluate import evaluate
 from florana.train.generate import generate
 from florana.train.model import Workbench
 from florana.train.probe import pads_left
 from florana.train.shapes import shapes_of
-from florana.train.tasks import encode_classes, encode_language
 from tests.conftest import ROOT, WORDS
 from tests.families import CLASSES, FAMILIES, GPT2, GROUPED, LANGUAGE, PLAIN, Family, Task
 

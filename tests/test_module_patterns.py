@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from florana import module_patterns
-from florana.adapter_files import read_adapter
-from florana.cli import app
+from florana.adapters import patterns as module_patterns
+from florana.adapters.adapter_folder import read_adapter
+from florana.adapters.patterns import by_pattern
+from florana.cli.main import app
 from florana.errors import InputError
-from florana.module_patterns import by_pattern
 
 PATH = Path("adapter_config.json")
 LONG = "a" * 200 + "!"

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from florana.factors import Adapter, LoraFactors
 from florana.federation.gate import Expected, admit
 from florana.federation.messages import Brief, pack, unpack
-from florana.plan import plan
-from florana.recipe_file import check
-from florana.run import begin, execute, prepare, strategy_of
+from florana.lora.factors import Adapter, LoraFactors
+from florana.recipe.load import check
+from florana.runs.dry_run import plan
+from florana.runs.setup import begin, execute, prepare, strategy_of
 from florana.strategy.base import Payload, Pruning
 from florana.train.client import TrainingClients, penalty_of, train_locally
+from florana.train.data.tokenize import collate
 from florana.train.evaluate import evaluate
-from florana.train.tasks import collate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 

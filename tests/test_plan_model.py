@@ -11,9 +11,9 @@ from safetensors.torch import load
 from transformers import AutoModel
 
 from florana.errors import InputError, RecipeError
-from florana.factors import Adapter, LoraFactors
 from florana.federation.messages import pack
-from florana.plan_model import FULL, plan_model
+from florana.lora.factors import Adapter, LoraFactors
+from florana.runs.cost_model import FULL, plan_model
 from florana.strategy import STRATEGIES
 from florana.train.shapes import PRESETS, shapes_of
 from tests.program import florana

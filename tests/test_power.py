@@ -11,14 +11,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from florana import linalg
-from florana.adapter_files import read_adapter
-from florana.aggregate import power
+from florana.adapters.adapter_folder import read_adapter
+from florana.aggregate.best_rank import power
+from florana.aggregate.best_rank.project import (
+    Task,
+    best_rank,
+    by_power,
+    by_qr,
+    cheapest,
+    pass_cost,
+    qr_cost,
+)
 from florana.aggregate.error import measure
 from florana.aggregate.mean import mean
-from florana.aggregate.project import Task, best_rank, by_power, by_qr, cheapest, pass_cost, qr_cost
 from florana.errors import InputError
-from florana.factors import Adapter, Contribution, LoraFactors
+from florana.lora import linalg
+from florana.lora.factors import Adapter, Contribution, LoraFactors
 from tests import oracle
 from tests.cases import Case, cases, dense, make_case
 

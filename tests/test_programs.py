@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from florana.errors import InputError
-from florana.score import programs, tasks
+from florana.score import benchmarks, programs
 from florana.score.code_tasks import mbpp_program
 from florana.score.programs import Limits, run_program, run_programs
 from florana.score.sandbox import BARRIERS
@@ -26,9 +26,9 @@ QUICK = Limits(seconds=60.0, cpu_seconds=1, memory_mib=256)  # the clock is for 
 @pytest.mark.usefixtures("runnable")
 @pytest.mark.shared
 def test_the_reference_solutions_of_humaneval_pass() -> None:
-    rows = tasks.read_problems("humaneval", HUMANEVAL)
+    rows = benchmarks.read_problems("humaneval", HUMANEVAL)
     assert len(rows) == 164
-    scores = tasks.figures("humaneval", rows, [[row["canonical_solution"]] for row in rows], workers=2)
+    scores = benchmarks.figures("humaneval", rows, [[row["canonical_solution"]] for row in rows], workers=2)
     assert scores == {"pass@1": 1.0, "stopped": 0.0, "shut_in": 1.0}
 
 
@@ -36,10 +36,10 @@ def test_the_reference_solutions_of_humaneval_pass() -> None:
 @pytest.mark.shared
 def test_the_reference_solutions_of_mbpp_pass_and_broken_ones_do_not() -> None:
     """Every sixth of 974 here; `scripts/score_references.py` runs all."""
-    rows = [row for row in tasks.read_all("mbpp", MBPP) if row["task_id"] % 6 == 1]
+    rows = [row for row in benchmarks.read_all("mbpp", MBPP) if row["task_id"] % 6 == 1]
     pairs = [mbpp_program(row, row["code"]) for row in rows]
     assert [v for v in run_programs(pairs, workers=2) if not v.passed] == []
-    setup = [row for row in tasks.read_all("mbpp", MBPP) if row["test_setup_code"]]
+    setup = [row for row in benchmarks.read_all("mbpp", MBPP) if row["test_setup_code"]]
     assert [run_program(*mbpp_program(row, row["code"])).reason for row in setup] == ["passed", "passed"]
     verdicts = run_programs([mbpp_program(row, without_bodies(row["code"])) for row in rows[:40]], workers=2)
     assert not any(verdict.passed for verdict in verdicts)
@@ -60,8 +60,8 @@ def without_bodies(code: str) -> str:
 @pytest.mark.shared
 @pytest.mark.parametrize("broken", ["    return None\n", "    return (\n", "    raise SystemExit(0)\n", ""])
 def test_broken_solutions_of_humaneval_do_not_pass(broken: str) -> None:
-    rows = tasks.read_problems("humaneval", HUMANEVAL)[::8]
-    assert tasks.figures("humaneval", rows, [[broken]] * len(rows), workers=2)["pass@1"] == 0.0
+    rows = benchmarks.read_problems("humaneval", HUMANEVAL)[::8]
+    assert benchmarks.figures("humaneval", rows, [[broken]] * len(rows), workers=2)["pass@1"] == 0.0
 
 
 @pytest.mark.usefixtures("runnable")

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from florana.aggregate.pad import leading, tail
-from florana.factors import Adapter, LoraFactors
+from florana.aggregate.heterogeneous import leading, tail
 from florana.federation.gate import Expected, Refused, admit
 from florana.federation.journal import read_records
 from florana.federation.messages import Brief, Failure, Reply, pack, unpack
+from florana.lora.factors import Adapter, LoraFactors
 from florana.strategy import STRATEGIES
 from florana.strategy.base import Payload, Pruning
 from florana.strategy.facts import Size

@@ -11,8 +11,8 @@ import pytest
 import tomli_w
 
 from florana.errors import RecipeError
-from florana.recipe_file import check, differences, read_recipe, resolve
-from florana.study.cells import method_of
+from florana.recipe.load import check, differences, read_recipe, resolve
+from florana.study.grid import method_of
 from tests.conftest import ROOT
 
 BASE: dict[str, Any] = {

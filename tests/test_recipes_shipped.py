@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from florana.cli import app
-from florana.plan import plan
-from florana.recipe_file import read_recipe
+from florana.cli.display import figures_table, plan_table
+from florana.cli.main import app
+from florana.recipe.load import read_recipe
 from florana.report.page import write_report
 from florana.report.views import view
-from florana.run import execute, prepare
+from florana.runs.dry_run import plan
+from florana.runs.setup import execute, prepare
+from florana.score.benchmarks import figure_names, figures
 from florana.score.glue import GLUE
-from florana.score.tasks import figure_names, figures
-from florana.screen import figures_table, plan_table
-from florana.study.cells import plan_of
+from florana.study.grid import plan_of
 from tests.conftest import ROOT, SHARED
 from tests.test_glue import cycle, write
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from florana.errors import InputError
-from florana.recipe_file import check
+from florana.recipe.load import check
 from florana.report.page import write_report
 from florana.report.views import summary, views
-from florana.run import execute, prepare
+from florana.runs.setup import execute, prepare
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from florana.errors import InputError
 from florana.robust import clip, multi_krum, trimmed
 from florana.robust.cap import capped, usual
 from florana.robust.geometric_median import geometric_median
-from florana.robust.rule import Weigh
+from florana.robust.verdict import Weigh
 
 RULES: dict[str, Weigh] = {
     "multi-krum": multi_krum.multi_krum(1),

@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from florana.aggregate.core import folded, mean_cores
-from florana.aggregate.half import mean_of_A, mean_of_B
-from florana.aggregate.pad import all_padded, norm_weighted_mean
-from florana.aggregate.project import best_rank
+from florana.aggregate.best_rank.project import best_rank
+from florana.aggregate.cores import folded, mean_cores
+from florana.aggregate.heterogeneous import all_padded, norm_weighted_mean
+from florana.aggregate.shared_factor import mean_of_A, mean_of_B
 from florana.aggregate.stack import combined
 from florana.errors import InputError, RecipeError
-from florana.factors import Adapter, Contribution, LoraFactors, kind_of
 from florana.federation.journal import read_records
 from florana.federation.messages import pack, unpack
+from florana.lora.factors import Adapter, Contribution, LoraFactors, kind_of
 from florana.strategy import STRATEGIES
 from florana.strategy.base import Payload, State
 from florana.strategy.ranks import with_ranks

@@ -17,11 +17,11 @@ from transformers import AutoModelForSequenceClassification
 
 from florana.errors import FederationError, InputError, RecipeError
 from florana.federation.journal import read_records
-from florana.plan import plan
-from florana.recipe import Recipe
-from florana.recipe_file import check
-from florana.run import execute, global_scores, prepare
-from florana.run_folder import read_run
+from florana.recipe.load import check
+from florana.recipe.schema import Recipe
+from florana.runs.dry_run import plan
+from florana.runs.run_folder import read_run
+from florana.runs.setup import execute, global_scores, prepare
 from florana.strategy import STRATEGIES
 from tests.conftest import ROOT
 from tests.program import florana, started
@@ -242,7 +242,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["sst2-minilm", "gsm8k-tiny-llama"])
 def test_the_recipes_run_on_real_data(name: str, tmp_path: Path) -> None:
     """Short rounds of each recipe on the real model and the real data; the figures need the full recipe."""
-    from florana.recipe_file import read_recipe
+    from florana.recipe.load import read_recipe
 
     short = [
         "federation.rounds=2",

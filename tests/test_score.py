@@ -9,8 +9,15 @@ from pathlib import Path
 import pytest
 
 from florana.errors import InputError
-from florana.score import tasks
-from florana.score.answers import boxed, last_number, marked_number, same_expression, same_number, written_answer
+from florana.score import benchmarks
+from florana.score.answers import (
+    boxed,
+    last_number,
+    marked_number,
+    same_expression,
+    same_number,
+    written_answer,
+)
 from florana.score.code_tasks import HUMANEVAL_STOPS, cut_at, humaneval_program, pass_at_k
 from florana.score.latex import normal
 from florana.score.programs import run_program
@@ -23,15 +30,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 @pytest.mark.shared
 @pytest.mark.parametrize(("split", "count"), [("train", 7473), ("test", 1319)])
 def test_every_gold_answer_of_gsm8k_is_extracted_and_no_corrupted_one(split: str, count: int) -> None:
-    rows = tasks.read_problems("gsm8k", SHARED / "gsm8k" / f"{split}.jsonl")
-    right = tasks.figures("gsm8k", rows, [[row["answer"]] for row in rows])
+    rows = benchmarks.read_problems("gsm8k", SHARED / "gsm8k" / f"{split}.jsonl")
+    right = benchmarks.figures("gsm8k", rows, [[row["answer"]] for row in rows])
     assert len(rows) == count
     assert right == {"exact_match": 1.0, "exact_match_flexible": 1.0, "unparsed": 0.0}
     if split == "train":
         return
-    wrong = tasks.figures("gsm8k", rows, [[row["answer"] + "1"] for row in rows])
+    wrong = benchmarks.figures("gsm8k", rows, [[row["answer"] + "1"] for row in rows])
     assert wrong == {"exact_match": 0.0, "exact_match_flexible": 0.0, "unparsed": 0.0}
-    none = tasks.figures("gsm8k", rows, [[row["answer"].split("####")[0]] for row in rows])
+    none = benchmarks.figures("gsm8k", rows, [[row["answer"].split("####")[0]] for row in rows])
     assert none["exact_match"] == 0.0
     assert none["unparsed"] == 1.0
 
@@ -122,7 +129,7 @@ def test_answers_of_math_that_stay_apart(left: str | None, right: str | None) ->
 def test_math_is_scored_on_the_box_else_on_the_formula_else_on_all() -> None:
     rows = [{"problem": "?", "solution": r"so $\boxed{\frac12}$."}] * 4
     texts = [[r"Hence \boxed{1/2}."], ["it is $0.5$"], [" 0.5 "], [r"\boxed{1"]]
-    assert tasks.figures("math", rows, texts) == {"exact_match": 0.75, "unparsed": 0.25}
+    assert benchmarks.figures("math", rows, texts) == {"exact_match": 0.75, "unparsed": 0.25}
     assert written_answer("") is None
 
 
@@ -137,7 +144,7 @@ def test_pass_at_k_is_the_mean_over_all_draws(samples: int, passed: int, k: int)
 def test_pass_at_k_of_several_problems_counts_each_problem_once() -> None:
     row = {"prompt": "def f():\n", "test": "def check(g):\n    assert g() == 1", "entry_point": "f"}
     texts = [["    return 1", "    return 2"], ["    return 2", "    return 2"]]
-    scores = tasks.figures("humaneval", [row, row], texts, ks=(1, 2), workers=2)
+    scores = benchmarks.figures("humaneval", [row, row], texts, ks=(1, 2), workers=2)
     assert (scores["pass@1"], scores["pass@2"]) == (0.25, 0.5)
     with pytest.raises(ValueError, match="pass@3 of 2"):
         pass_at_k(2, 1, 3)
@@ -149,26 +156,26 @@ def test_completions_are_cut_at_the_first_stop() -> None:
     text = "    return 1\n\nprint(f())\n\ndef other(:"
     assert cut_at(text, HUMANEVAL_STOPS) == "    return 1\n"
     assert not run_program(*humaneval_program(row, text)).passed
-    assert tasks.figures("humaneval", [row], [[text]])["pass@1"] == 1.0
+    assert benchmarks.figures("humaneval", [row], [[text]])["pass@1"] == 1.0
     assert cut_at("a b", ("c",)) == "a b"
 
 
 @pytest.mark.shared
 def test_prompts_are_those_of_lm_eval() -> None:
-    shots = tasks.read_examples("mbpp", MBPP)
-    rows = tasks.read_problems("mbpp", MBPP)
+    shots = benchmarks.read_examples("mbpp", MBPP)
+    rows = benchmarks.read_problems("mbpp", MBPP)
     assert [row["task_id"] for row in rows] == list(range(11, 511))
     assert [row["task_id"] for row in shots] == list(range(2, 11))
-    text = tasks.prompt("mbpp", rows[0], shots[:1])
+    text = benchmarks.prompt("mbpp", rows[0], shots[:1])
     assert text.startswith("You are an expert Python programmer, and here is your task: Write a function to find the ")
     assert text.count("[BEGIN]\n") == 2
     assert text.count("\n[DONE]\n\nYou are") == 1
     assert text.endswith(f"{rows[0]['test_list'][2]}\n[BEGIN]\n")
     gsm = {"question": "2 + 2?", "answer": "#### 4"}
-    assert tasks.prompt("gsm8k", gsm, [gsm]) == "Question: 2 + 2?\nAnswer: #### 4\n\nQuestion: 2 + 2?\nAnswer:"
-    assert tasks.prompt("gsm8k", gsm, template="{question}") == "2 + 2?"
+    assert benchmarks.prompt("gsm8k", gsm, [gsm]) == "Question: 2 + 2?\nAnswer: #### 4\n\nQuestion: 2 + 2?\nAnswer:"
+    assert benchmarks.prompt("gsm8k", gsm, template="{question}") == "2 + 2?"
     with pytest.raises(InputError, match=r"generation\.prompt cannot be filled"):
-        tasks.prompt("gsm8k", gsm, template="{query}")
+        benchmarks.prompt("gsm8k", gsm, template="{query}")
 
 
 @pytest.mark.parametrize(
@@ -191,5 +198,5 @@ def test_files_of_problems_that_cannot_be_used(task: str, content: bytes | None,
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError) as caught:
-        tasks.read_problems(task, path)
+        benchmarks.read_problems(task, path)
     assert words in str(caught.value)

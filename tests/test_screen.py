@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from florana.screen import duration, summary_table
+from florana.cli.display import duration, summary_table
 
 ROW = {
     "metric": "accuracy",

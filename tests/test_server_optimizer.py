@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from florana.errors import RecipeError
-from florana.factors import Adapter, Contribution
-from florana.recipe import Server
+from florana.lora.factors import Adapter, Contribution
+from florana.recipe.schema import Server
 from florana.strategy import STRATEGIES, builder
 from florana.strategy.base import State, Strategy
 from florana.strategy.ranks import with_ranks

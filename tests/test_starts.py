@@ -12,10 +12,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from florana.aggregate import als, component, direct, starts
-from florana.aggregate.blocks import target_square
-from florana.aggregate.mix import Solver, Way, as_blocks, as_factors, cheaper, directions_of, mix, per_model
-from florana.factors import Adapter, Contribution, LoraFactors
+from florana.aggregate.flora_na import als, component, matrix_free, starts
+from florana.aggregate.flora_na.gram import target_square
+from florana.aggregate.flora_na.scalars import (
+    Solver,
+    Way,
+    as_blocks,
+    as_factors,
+    cheaper,
+    directions_of,
+    mix,
+    per_model,
+)
+from florana.lora.factors import Adapter, Contribution, LoraFactors
 from tests import oracle
 from tests.cases import Case, cases, dense, make_case
 from tests.test_mix import base_of, squares
@@ -179,8 +188,10 @@ def test_adapters_far_apart_go_to_the_solver_as_blocks_where_many_starts_cost_mo
         return type(cheaper({"q": module})["q"]).__name__
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("florana.aggregate.mix.STEP_CALLS", 0.0)  # modules of a test are too small to hide the calls
-        patch.setattr("florana.aggregate.mix.READS", 30.0)
+        patch.setattr(
+            "florana.aggregate.flora_na.scalars.STEP_CALLS", 0.0
+        )  # modules of a test are too small to hide the calls
+        patch.setattr("florana.aggregate.flora_na.scalars.READS", 30.0)
         assert kind(case) == "Directions"
         assert kind(refactored(case, 0, "turned")) == "Blocks"
 
@@ -273,7 +284,7 @@ def test_what_a_pair_has_in_common_with_the_target_is_exact() -> None:
     for base in (None, pairs[0]):
         module = directions_of(pairs, base, weights)
         product = (module.B @ module.A).numpy()
-        cross, own = direct.against_target(dataclasses.replace(module, unit=3.0), module.B, module.A)
+        cross, own = matrix_free.against_target(dataclasses.replace(module, unit=3.0), module.B, module.A)
         assert cross == pytest.approx(3 * np.vdot(truth, product), rel=1e-10)
         assert own == pytest.approx(3 * np.sum(product**2), rel=1e-10)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from florana.factors import Adapter, Contribution, LoraFactors
+from florana.lora.factors import Adapter, Contribution, LoraFactors
 from florana.strategy import STRATEGIES
 from florana.strategy.base import State
 from tests import oracle

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 
 from florana.errors import RecipeError
-from florana.recipe_file import check, check_strategy
+from florana.recipe.load import check, check_strategy
 from florana.strategy import STRATEGIES
 
 OPTIONS = [(name, option) for name, build in STRATEGIES.items() for option in inspect.signature(build).parameters]

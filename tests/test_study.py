@@ -15,18 +15,18 @@ import pytest
 import rich.console
 from scipy import stats
 
+from florana.cli.display_study import others_table
 from florana.errors import RecipeError
 from florana.federation.journal import read_records
-from florana.recipe_file import check
+from florana.recipe.load import check
 from florana.report.views import view
-from florana.screen_study import others_table
-from florana.strategy.contract import check_rule
-from florana.study import work
-from florana.study.cells import Cell, Plan, Setting, method_of, plan_of, recipe_of, split_methods
+from florana.strategy.conformance import check_rule
+from florana.study import runner
 from florana.study.estimates import Estimate, estimate, paired
+from florana.study.grid import Cell, Plan, Setting, method_of, plan_of, recipe_of, split_methods
 from florana.study.publish import publish
+from florana.study.runner import execute_study, folder_of, rounds_left, swap_file
 from florana.study.table import Comparison, Other, as_csv, compare, latex, markdown
-from florana.study.work import execute_study, folder_of, rounds_left, swap_file
 from tests.program import florana
 
 OWN = """
@@ -174,7 +174,7 @@ def test_a_study_shares_partitions_marks_gaps_and_is_not_done_twice(
     assert [r.eval["global"] for r in mine] == [r.eval["global"] for r in first[3]], "the same rule, another result"
     assert rounds_left(plan, out) == 2 * 2  # ravan's
     ran: list[str] = []
-    monkeypatch.setattr("florana.run.execute", lambda recipe, folder, **rest: ran.append(folder.name))
+    monkeypatch.setattr("florana.runs.setup.execute", lambda recipe, folder, **rest: ran.append(folder.name))
     execute_study(plan, out, 1, lambda count, name: None)
     assert ran == ["ravan", "ravan"]
 
@@ -184,14 +184,14 @@ def test_a_study_takes_no_more_threads_than_it_was_given(
 ) -> None:
     """OMP_NUM_THREADS, which torch has read, is the most; a machine's cores shared by groups are the next."""
     asked: list[int] = []
-    monkeypatch.setattr(work.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(runner.os, "cpu_count", lambda: 8)
     monkeypatch.setattr("torch.get_num_threads", lambda: 3)
     monkeypatch.setattr("torch.set_num_threads", asked.append)
     small.pop("threads")
-    monkeypatch.setattr("florana.run.execute", lambda *given, **rest: None)
-    monkeypatch.setattr("florana.study.swap.swap", lambda *given: [])
+    monkeypatch.setattr("florana.runs.setup.execute", lambda *given, **rest: None)
+    monkeypatch.setattr("florana.study.fixed_updates.swap", lambda *given: [])
     plan = plan_of(check(small, "t"), seeds=4)
-    assert [work.threads_of(plan, tmp_path / "s", jobs) for jobs in (1, 2, 4, 99)] == [3, 3, 2, 2]
+    assert [runner.threads_of(plan, tmp_path / "s", jobs) for jobs in (1, 2, 4, 99)] == [3, 3, 2, 2]
     execute_study(plan, tmp_path / "s", 1, lambda count, name: None)
     assert set(asked) == {3}
 
@@ -330,12 +330,12 @@ def test_compare_on_the_command_line(small: dict[str, Any], own: Path, tmp_path:
 
 
 def test_jobs_fit_the_cores_and_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work.os, "cpu_count", lambda: 8)
-    free = {"SC_AVPHYS_PAGES": 3 * work.MEMORY_PER_JOB // 4096, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(work.os, "sysconf", lambda name: free[name])
-    assert work.default_jobs() == 3
+    monkeypatch.setattr(runner.os, "cpu_count", lambda: 8)
+    free = {"SC_AVPHYS_PAGES": 3 * runner.MEMORY_PER_JOB // 4096, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(runner.os, "sysconf", lambda name: free[name])
+    assert runner.default_jobs() == 3
     free["SC_AVPHYS_PAGES"] = 0
-    assert work.default_jobs() == 1
+    assert runner.default_jobs() == 1
 
 
 def test_a_study_compares_nothing_before_anything_is_finished(small: dict[str, Any], tmp_path: Path) -> None:

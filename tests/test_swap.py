@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from florana.aggregate.mean import mean
-from florana.recipe_file import check
-from florana.study.cells import method_of, plan_of
+from florana.recipe.load import check
+from florana.study.fixed_updates import exchange, hold, swap
+from florana.study.grid import method_of, plan_of
 from florana.study.publish import rank_correlation, summarise
-from florana.study.swap import exchange, hold, swap
-from florana.study.work import execute_study, swap_file
+from florana.study.runner import execute_study, swap_file
 
 
 @pytest.fixture
@@ -40,12 +40,12 @@ def test_another_swap_test_is_done_again_and_the_same_is_not(
     assert {row["method"] for row in rows_after(["fedit"], [1])} == {"fedit"}
     assert {row["method"] for row in rows_after(["fedit", "best-rank"], [1])} == {"fedit", "best-rank"}
     assert {row["round"] for row in rows_after(["fedit", "best-rank"], [1, 2])} == {1, 2}
-    monkeypatch.setattr("florana.study.swap.swap", lambda *rest: pytest.fail("the same test was done again"))
+    monkeypatch.setattr("florana.study.fixed_updates.swap", lambda *rest: pytest.fail("the same test was done again"))
     rows_after(["fedit", "best-rank"], [1, 2])
 
 
 def test_the_swap_test_gives_every_rule_the_same_clients(small: dict[str, Any]) -> None:
-    from florana.run import prepare
+    from florana.runs.setup import prepare
 
     recipe = check(small, "t")
     methods = [method_of(n) for n in ("fedit", "best-rank", "oracle", "ffa-lora", "fed-sb", "fedsa-lora")]
@@ -60,7 +60,7 @@ def test_the_swap_test_gives_every_rule_the_same_clients(small: dict[str, Any]) 
 
 
 def test_held_updates_are_those_of_the_run_and_only_asked_rounds_are_scored(small: dict[str, Any]) -> None:
-    from florana.run import prepare
+    from florana.runs.setup import prepare
 
     recipe = check({**small, "strategy": {"name": "fedit"}}, "t")
     setup = prepare(recipe)

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 
 from florana.errors import InputError
-from florana.recipe_data import Data
-from florana.train.data import load_tables
-from florana.train.table_files import read_table
+from florana.recipe.data_schema import Data
+from florana.train.data.sources import load_tables
+from florana.train.data.tables import read_table
 
 
 def read(path: Path, texts: list[str] | None = None) -> list[dict[str, Any]]:

@@ -15,17 +15,17 @@ import pytest
 import tomli_w
 import torch
 
-from florana.conduct import settled
 from florana.errors import InputError, RecipeError
-from florana.factors import Adapter
 from florana.federation.loop import Event
-from florana.recipe import Recipe
-from florana.recipe_file import check
-from florana.run import execute, prepare
-from florana.run_folder import recorded_threads
-from florana.study.cells import plan_of
-from florana.study.work import Group, execute_study, finished, folder_of, swap_file, threads_of
-from florana.threads import VARIABLES, instructions, threads
+from florana.lora.factors import Adapter
+from florana.recipe.load import check
+from florana.recipe.schema import Recipe
+from florana.runs.rounds import settled
+from florana.runs.run_folder import recorded_threads
+from florana.runs.setup import execute, prepare
+from florana.runs.threads import VARIABLES, instructions, threads
+from florana.study.grid import plan_of
+from florana.study.runner import Group, execute_study, finished, folder_of, swap_file, threads_of
 from tests.program import florana
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

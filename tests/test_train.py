@@ -14,17 +14,17 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification
 
 from florana.errors import FloranaError, InputError, RecipeError
-from florana.factors import Adapter, LoraFactors
 from florana.federation.sampling import derive
-from florana.recipe import Recipe
-from florana.recipe_file import check
-from florana.run import Setup, prepare
-from florana.train import beginnings
+from florana.lora.factors import Adapter, LoraFactors
+from florana.recipe.load import check
+from florana.recipe.schema import Recipe
+from florana.runs.setup import Setup, prepare
+from florana.train import lora_init
 from florana.train.client import TrainingClients, train_locally
+from florana.train.data.tokenize import Example, collate
 from florana.train.evaluate import evaluate
 from florana.train.loading import locate
 from florana.train.model import Workbench
-from florana.train.tasks import Example, collate
 from tests import oracle
 from tests.cases import dense
 
@@ -186,7 +186,7 @@ def test_only_what_is_asked_for_is_trained(trains: list[str], recipe: Recipe, se
 
 
 def test_principal_pairs_are_the_best_low_rank_part_of_the_base_weights(setup: Setup) -> None:
-    pairs = beginnings.principal(setup.bench, setup.start)
+    pairs = lora_init.principal(setup.bench, setup.start)
     for name, (weight, transposed) in setup.bench.weights().items():
         matrix = weight.detach().double().numpy()
         matrix = matrix.T if transposed else matrix
@@ -201,7 +201,7 @@ def test_gradient_pairs_span_the_sign_of_the_pooled_gradient(setup: Setup) -> No
     """Against autograd on the merged base weights, all clients' rows in one batch; the base stays frozen after."""
     batches = {client: data.train[:2] for client, data in setup.clients.items()}
     rows = [row for _, own in sorted(batches.items()) for row in own]
-    pairs = beginnings.gradient(setup.bench, setup.start, batches, rate=0.25)
+    pairs = lora_init.gradient(setup.bench, setup.start, batches, rate=0.25)
     weights = setup.bench.weights()
     assert not any(weight.requires_grad for weight, _ in weights.values())
     setup.bench.load(setup.start)
@@ -223,7 +223,7 @@ def test_a_quantised_base_has_no_principal_pairs(setup: Setup, monkeypatch: pyte
     stored = torch.nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False)
     monkeypatch.setattr(setup.bench, "weights", lambda: {name: (stored, False)})
     with pytest.raises(InputError, match=r"stored as torch\.int8"):
-        beginnings.principal(setup.bench, setup.start)
+        lora_init.principal(setup.bench, setup.start)
 
 
 @pytest.mark.parametrize("head", ["average", "personal"])

@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from florana.engine.local import LocalEngine
+from florana.federation.client_state import keep, recall
+from florana.federation.error_feedback import FEEDBACK
 from florana.federation.journal import Journal, read_records
-from florana.federation.keeping import keep, recall
+from florana.federation.local_engine import LocalEngine
 from florana.federation.loop import run_rounds
 from florana.federation.messages import Brief, Reply, pack, unpack
-from florana.federation.uplink import FEEDBACK
-from florana.plan import plan
-from florana.recipe import Recipe
-from florana.recipe_file import check
+from florana.recipe.load import check
+from florana.recipe.schema import Recipe
 from florana.report.page import write_report
 from florana.report.views import summary, views
-from florana.run import clients_of, engine_of, execute, federation_of, prepare, strategy_of
+from florana.runs.dry_run import plan
+from florana.runs.setup import clients_of, engine_of, execute, federation_of, prepare, strategy_of
 from florana.strategy import STRATEGIES
-from florana.study import cells
+from florana.study import grid
 from tests.program import florana
 
 NARROW = ["bfloat16", "int8"]
@@ -192,5 +192,5 @@ def test_the_report_says_what_the_uplink_added(recipe_table: dict[str, Any], tmp
 def test_the_centralised_control_sends_nothing_and_rounds_nothing(recipe_table: dict[str, Any]) -> None:
     base = narrow(recipe_table, "int8", {"name": "fedit"})
     table = base.model_dump(exclude_none=True)
-    cells._pool(table, base)
+    grid._pool(table, base)
     assert table["federation"]["uplink"] == "float32"

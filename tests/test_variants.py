@@ -15,21 +15,30 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from florana.adapter_files import read_adapter
-from florana.aggregate.pad import padded
-from florana.aggregate.project import best_rank
-from florana.aggregate.terms import by_budget, by_rank, divided
+from florana.adapters.adapter_folder import read_adapter
+from florana.aggregate.best_rank.project import best_rank
+from florana.aggregate.best_rank.truncate import by_budget, by_rank, divided
+from florana.aggregate.heterogeneous import padded
 from florana.errors import InputError, RecipeError
-from florana.factors import Adapter, Contribution, LoraFactors
 from florana.federation.journal import Journal
 from florana.federation.loop import run_rounds
-from florana.recipe import Recipe
-from florana.recipe_file import check, read_recipe
+from florana.lora.factors import Adapter, Contribution, LoraFactors
+from florana.recipe.load import check, read_recipe
+from florana.recipe.schema import Recipe
 from florana.report.page import write_report
-from florana.run import Setup, begin, engine_of, execute, federation_of, global_scores, prepare, strategy_of
+from florana.runs.setup import (
+    Setup,
+    begin,
+    engine_of,
+    execute,
+    federation_of,
+    global_scores,
+    prepare,
+    strategy_of,
+)
 from florana.strategy import STRATEGIES
 from florana.strategy.base import Outcome, State
-from florana.study.cells import plan_of, recipe_of
+from florana.study.grid import plan_of, recipe_of
 from florana.train.client import train_locally
 from florana.train.model import Workbench
 from tests import oracle
@@ -337,7 +346,7 @@ def test_rules_take_each_modules_own_rank() -> None:
 
 
 def test_a_budget_begins_after_each_modules_own_rank() -> None:
-    from florana import linalg
+    from florana.lora import linalg
 
     wholes = {
         "q": linalg.Decomposition(torch.eye(3), torch.tensor([9.0, 8.0, 7.0]), torch.eye(3)),

@@ -19,10 +19,10 @@ from florana.errors import RecipeError
 from florana.federation.gate import Expected, Refused, admit
 from florana.federation.journal import read_records
 from florana.federation.messages import Brief, Failure, Reply, pack
-from florana.federation.reach import reach_of
-from florana.recipe import Recipe
-from florana.recipe_file import check
-from florana.run import execute
+from florana.federation.step_bounds import reach_of
+from florana.recipe.load import check
+from florana.recipe.schema import Recipe
+from florana.runs.setup import execute
 from florana.strategy import STRATEGIES
 from florana.strategy.base import Payload
 from tests.federation import first_adapter, noisy, run

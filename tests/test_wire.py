@@ -12,13 +12,13 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from florana.aggregate.pad import leading
+from florana.aggregate.heterogeneous import leading
 from florana.errors import InputError
-from florana.factors import Adapter, LoraFactors, adapter_from_tensors
-from florana.federation import wire
+from florana.federation import quantize
+from florana.federation.error_feedback import FEEDBACK, outgoing, packed_size, uplink_error
 from florana.federation.gate import Expected, Refused, admit
 from florana.federation.messages import Brief, Reply, pack, travelling
-from florana.federation.uplink import FEEDBACK, outgoing, packed_size, uplink_error
+from florana.lora.factors import Adapter, LoraFactors, adapter_from_tensors
 from florana.strategy.base import Payload, Pruning, work
 from tests.federation import first_adapter
 
@@ -72,14 +72,14 @@ SIZES = st.sampled_from([1e-30, 1e-6, 1.0, 3e4, 1e30])
 @hypothesis.given(shape=SHAPES, seed=st.integers(0, 999), size=SIZES)
 def test_int8_is_what_a_loop_in_float64_makes(shape: tuple[int, int], seed: int, size: float) -> None:
     change = draw(seed, *shape, size=size)
-    whole, scale = wire.quantized(change)
+    whole, scale = quantize.quantized(change)
     expected, scales, values = oracle_int8(change.numpy())
     assert whole.dtype == torch.int8
     assert scale.dtype == torch.float32
     assert whole.shape == change.shape
     assert whole.tolist() == expected.tolist()
     assert scale.tolist() == scales
-    got = wire.dequantized(whole, scale)
+    got = quantize.dequantized(whole, scale)
     assert got.dtype == torch.float64
     assert got.tolist() == values.tolist()
     spread = np.repeat(scales, 64)[: change.numel()].reshape(shape)
@@ -91,8 +91,8 @@ def test_int8_is_what_a_loop_in_float64_makes(shape: tuple[int, int], seed: int,
 def test_bfloat16_rounds_to_nearest_even(shape: tuple[int, int], seed: int, size: float) -> None:
     change = draw(seed, *shape, size=size)
     zero = {"x": torch.zeros(shape)}
-    up = wire.written({"x": change}, zero, "bfloat16")
-    got = wire.read(up, zero, "bfloat16")["x"]
+    up = quantize.written({"x": change}, zero, "bfloat16")
+    got = quantize.read(up, zero, "bfloat16")["x"]
     assert up["x"].dtype == torch.bfloat16
     assert got.double().numpy().tolist() == oracle_bfloat16(change.numpy()).tolist()
     assert bool(((got.double() - change.double()).abs() <= 2.0**-8 * change.double().abs()).all())
@@ -102,14 +102,14 @@ def test_blocks_of_zeros_ties_and_the_shorter_last_block() -> None:
     change = torch.zeros(130)
     change[64], change[65], change[66] = 127.0, 0.5, 1.5  # a scale of 1: two ties
     change[129] = -0.25
-    whole, scale = wire.quantized(change)
+    whole, scale = quantize.quantized(change)
     assert scale.tolist() == [0.0, 1.0, float(np.float32(0.25 / 127))]
     assert whole[64:67].tolist() == [127, 0, 2]
     assert whole[129] == -127
     assert int(whole.count_nonzero()) == 3
-    assert wire.quantized(torch.zeros(0, 3))[1].shape == (0,)
+    assert quantize.quantized(torch.zeros(0, 3))[1].shape == (0,)
     tiny = torch.full((3,), 1e-45)  # its scale is zero in float32: nothing is sent, nothing divides by it
-    assert wire.dequantized(*wire.quantized(tiny)).tolist() == [0.0] * 3
+    assert quantize.dequantized(*quantize.quantized(tiny)).tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("form", NARROW)
@@ -118,18 +118,20 @@ def test_the_change_is_written_and_added_to_what_was_sent(form: Any) -> None:
     received = {"A/q": draw(1, 5, 40, size=1000.0)}
     change = draw(2, 5, 40, size=0.001)
     trained = {"A/q": received["A/q"] + change}
-    got = wire.read(wire.written(trained, received, form), received, form)["A/q"]
+    got = quantize.read(quantize.written(trained, received, form), received, form)["A/q"]
     assert got.dtype == torch.float32
     assert float((got - trained["A/q"]).abs().max()) < 1.3e-4  # the last place of float32 there is 6e-5
-    assert wire.read(wire.written(trained, received, "float32"), received, "float32")["A/q"].equal(trained["A/q"])
+    assert quantize.read(quantize.written(trained, received, "float32"), received, "float32")["A/q"].equal(
+        trained["A/q"]
+    )
 
 
 def test_the_form_is_what_is_written_and_float32_is_todays_message() -> None:
     start = first_adapter()
     after = moved(start, 3)
     for form in ("float32", *NARROW):
-        up = wire.written(travelling(after, ["A", "B"]), travelling(start, ["A", "B"]), form)  # type: ignore[arg-type]
-        like = wire.form_of(travelling(start, ["A", "B"]), form)  # type: ignore[arg-type]
+        up = quantize.written(travelling(after, ["A", "B"]), travelling(start, ["A", "B"]), form)  # type: ignore[arg-type]
+        like = quantize.form_of(travelling(start, ["A", "B"]), form)  # type: ignore[arg-type]
         assert {n: (t.shape, t.dtype) for n, t in up.items()} == {n: (t.shape, t.dtype) for n, t in like.items()}
         sent = outgoing(after, start, brief_of(start, form), {})
         assert packed_size(travelling(start, ["A", "B"]), form) == len(sent.content)  # type: ignore[arg-type]
@@ -169,7 +171,7 @@ def sums_of(form: str, feedback: list[str], rounds: int, seed: int) -> tuple[flo
         encoded = load(out.content)
         for name in changes:  # the largest rounding that the format can make of this tensor
             if form == "int8":
-                step = max(step, float(encoded[wire.SCALE + name].max()) / 2)
+                step = max(step, float(encoded[quantize.SCALE + name].max()) / 2)
             else:
                 step = max(step, float(encoded[name].double().abs().max()) * 2.0**-8)
     return max(float(t.abs().max()) for t in missed.values()), step
@@ -366,7 +368,7 @@ def test_the_limit_of_a_message_follows_its_format() -> None:
 
 
 def test_a_brief_keeps_its_format_over_flower() -> None:
-    briefs = pytest.importorskip("florana.flower.briefs")
+    briefs = pytest.importorskip("florana.flower.app.codec")
     brief = dataclasses.replace(brief_of(first_adapter(), "int8"), feedback=["extra"])
     frame = briefs.brief_frame(brief, "run", "word", "card")
     back = briefs.read_brief(type(frame)(frame.kind, frame.fields, frame.payload))

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from florana.flower.frames import Frame, from_head
+from florana.flower.app.frames import Frame, from_head
 
 _SIZES = struct.Struct(">QQ")
 

@@ -4,7 +4,7 @@ The names below are loaded when first used, so that `import florana` and `floran
 
 >>> import florana
 >>> florana.best_rank.__module__
-'florana.aggregate.project'
+'florana.aggregate.best_rank.project'
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from florana.adapter_files import AdapterCard, read_adapter, write_adapter
+    from florana.adapters.adapter_folder import AdapterCard, read_adapter, write_adapter
+    from florana.aggregate.best_rank.project import best_rank
     from florana.aggregate.error import AggregationError, measure
+    from florana.aggregate.flora_na.scalars import mix
     from florana.aggregate.mean import mean
-    from florana.aggregate.mix import mix
-    from florana.aggregate.project import best_rank
     from florana.aggregate.signed import weighted_sum
     from florana.aggregate.stack import stack
     from florana.errors import FederationError, FloranaError, InputError, RecipeError
-    from florana.factors import Adapter, Contribution, LoraFactors
-    from florana.recipe import Recipe
-    from florana.recipe_file import read_recipe
+    from florana.lora.factors import Adapter, Contribution, LoraFactors
+    from florana.recipe.load import read_recipe
+    from florana.recipe.schema import Recipe
     from florana.report.page import write_report
-    from florana.run import execute, prepare
+    from florana.runs.setup import execute, prepare
 
 _HOME = {
-    "florana.adapter_files": ("AdapterCard", "read_adapter", "write_adapter"),
+    "florana.adapters.adapter_folder": ("AdapterCard", "read_adapter", "write_adapter"),
     "florana.aggregate.error": ("AggregationError", "measure"),
     "florana.aggregate.mean": ("mean",),
-    "florana.aggregate.mix": ("mix",),
-    "florana.aggregate.project": ("best_rank",),
+    "florana.aggregate.flora_na.scalars": ("mix",),
+    "florana.aggregate.best_rank.project": ("best_rank",),
     "florana.aggregate.signed": ("weighted_sum",),
     "florana.aggregate.stack": ("stack",),
     "florana.errors": ("FederationError", "FloranaError", "InputError", "RecipeError"),
-    "florana.factors": ("Adapter", "Contribution", "LoraFactors"),
-    "florana.recipe": ("Recipe",),
-    "florana.recipe_file": ("read_recipe",),
+    "florana.lora.factors": ("Adapter", "Contribution", "LoraFactors"),
+    "florana.recipe.schema": ("Recipe",),
+    "florana.recipe.load": ("read_recipe",),
     "florana.report.page": ("write_report",),
-    "florana.run": ("execute", "prepare"),
+    "florana.runs.setup": ("execute", "prepare"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -1,6 +1,6 @@
 """`python -m florana` is `florana`."""
 
-from florana.cli import main
+from florana.cli.main import main
 
 if __name__ == "__main__":
     main()

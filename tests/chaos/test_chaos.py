@@ -25,14 +25,14 @@ from flwr.app import RecordDict
 from florana.errors import FederationError
 from florana.federation.journal import read_records
 from florana.federation.loop import Event
-from florana.flower.frames import Frame
-from florana.flower.records import from_record, to_record
-from florana.flower.server_app import lead
-from florana.flower.settings import Settings
-from florana.flower.site import Site
-from florana.recipe import Recipe
-from florana.recipe_file import check
-from florana.run import execute
+from florana.flower.app.flower_records import from_record, to_record
+from florana.flower.app.frames import Frame
+from florana.flower.app.server_app import lead
+from florana.flower.app.settings import Settings
+from florana.flower.app.site import Site
+from florana.recipe.load import check
+from florana.recipe.schema import Recipe
+from florana.runs.setup import execute
 from florana.strategy import STRATEGIES
 from tests.chaos.counts import Tally, digest, often
 from tests.flower_grid import FakeGrid, lead_with_trainers, trainer_at, trainer_process

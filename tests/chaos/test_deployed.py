@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 from florana.federation.journal import read_records
-from florana.recipe_file import check
-from florana.run import execute
+from florana.recipe.load import check
+from florana.runs.setup import execute
 from tests import strikes
 from tests.chaos.counts import Tally, digest
 from tests.deployment import HANGS, PROGRAM, Fed, environment, federation, wait_for

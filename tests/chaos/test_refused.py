@@ -19,13 +19,13 @@ import tomli_w
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 from florana.errors import FederationError, InputError, RecipeError
-from florana.flower.front import Door, open_door, trusting
-from florana.flower.invitation import invite
-from florana.flower.keys import Certificates, approve, make_server, make_site, read_roster
-from florana.flower.link import make_link
-from florana.flower.serve import check_certificates, serve
-from florana.flower.settings import Settings
-from florana.recipe_file import read_recipe
+from florana.flower.app.settings import Settings
+from florana.flower.deploy.fleet import make_link
+from florana.flower.deploy.gateway import Door, open_door, trusting
+from florana.flower.deploy.invitation import invite
+from florana.flower.deploy.keys import Certificates, approve, make_server, make_site, read_roster
+from florana.flower.deploy.serve import check_certificates, serve
+from florana.recipe.load import read_recipe
 from tests.deployment import HANGS, PROGRAM, end_all, environment, free_port
 
 pytestmark = [pytest.mark.chaos, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
@@ -160,7 +160,7 @@ def test_too_few_approved_sites_are_an_error_before_anything_starts(standing: St
 def test_a_full_disk_at_the_server_keeps_the_old_round(standing: Standing, tmp_path: Path) -> None:
     """A real file system of 1 MiB, filled by somebody else in the middle of the run."""
     from florana.federation.journal import read_records
-    from florana.run import execute
+    from florana.runs.setup import execute
 
     small = tmp_path / "small"
     small.mkdir()

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from florana import linalg
-from florana.aggregate import inputs
-from florana.aggregate.core import folded
-from florana.aggregate.project import targets
-from florana.aggregate.terms import NEGLIGIBLE
-from florana.factors import Adapter, Contribution, LoraFactors
+from florana.aggregate import validate
+from florana.aggregate.best_rank.project import targets
+from florana.aggregate.best_rank.truncate import NEGLIGIBLE
+from florana.aggregate.cores import folded
+from florana.lora import linalg
+from florana.lora.factors import Adapter, Contribution, LoraFactors
 
 Stacks = Mapping[str, linalg.Stack]
 """Module name -> a factored product."""
@@ -109,11 +109,11 @@ def extrapolation(parts: Sequence[Contribution], adapter: Adapter, frozen: Adapt
     """
     before = products(adapter, frozen)
     own = []
-    for part, weight in zip(parts, inputs.shares(parts), strict=True):
+    for part, weight in zip(parts, validate.shares(parts), strict=True):
         moved = displacement(average([replace(part, weight=1.0)]), before)
         own.append(weight * (_square(moved) + _extra_square(part.adapter, adapter)))
     mean = _square(displacement(average(parts), before))
-    mean += _extra_square(Adapter(adapter.modules, inputs.average_extra(parts)), adapter)
+    mean += _extra_square(Adapter(adapter.modules, validate.average_extra(parts)), adapter)
     return max(1.0, math.fsum(own) / (2.0 * mean)) if mean > 0 else 1.0
 
 

@@ -12,11 +12,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from florana import linalg
-from florana.aggregate.core import folded
-from florana.aggregate.measured import relative
-from florana.aggregate.project import targets
-from florana.factors import Adapter, Contribution
+from florana.aggregate.best_rank.measured import relative
+from florana.aggregate.best_rank.project import targets
+from florana.aggregate.cores import folded
+from florana.lora import linalg
+from florana.lora.factors import Adapter, Contribution
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def measure(
         residual: a frozen part sent along with the answer: it belongs to the answer, not to the optimum's rank.
 
     >>> import torch
-    >>> from florana.factors import LoraFactors
+    >>> from florana.lora.factors import LoraFactors
     >>> pair = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 1.0)})
     >>> measure([Contribution("a", pair, 1.0)], pair).error
     0.0

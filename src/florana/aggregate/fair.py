@@ -15,9 +15,9 @@ from collections.abc import Sequence
 
 import torch
 
-from florana.aggregate import inputs
+from florana.aggregate import validate
 from florana.errors import InputError
-from florana.factors import Adapter, Contribution, LoraFactors
+from florana.lora.factors import Adapter, Contribution, LoraFactors
 
 
 def corrected_mean(parts: Sequence[Contribution], penalty: float = 0.01) -> Adapter:
@@ -38,12 +38,12 @@ def corrected_mean(parts: Sequence[Contribution], penalty: float = 0.01) -> Adap
     """
     if not penalty >= 0:
         raise InputError(f"the penalty {penalty} is not at least 0")
-    weights = inputs.shares(parts)
+    weights = validate.shares(parts)
     modules: dict[str, LoraFactors] = {}
-    for name, pairs in inputs.columns(parts).items():
-        rank = inputs.same_rank(parts, name, pairs, "lora-fair")
-        scaling = inputs.output_scaling(pairs)
-        Bs, As = inputs.unscaled(pairs, scaling)
+    for name, pairs in validate.columns(parts).items():
+        rank = validate.same_rank(parts, name, pairs, "lora-fair")
+        scaling = validate.output_scaling(pairs)
+        Bs, As = validate.unscaled(pairs, scaling)
         wide = [(B_u.double(), A_u.double()) for B_u, A_u in zip(Bs, As, strict=True)]
         A = sum((w * A_u for w, (_, A_u) in zip(weights, wide, strict=True)), torch.zeros_like(wide[0][1]))
         B = sum((w * B_u for w, (B_u, _) in zip(weights, wide, strict=True)), torch.zeros_like(wide[0][0]))
@@ -55,4 +55,4 @@ def corrected_mean(parts: Sequence[Contribution], penalty: float = 0.01) -> Adap
         correction = missed @ torch.linalg.pinv(ridge, hermitian=True)
         dtype = pairs[0].A.dtype
         modules[name] = LoraFactors(B=(B + correction).to(dtype), A=A.to(dtype), scaling=scaling)
-    return Adapter(modules, inputs.average_extra(parts))
+    return Adapter(modules, validate.average_extra(parts))

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from florana.aggregate import inputs
-from florana.factors import Adapter, Contribution, LoraFactors
+from florana.aggregate import validate
+from florana.lora.factors import Adapter, Contribution, LoraFactors
 
 
 def mean(parts: Sequence[Contribution]) -> Adapter:
@@ -31,19 +31,19 @@ def mean(parts: Sequence[Contribution]) -> Adapter:
     >>> mean([Contribution("a", ones, 1), Contribution("b", threes, 3)]).modules["q"].B[0]
     tensor([2.5000])
     """
-    weights = inputs.shares(parts)
+    weights = validate.shares(parts)
     modules: dict[str, LoraFactors] = {}
-    for name, pairs in inputs.matched(parts).items():
-        inputs.same_rank(parts, name, pairs, "mean")
-        scaling = inputs.output_scaling(pairs)
+    for name, pairs in validate.matched(parts).items():
+        validate.same_rank(parts, name, pairs, "mean")
+        scaling = validate.output_scaling(pairs)
         B, A = mean_of_b(pairs, weights, scaling), mean_of_a(pairs, weights)
         # A NaN or an infinity stays one in a weighted sum, whatever its weight: so every input is checked by looking
         # at the two sums, without a pass of its own over all clients.
-        if not (inputs.is_finite(B) and inputs.is_finite(A)):
-            inputs.require_finite_factors(parts, name, pairs)
+        if not (validate.is_finite(B) and validate.is_finite(A)):
+            validate.require_finite_factors(parts, name, pairs)
         dtype = pairs[0].A.dtype
         modules[name] = LoraFactors(B=B.to(dtype), A=A.to(dtype), scaling=scaling)
-    return Adapter(modules, inputs.average_extra(parts))
+    return Adapter(modules, validate.average_extra(parts))
 
 
 def mean_of_b(pairs: Sequence[LoraFactors], weights: Sequence[float], scaling: float) -> Tensor:

@@ -22,9 +22,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from florana.aggregate import inputs
+from florana.aggregate import validate
 from florana.aggregate.mean import mean
-from florana.factors import Adapter, Contribution, LoraFactors
+from florana.lora.factors import Adapter, Contribution, LoraFactors
 
 Turn = Callable[[LoraFactors, LoraFactors], Tensor]
 """(a client's pair, the reference) -> the orthogonal O (r, r), float64."""
@@ -89,10 +89,10 @@ def rotated_mean(parts: Sequence[Contribution], reference: Adapter, turn: Turn =
     Raises:
         InputError: the contributions (or the reference) do not fit together, or the ranks differ.
     """
-    columns = inputs.columns(parts)
+    columns = validate.columns(parts)
     start = Contribution("the last broadcast", reference, 1.0)
     for name, pairs in columns.items():
-        inputs.same_rank([*parts, start], name, [*pairs, reference.modules[name]], "fedrot")
+        validate.same_rank([*parts, start], name, [*pairs, reference.modules[name]], "fedrot")
     turned = [
         Contribution(
             part.client,

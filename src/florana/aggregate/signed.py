@@ -18,9 +18,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from florana.aggregate.inputs import require_finite
+from florana.aggregate.validate import require_finite
 from florana.errors import InputError
-from florana.factors import Adapter, Contribution
+from florana.lora.factors import Adapter, Contribution
 
 Rule = Callable[[Sequence[Contribution]], Adapter]
 

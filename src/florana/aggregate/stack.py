@@ -11,15 +11,15 @@ from collections.abc import Sequence
 
 import torch
 
-from florana.aggregate import inputs
-from florana.aggregate.core import folded
-from florana.factors import Adapter, Contribution, LoraFactors
+from florana.aggregate import validate
+from florana.aggregate.cores import folded
+from florana.lora.factors import Adapter, Contribution, LoraFactors
 
 
 def concatenate(pairs: Sequence[LoraFactors], coefficients: Sequence[float]) -> LoraFactors:
     """sum_u coefficient_u s_u B_u A_u as one pair of rank sum r_u, scaled by the largest s_u."""
-    scaling = inputs.output_scaling(pairs)
-    Bs, As = inputs.unscaled(pairs, scaling)
+    scaling = validate.output_scaling(pairs)
+    Bs, As = validate.unscaled(pairs, scaling)
     B = torch.cat([c * B_u for c, B_u in zip(coefficients, Bs, strict=True)], dim=1)
     dtype = pairs[0].A.dtype
     return LoraFactors(B=B.to(dtype), A=torch.cat(As, dim=0).to(dtype), scaling=scaling)
@@ -35,9 +35,9 @@ def stack(parts: Sequence[Contribution]) -> Adapter:
     >>> stack([Contribution("a", one, 1), Contribution("b", one, 1)]).modules["q"].rank
     4
     """
-    weights = inputs.shares(parts)
-    modules = {name: concatenate(pairs, weights) for name, pairs in inputs.columns(parts).items()}
-    return Adapter(modules, inputs.average_extra(parts))
+    weights = validate.shares(parts)
+    modules = {name: concatenate(pairs, weights) for name, pairs in validate.columns(parts).items()}
+    return Adapter(modules, validate.average_extra(parts))
 
 
 def combined(adapter: Adapter, residual: Adapter | None) -> Adapter:

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from florana.conduct import Result, Show
-from florana.recipe import Recipe
-from florana.recipe_file import check
+from florana.recipe.load import check
+from florana.recipe.schema import Recipe
 from florana.report.page import write_report
-from florana.run import Setup, execute, prepare
+from florana.runs.rounds import Result, Show
+from florana.runs.setup import Setup, execute, prepare
 
 STRATEGIES = ("fedit", "flora-na", "best-rank", "oracle")
 CLIENTS, ROUNDS, STEPS = 6, 7, 8  # chosen for the clock: under 90 seconds on two cores

@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from florana import linalg
-from florana.aggregate.core import folded
-from florana.aggregate.pad import leading
-from florana.factors import Adapter, Update, kind_of
-from florana.federation import wire
+from florana.aggregate.cores import folded
+from florana.aggregate.heterogeneous import leading
+from florana.federation import quantize
 from florana.federation.messages import Reply, completed, travelling
-from florana.federation.reach import Reach
+from florana.federation.step_bounds import Reach
+from florana.lora import linalg
+from florana.lora.factors import Adapter, Update, kind_of
 from florana.robust.changes import sizes
 from florana.strategy.base import Payload
 
@@ -50,7 +50,7 @@ class Expected:
     round: int
     clients: Mapping[str, Payload]
     examples: Mapping[str, int] = field(default_factory=dict)
-    uplink: wire.Format = "float32"
+    uplink: quantize.Format = "float32"
     reach: Callable[[int], Reach] | None = None
 
 
@@ -103,27 +103,27 @@ def check_size(size: int, template: Mapping[str, Tensor]) -> None:
         raise Refused(f"sent {size} bytes, the limit is {limit}")
 
 
-def _from_bytes(content: bytes, sent: Payload, uplink: wire.Format) -> Mapping[str, Tensor]:
-    check_size(len(content), wire.form_of(travelling(sent.adapter, sent.work.up, sent.blocks), uplink))
+def _from_bytes(content: bytes, sent: Payload, uplink: quantize.Format) -> Mapping[str, Tensor]:
+    check_size(len(content), quantize.form_of(travelling(sent.adapter, sent.work.up, sent.blocks), uplink))
     try:
         return load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise Refused(f"sent bytes that are not a safetensors file ({type(error).__name__})") from None
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], sent: Payload, uplink: wire.Format) -> Adapter:
-    template = wire.form_of(travelling(sent.adapter, sent.work.up, sent.blocks), uplink)
+def _check_tensors(tensors: Mapping[str, Tensor], sent: Payload, uplink: quantize.Format) -> Adapter:
+    template = quantize.form_of(travelling(sent.adapter, sent.work.up, sent.blocks), uplink)
     for name in sorted(template.keys() - tensors.keys()):
         raise Refused(f"lacks the tensor '{name}'")
     for name in sorted(tensors.keys() - template.keys()):
         raise Refused(f"brings the foreign tensor '{name[:80]}'")
     like = _form(sent, tensors)
     before = travelling(like, sent.work.up, sent.blocks)
-    for name, expected in wire.form_of(before, uplink).items():
+    for name, expected in quantize.form_of(before, uplink).items():
         _check_tensor(name, tensors[name], expected)
         if uplink == "int8":
             _check_levels(name, tensors[name])
-    values = wire.read(tensors, before, uplink)
+    values = quantize.read(tensors, before, uplink)
     if uplink != "float32":  # the sum of two numbers in range may be out of it
         for name, expected in before.items():
             _check_tensor(name, values[name], expected)
@@ -174,11 +174,11 @@ def _check_reach(adapter: Adapter, sent: Payload, reach: Reach) -> None:
 
 def _check_levels(name: str, tensor: Tensor) -> None:
     """What the type of int8 and of its scales does not say."""
-    if name.startswith(wire.SCALE):
+    if name.startswith(quantize.SCALE):
         if bool((tensor < 0).any()):
             raise Refused(f"tensor '{name}' has a negative scale")
-    elif bool((tensor < -wire.LEVELS).any()):
-        raise Refused(f"tensor '{name}' has a level below -{wire.LEVELS}")
+    elif bool((tensor < -quantize.LEVELS).any()):
+        raise Refused(f"tensor '{name}' has a level below -{quantize.LEVELS}")
 
 
 def oversized(updates: Sequence[Update], sent: Mapping[str, Payload], factor: float) -> dict[str, str]:

@@ -25,13 +25,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from florana.adapter_files import AdapterCard, write_adapter
+from florana.adapters.adapter_folder import AdapterCard, write_adapter
 from florana.aggregate.stack import combined
+from florana.atomic_files import explained, replace_file, sync_folder
 from florana.errors import InputError
-from florana.factors import Adapter, adapter_from_tensors
-from florana.federation.records import RoundRecord, record_from_json
+from florana.federation.round_record import RoundRecord, record_from_json
+from florana.lora.factors import Adapter, adapter_from_tensors
 from florana.strategy.base import State
-from florana.whole_files import explained, replace_file, sync_folder
 
 KEPT_CHECKPOINTS = 2
 """The last round and the one before it, should the last one be damaged later on."""

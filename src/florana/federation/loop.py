@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 
 from florana.aggregate.error import AggregationError, measure
 from florana.errors import FederationError
-from florana.factors import Contribution, Update
 from florana.federation.gate import MAX_CHANGE, Expected, Refused, admit, oversized
 from florana.federation.journal import Journal, first_rows
 from florana.federation.messages import Brief, Engine, Failure, Reply, pack
-from florana.federation.reach import Reach
-from florana.federation.records import RoundRecord
+from florana.federation.quantize import Format
+from florana.federation.round_record import RoundRecord
 from florana.federation.sampling import derive, sample
-from florana.federation.weighing import Weighing, weigh
-from florana.federation.wire import Format
+from florana.federation.step_bounds import Reach
+from florana.federation.weighting import Weighing, weigh
+from florana.lora.factors import Contribution, Update
 from florana.strategy.base import Payload, State, Strategy
 
 _CARRIED = {"stay": ["A", "B", "core", "extra"], "move": ["extra"]}

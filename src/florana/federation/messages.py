@@ -15,8 +15,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from florana.errors import InputError
-from florana.factors import Adapter, adapter_from_tensors, kind_of
-from florana.federation.wire import Format
+from florana.federation.quantize import Format
+from florana.lora.factors import Adapter, adapter_from_tensors, kind_of
 from florana.strategy.base import Pruning
 
 _RESIDUAL = "residual/"

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from florana.errors import InputError
 
 if TYPE_CHECKING:
-    from florana.flower.arrays import pack, unpack
-    from florana.flower.following import receive, reply
-    from florana.flower.lora_strategy import LoraStrategy
-    from florana.flower.strategies import (
+    from florana.flower.dropin.arrays import pack, unpack
+    from florana.flower.dropin.client_helpers import receive, reply
+    from florana.flower.dropin.lora_strategy import LoraStrategy
+    from florana.flower.dropin.strategies import (
         BestRank,
         FedExLora,
         FedIT,
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     )
 
 _NOT_IN_STRATEGIES = {
-    "LoraStrategy": "lora_strategy",
-    "pack": "arrays",
-    "receive": "following",
-    "reply": "following",
-    "unpack": "arrays",
+    "LoraStrategy": "dropin.lora_strategy",
+    "pack": "dropin.arrays",
+    "receive": "dropin.client_helpers",
+    "reply": "dropin.client_helpers",
+    "unpack": "dropin.arrays",
 }
 
 __all__ = [

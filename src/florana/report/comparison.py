@@ -10,9 +10,9 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from florana.atomic_files import explained, replace_file
 from florana.report.figures import COLOURS, MARKERS, STYLE, svg_of
 from florana.report.page import Picture, template, unique
-from florana.whole_files import explained, replace_file
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import Any
 
 import jinja2
 
+from florana.atomic_files import explained, replace_file
 from florana.report import figures
 from florana.report.views import LOWER_IS_BETTER, RunView, rows_note, summary, views
-from florana.whole_files import explained, replace_file
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from florana.errors import InputError
-from florana.federation.records import RoundRecord
-from florana.run_folder import read_run
+from florana.federation.round_record import RoundRecord
+from florana.runs.run_folder import read_run
+from florana.score.benchmarks import figure_names
 from florana.score.glue import GLUE
-from florana.score.tasks import figure_names
 
 LOWER_IS_BETTER = {"loss", "perplexity"}
 

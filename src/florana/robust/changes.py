@@ -26,9 +26,9 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from florana.aggregate.core import fold
-from florana.factors import Adapter, LoraFactors, kind_of
-from florana.linalg import Stack
+from florana.aggregate.cores import fold
+from florana.lora.factors import Adapter, LoraFactors, kind_of
+from florana.lora.linalg import Stack
 
 Pair = tuple[Adapter, Adapter]
 """What a client answers, and what it was sent. The answer may be of a lower rank: it then continues the first columns

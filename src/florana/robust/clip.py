@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from florana.robust.rule import Rule, Verdict
+from florana.robust.verdict import Rule, Verdict
 
 
 def clip(radius: float) -> Rule:

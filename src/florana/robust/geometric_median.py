@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from florana.robust.rule import squared_distances
+from florana.robust.verdict import squared_distances
 
 STEPS, STILL = 1000, 1e-10
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from florana.errors import InputError
-from florana.robust.rule import Weigh, among, smallest, squared_distances
+from florana.robust.verdict import Weigh, among, smallest, squared_distances
 
 
 def multi_krum(hostile: int) -> Weigh:

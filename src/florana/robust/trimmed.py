@@ -18,7 +18,7 @@ from torch import Tensor
 
 from florana.errors import InputError
 from florana.robust.geometric_median import geometric_median, to_mean
-from florana.robust.rule import Weigh, among, smallest, squared_distances
+from florana.robust.verdict import Weigh, among, smallest, squared_distances
 
 
 def trimmed(hostile: int) -> Weigh:

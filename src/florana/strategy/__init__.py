@@ -27,7 +27,7 @@ from florana.strategy import (
     rolora,
 )
 from florana.strategy.base import Strategy
-from florana.strategy.own import build_own, is_own
+from florana.strategy.custom import build_own, is_own
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "fedit": fedit.build,

@@ -15,8 +15,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from florana.aggregate.gauge import alive
-from florana.factors import Adapter, Contribution
+from florana.aggregate.factorization import alive
+from florana.lora.factors import Adapter, Contribution
 from florana.strategy.facts import Facts
 
 MARK = "mark/"

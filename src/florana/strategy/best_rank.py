@@ -4,7 +4,7 @@ Trains A and B; r (out + in) numbers up and down per module, as FedIT; the base 
 smaller aggregation error. FlexLoRA (arXiv 2402.11505) gives the same product from a dense target; here it is never
 dense. Beyond the published methods, each an option:
 
-    gauge       which of the equivalent pairs goes back (see aggregate/gauge.py)
+    gauge       which of the equivalent pairs goes back (see aggregate/factorization.py)
     memory      what rank r could not carry is kept at the server, in at most so many terms, for the next target
     broadcast_* the terms after the first r go out too, as a frozen part beside the pair: so many, or as many as an
                 error asks for, or as a budget allows
@@ -18,12 +18,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from florana.aggregate import gauge as gauges
-from florana.aggregate.inputs import Rank
-from florana.aggregate.project import best_rank
-from florana.aggregate.terms import Choose, by_budget, by_error, by_rank, divided
+from florana.aggregate import factorization as gauges
+from florana.aggregate.best_rank.project import best_rank
+from florana.aggregate.best_rank.truncate import Choose, by_budget, by_error, by_rank, divided
+from florana.aggregate.validate import Rank
 from florana.errors import RecipeError
-from florana.factors import Adapter, Contribution, adapter_from_tensors
+from florana.lora.factors import Adapter, Contribution, adapter_from_tensors
 from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, ranks_of, start
 from florana.strategy.ranks import best_and_rest, best_terms

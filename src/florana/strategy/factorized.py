@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from florana import linalg
-from florana.aggregate import gauge
+from florana.aggregate import factorization as gauge
 from florana.errors import RecipeError
-from florana.factors import Adapter, Contribution
+from florana.lora import linalg
+from florana.lora.factors import Adapter, Contribution
 from florana.strategy.base import Outcome, State, Strategy
 from florana.strategy.ranks import best_terms
 from florana.strategy.server_optimizer import OnFactors

@@ -18,11 +18,11 @@ from typing import Literal
 
 import torch
 
-from florana.aggregate.core import mean_cores
-from florana.factors import Adapter, Contribution, LoraFactors
+from florana.aggregate.cores import mean_cores
+from florana.lora.factors import Adapter, Contribution, LoraFactors
 from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, sending, work
-from florana.strategy.draws import generator_of, orthonormal_columns, orthonormal_rows
+from florana.strategy.random_factors import generator_of, orthonormal_columns, orthonormal_rows
 
 FACTS = facts.Facts(
     does="averages the r x r matrices between fixed factors",

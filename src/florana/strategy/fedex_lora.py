@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from florana.aggregate.residual import mean_and_remainder
-from florana.factors import Contribution
+from florana.aggregate.remainder import mean_and_remainder
+from florana.lora.factors import Contribution
 from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, start
 from florana.strategy.residuals import check_residual_rank, residual_note

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from florana.aggregate.mean import mean
-from florana.factors import Contribution
+from florana.lora.factors import Contribution
 from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, start
 

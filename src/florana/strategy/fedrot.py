@@ -17,7 +17,7 @@ import torch
 from florana.aggregate.mean import mean
 from florana.aggregate.rotate import by_A, by_B, rotated_mean
 from florana.errors import RecipeError
-from florana.factors import Adapter, Contribution
+from florana.lora.factors import Adapter, Contribution
 from florana.strategy import facts
 from florana.strategy.base import MARK, Outcome, State, Strategy, advance, broadcast
 

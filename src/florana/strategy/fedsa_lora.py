@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from florana.aggregate.mean import mean
-from florana.factors import Adapter, Contribution, LoraFactors
+from florana.lora.factors import Adapter, Contribution, LoraFactors
 from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, sending, start, work
 

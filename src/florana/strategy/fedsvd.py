@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from florana.aggregate.gauge import orthonormal
-from florana.aggregate.half import mean_of_B
-from florana.factors import Adapter, Contribution, LoraFactors
+from florana.aggregate.factorization import orthonormal
+from florana.aggregate.shared_factor import mean_of_B
+from florana.lora.factors import Adapter, Contribution, LoraFactors
 from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, sending, work
-from florana.strategy.draws import orthonormal_rows
+from florana.strategy.random_factors import orthonormal_rows
 
 FACTS = facts.Facts(
     does="averages B, then makes the right singular vectors of B A the next A",

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from florana.aggregate.half import mean_of_B
-from florana.factors import Contribution
+from florana.aggregate.shared_factor import mean_of_B
+from florana.lora.factors import Contribution
 from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, sending, start, work
 from florana.strategy.ranks import first_terms

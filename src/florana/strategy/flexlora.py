@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from florana.aggregate.gauge import orthonormal
-from florana.aggregate.project import best_rank
-from florana.factors import Contribution
+from florana.aggregate.best_rank.project import best_rank
+from florana.aggregate.factorization import orthonormal
+from florana.lora.factors import Contribution
 from florana.strategy import facts
 from florana.strategy.base import Outcome, Payload, State, Strategy, advance, broadcast, ranks_of, start
 from florana.strategy.ranks import best_terms

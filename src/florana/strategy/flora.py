@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from florana.aggregate.accumulate import recompressed
-from florana.aggregate.inputs import average_extra
-from florana.aggregate.project import targets
-from florana.factors import Adapter, Contribution, LoraFactors
+from florana.aggregate.best_rank.project import targets
+from florana.aggregate.carried import recompressed
+from florana.aggregate.validate import average_extra
+from florana.lora.factors import Adapter, Contribution, LoraFactors
 from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, sending, work
-from florana.strategy.draws import generator_of, like
+from florana.strategy.random_factors import generator_of, like
 from florana.strategy.ranks import first_terms
 from florana.strategy.residuals import check_residual_rank, dtype_of, residual_note
 

@@ -13,21 +13,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from florana.aggregate import als, component, gradient, mix
-from florana.aggregate.pad import all_padded
+from florana.aggregate.flora_na import adamw, als, component, scalars
+from florana.aggregate.heterogeneous import all_padded
 from florana.errors import RecipeError
-from florana.factors import Adapter, Contribution
+from florana.lora.factors import Adapter, Contribution
 from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, ranks_of, start
 from florana.strategy.ranks import first_terms
 
-FITS: dict[str, mix.Fit] = {
-    "module": mix.per_module,
-    "model": mix.per_model,
-    "model-relative": mix.per_model_relative,
-    "component": mix.per_module,
+FITS: dict[str, scalars.Fit] = {
+    "module": scalars.per_module,
+    "model": scalars.per_model,
+    "model-relative": scalars.per_model_relative,
+    "component": scalars.per_module,
 }
-SOLVERS: dict[str, mix.Solver] = {"als": als.solve, "adamw": gradient.solve}
+SOLVERS: dict[str, scalars.Solver] = {"als": als.solve, "adamw": adamw.solve}
 BASES: dict[str, Callable[[State], Adapter | None]] = {
     "factors": lambda state: None,
     "updates": lambda state: state.adapter,
@@ -79,13 +79,13 @@ def build(
 
 @dataclass(frozen=True)
 class _Step:
-    fit: mix.Fit
-    solver: mix.Solver
+    fit: scalars.Fit
+    solver: scalars.Solver
     base_of: Callable[[State], Adapter | None]
 
     def __call__(self, state: State, parts: Sequence[Contribution]) -> Outcome:
         alike = all_padded(parts, ranks_of(state.adapter))
-        mixture = mix.mix(alike, solver=self.solver, fit=self.fit, base=self.base_of(state))
+        mixture = scalars.mix(alike, solver=self.solver, fit=self.fit, base=self.base_of(state))
         found = list(mixture.coefficients.values())
         notes = {
             "clients": [part.client for part in parts],

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from florana.aggregate.terms import by_energy, divided
+from florana.aggregate.best_rank.truncate import by_energy, divided
 from florana.errors import RecipeError
-from florana.factors import Adapter, Contribution
+from florana.lora.factors import Adapter, Contribution
 from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, ranks_of
 from florana.strategy.ranks import best_and_rest

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from florana.aggregate.accumulate import added
+from florana.aggregate.carried import added
 from florana.aggregate.mean import mean
-from florana.factors import Adapter, Contribution
+from florana.lora.factors import Adapter, Contribution
 from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, sending, work
 from florana.strategy.residuals import check_residual_rank, dtype_of, residual_note

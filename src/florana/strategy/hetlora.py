@@ -22,11 +22,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from florana.aggregate.pad import leading, norm_weighted_mean
+from florana.aggregate.heterogeneous import leading, norm_weighted_mean
 from florana.errors import RecipeError
-from florana.factors import Adapter, Contribution
+from florana.lora.factors import Adapter, Contribution
 from florana.strategy import facts
-from florana.strategy.base import Outcome, Payload, Pruning, State, Strategy, advance, rank_of, ranks_of, start
+from florana.strategy.base import (
+    Outcome,
+    Payload,
+    Pruning,
+    State,
+    Strategy,
+    advance,
+    rank_of,
+    ranks_of,
+    start,
+)
 from florana.strategy.ranks import first_terms
 
 FACTS = facts.Facts(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from florana.aggregate.inputs import average_extra
-from florana.factors import Adapter, Contribution
+from florana.aggregate.validate import average_extra
+from florana.lora.factors import Adapter, Contribution
 from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, sending, start, work
 

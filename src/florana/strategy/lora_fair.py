@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from florana.aggregate.fair import corrected_mean
 from florana.errors import RecipeError
-from florana.factors import Contribution
+from florana.lora.factors import Contribution
 from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, start
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from florana.aggregate.terms import divided, everything
-from florana.factors import Contribution
+from florana.aggregate.best_rank.truncate import divided, everything
+from florana.lora.factors import Contribution
 from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, ranks_of, start
 from florana.strategy.ranks import best_and_rest

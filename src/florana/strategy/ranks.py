@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from florana import linalg
-from florana.aggregate.gauge import alive
-from florana.aggregate.pad import leading
+from florana.aggregate.factorization import alive
+from florana.aggregate.heterogeneous import leading
 from florana.aggregate.stack import concatenate
 from florana.errors import RecipeError
-from florana.factors import Adapter
+from florana.lora import linalg
+from florana.lora.factors import Adapter
 from florana.strategy.base import Payload, State, Strategy
 
 
@@ -23,7 +23,7 @@ def best_terms(payload: Payload, rank: int, scaling: float) -> Payload:
     """The adapter of that rank and scaling nearest to the broadcast, balanced.
 
     >>> import torch
-    >>> from florana.factors import LoraFactors
+    >>> from florana.lora.factors import LoraFactors
     >>> pair = LoraFactors(torch.eye(3)[:, :2], torch.tensor([[1.0, 0.0], [0.0, 4.0]]), 1.0)
     >>> cut = best_terms(Payload(Adapter({"q": pair})), rank=1, scaling=2.0).adapter.modules["q"]
     >>> round(float((2.0 * cut.B @ cut.A)[1, 1]), 4)

@@ -22,12 +22,12 @@ from dataclasses import replace
 
 import torch
 
-from florana.aggregate.core import mean_cores
+from florana.aggregate.cores import mean_cores
 from florana.errors import RecipeError
-from florana.factors import Adapter, Contribution, LoraFactors
+from florana.lora.factors import Adapter, Contribution, LoraFactors
 from florana.strategy import facts
 from florana.strategy.base import Outcome, Payload, State, Strategy, advance, work
-from florana.strategy.draws import choice, generator_of, orthonormal_columns
+from florana.strategy.random_factors import choice, generator_of, orthonormal_columns
 
 FACTS = facts.Facts(
     does="averages h small matrices between fixed orthogonal factors, scales multiplied in",

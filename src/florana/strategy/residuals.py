@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from florana.errors import RecipeError
-from florana.factors import Adapter
+from florana.lora.factors import Adapter
 
 
 def check_residual_rank(rank: int | None) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from florana.aggregate.half import mean_of_A, mean_of_B
-from florana.factors import Contribution
+from florana.aggregate.shared_factor import mean_of_A, mean_of_B
+from florana.lora.factors import Contribution
 from florana.strategy import facts
 from florana.strategy.base import Outcome, Payload, State, Strategy, advance, start, work
 

@@ -23,10 +23,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from florana import linalg
 from florana.aggregate import displacement as moving
 from florana.errors import RecipeError
-from florana.factors import Adapter, Contribution, LoraFactors, adapter_from_tensors, kind_of
+from florana.lora import linalg
+from florana.lora.factors import Adapter, Contribution, LoraFactors, adapter_from_tensors, kind_of
 from florana.strategy.base import Outcome, State, Strategy, advance
 from florana.strategy.moments import ServerStep, stepped
 from florana.strategy.ranks import best_terms

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from florana.atomic_files import explained, replace_file
 from florana.report.comparison import Series, write_comparison
 from florana.report.views import LOWER_IS_BETTER
-from florana.study.cells import Plan
 from florana.study.estimates import estimate, paired
+from florana.study.grid import Plan
+from florana.study.runner import swap_file
 from florana.study.table import (
     HEADS,
     OTHER_HEADS,
@@ -26,8 +28,6 @@ from florana.study.table import (
     markdown,
     other_cells,
 )
-from florana.study.work import swap_file
-from florana.whole_files import explained, replace_file
 
 
 def publish(plan: Plan, out: Path, failures: Mapping[str, str]) -> tuple[Comparison, dict[str, Any], Path]:

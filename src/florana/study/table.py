@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from florana.report.views import LOWER_IS_BETTER, RunView, view
-from florana.study.cells import Plan
 from florana.study.estimates import Estimate, estimate, paired
-from florana.study.work import folder_of
+from florana.study.grid import Plan
+from florana.study.runner import folder_of
 
 FIGURES = ("global", "personal", "gap", "clients_on_common")
 

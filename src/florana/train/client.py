@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from florana import recipe as r
-from florana.aggregate.pad import leading, tail
+from florana.aggregate.heterogeneous import leading, tail
 from florana.errors import FloranaError
-from florana.factors import Adapter, LoraFactors, kind_of
+from florana.federation.error_feedback import FEEDBACK, outgoing, uplink_error
 from florana.federation.messages import Brief, Reply, unpack
-from florana.federation.uplink import FEEDBACK, outgoing, uplink_error
+from florana.lora.factors import Adapter, LoraFactors, kind_of
+from florana.recipe import schema as r
 from florana.strategy.base import Pruning
+from florana.train.data.tokenize import Example
 from florana.train.evaluate import evaluate
 from florana.train.model import Workbench
-from florana.train.tasks import Example
 
 
 @dataclass(frozen=True, eq=False)

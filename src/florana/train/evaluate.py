@@ -11,8 +11,8 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
+from florana.train.data.tokenize import IGNORED, Example, batches
 from florana.train.model import Workbench
-from florana.train.tasks import IGNORED, Example, batches
 
 
 def evaluate(bench: Workbench, examples: Sequence[Example], batch_size: int) -> dict[str, float]:

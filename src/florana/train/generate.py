@@ -13,9 +13,9 @@ from torch import Tensor
 from florana.errors import InputError
 from florana.federation.sampling import derive
 from florana.score.code_tasks import cut_at
+from florana.train.data.tokenize import batches, kinds_of
 from florana.train.model import Workbench
 from florana.train.probe import pads_left
-from florana.train.tasks import batches, kinds_of
 
 
 @dataclass(frozen=True)

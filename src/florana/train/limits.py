@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from florana.errors import InputError
+from florana.train.data.tokenize import Example
 from florana.train.model import Workbench
-from florana.train.tasks import Example
 
 _POSITIONS = ("position", "pos_emb", "wpe")
 """What stands in the names of tables of positions."""

@@ -21,8 +21,8 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 
-from florana import recipe as r
 from florana.errors import InputError, RecipeError, nearest
+from florana.recipe import schema as r
 from florana.train.targets import ALL_LINEAR, ALWAYS_WHOLE, PREFIX, adapted_modules, last, whole_modules
 
 AUTO = {

@@ -15,16 +15,23 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
-from florana import recipe as r
-from florana.adapter_files import AdapterCard
+from florana.adapters.adapter_folder import AdapterCard
 from florana.errors import InputError
-from florana.factors import Adapter, LoraFactors
 from florana.federation.sampling import derive
-from florana.train.inserts import Core, Residual, copied
-from florana.train.loading import load_base, load_tokenizer, locate, pick_device, renamings_ignored, with_lora
+from florana.lora.factors import Adapter, LoraFactors
+from florana.recipe import schema as r
+from florana.train.data.tokenize import Example, collate
+from florana.train.hooks import Core, Residual, copied
+from florana.train.loading import (
+    load_base,
+    load_tokenizer,
+    locate,
+    pick_device,
+    renamings_ignored,
+    with_lora,
+)
 from florana.train.probe import probe
 from florana.train.targets import PREFIX
-from florana.train.tasks import Example, collate
 
 
 class Workbench:

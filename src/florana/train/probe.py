@@ -6,17 +6,15 @@ leave padding out. So the model is asked.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from florana.errors import InputError
-from florana.train.tasks import Example, collate, encode_classes, encode_language
-
-if TYPE_CHECKING:
-    from florana.train.model import Workbench
+from florana.train.data.tokenize import Example, collate, encode_classes, encode_language
 
 TEXTS = (("a film",), ("a good film and a quick story, b c d e f g",))
 TOKENS = 12
@@ -25,7 +23,21 @@ NEAR = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """By the base's dtype, how far two readings of one row may lie apart, relative to the largest output."""
 
 
-def probe(bench: Workbench, task: str, base: str) -> str | None:
+class Probed(Protocol):
+    """What is asked of a model with its tokenizer: a `Workbench` that is being built has it all."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+
+    def batch(self, rows: Sequence[Example]) -> dict[str, Tensor]:
+        """Rows as one batch, padded as the model wants it."""
+
+    def forward(self, batch: dict[str, Tensor]) -> Any:
+        """The model's answer."""
+
+
+def probe(bench: Probed, task: str, base: str) -> str | None:
     """The side on which rows are padded: the tokenizer's, if a padded row is then read as it is alone, else the other.
 
     None where a padded row is another row to the model (FNet mixes all positions): rows are then measured in batches
@@ -62,7 +74,7 @@ def probe(bench: Workbench, task: str, base: str) -> str | None:
 
 
 @torch.inference_mode()
-def pads_left(bench: Workbench) -> bool:
+def pads_left(bench: Probed) -> bool:
     """Whether a prompt may be padded on the left, as a batch that writes is: recurrent models may read the padding."""
     bench.model.eval()
     rows = _rows(bench, "causal-lm")
@@ -72,13 +84,13 @@ def pads_left(bench: Workbench) -> bool:
     return _near(_logits(bench, rows[:1], "left")[0, -1], logits[0, -1])
 
 
-def _rows(bench: Workbench, task: str) -> list[Example]:
+def _rows(bench: Probed, task: str) -> list[Example]:
     if task == "causal-lm":
         return encode_language(TEXTS, bench.tokenizer, TOKENS)
     return encode_classes(TEXTS, [0.0, 0.0] if task == "sequence-regression" else [0, 0], bench.tokenizer, TOKENS)
 
 
-def _train(bench: Workbench, rows: list[Example]) -> None:
+def _train(bench: Probed, rows: list[Example]) -> None:
     """One step's way there and back, without the step. Raises InputError where something else than LoRA moves."""
     bench.model.train()
     before = {name: buffer.clone() for name, buffer in bench.model.named_buffers()}
@@ -93,7 +105,7 @@ def _train(bench: Workbench, rows: list[Example]) -> None:
         )
 
 
-def _is_causal(bench: Workbench, row: Example) -> bool:
+def _is_causal(bench: Probed, row: Example) -> bool:
     """Whether all outputs before the last are the same when the last token is another."""
     other = next(token for token in (*row.ids, 1, 0) if token != row.ids[-1])
     changed = replace(row, ids=(*row.ids[:-1], other))
@@ -101,7 +113,7 @@ def _is_causal(bench: Workbench, row: Example) -> bool:
 
 
 @torch.inference_mode()
-def _logits(bench: Workbench, rows: list[Example], side: str) -> Tensor:
+def _logits(bench: Probed, rows: list[Example], side: str) -> Tensor:
     batch = collate(rows, bench.tokenizer.pad_token_id, bench.device, side)
     del batch["labels"]
     logits = bench.forward(batch).logits

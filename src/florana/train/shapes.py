@@ -13,8 +13,8 @@ import torch
 import transformers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL_TARGETS
 
-from florana import recipe as r
 from florana.errors import InputError
+from florana.recipe import schema as r
 from florana.train.loading import AUTO, modules_trained_whole, with_lora
 from florana.train.targets import ALL_LINEAR, adapted_modules, whole_modules
 

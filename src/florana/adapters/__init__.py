@@ -1,0 +1,1 @@
+"""PEFT adapter folders: read, judged, merged, inspected, written."""

@@ -1,0 +1,44 @@
+"""The rules that `florana merge` knows, by the names of its option: one module of all adapters in, one pair out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from florana.aggregate.best_rank.project import best_rank
+from florana.aggregate.flora_na import component
+from florana.aggregate.flora_na.scalars import mix
+from florana.aggregate.mean import mean
+from florana.aggregate.stack import stack
+from florana.errors import RecipeError
+from florana.lora.factors import Adapter, Contribution
+
+Rule = Callable[[Sequence[Contribution], int], Adapter]
+
+RULES: dict[str, Rule] = {
+    "best-rank": best_rank,
+    "stack": lambda parts, rank: stack(parts),
+    "flora-na": lambda parts, rank: mix(parts).adapter,
+    "fedit": lambda parts, rank: mean(parts),
+}
+"""Name -> the rule, of the contributions and the wanted rank (which only `best-rank` is free to choose)."""
+
+SCOPES: dict[str, Rule] = {
+    "module": RULES["flora-na"],
+    "component": lambda parts, rank: mix(parts, solver=component.solve).adapter,
+}
+"""How far one of flora-na's coefficients reaches: a client's factor in a module, or one of its rank components."""
+
+
+def rule_of(method: str, scope: str | None) -> Rule:
+    """The rule of a method that is known, in that scope. Raises RecipeError where the method has no such scope."""
+    if scope is None:
+        return RULES[method]
+    if method != "flora-na":
+        raise RecipeError(f"--scope has no meaning for '{method}'", fix="leave it out, or use --method flora-na")
+    if scope not in SCOPES:
+        raise RecipeError(
+            f"there is no scope '{scope}' of a merge",
+            why="modules are merged one by one, so no coefficient is shared by several of them",
+            fix=f"one of {', '.join(SCOPES)}",
+        )
+    return SCOPES[scope]

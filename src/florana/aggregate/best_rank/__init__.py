@@ -1,0 +1,1 @@
+"""The adapter of a given rank nearest to the true sum: one file per way to find it."""

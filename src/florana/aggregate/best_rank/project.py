@@ -1,0 +1,183 @@
+"""The best adapter of a given rank.
+
+    target = sum_u w_u s_u B_u A_u        B_hat, A_hat = argmin_{rank r} || target - s B_hat A_hat ||_F
+
+solved by thin QR of the stacked factors and the SVD of a small core (Eckart and Young, 1936): no dense matrix, the
+same optimum. FlexLoRA (arXiv 2402.11505) is this answer from a dense target. Of the equivalent pairs, the balanced
+one is returned: B = L sqrt(S), A = sqrt(S) V^T, so both factors have the same norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from florana.aggregate import validate
+from florana.aggregate.best_rank import power
+from florana.aggregate.mean import mean_of_a, mean_of_b
+from florana.errors import InputError
+from florana.lora import linalg
+from florana.lora.factors import Adapter, Contribution, LoraFactors
+
+
+def targets(parts: Sequence[Contribution]) -> dict[str, tuple[linalg.Stack, float, torch.dtype]]:
+    """Module name -> (the true weighted sum as a stack, the output scaling, the dtype).
+
+    What clients carried frozen (`Contribution.residual`) belongs to the sum; one that several share enters once.
+    """
+    weights = validate.shares(parts)
+    carried: dict[int, tuple[Adapter, float]] = {}
+    for part, weight in zip(parts, weights, strict=True):
+        if part.residual is not None:
+            _, before = carried.get(id(part.residual), (part.residual, 0.0))
+            carried[id(part.residual)] = (part.residual, before + weight)
+    result = {}
+    for name, pairs in validate.columns(parts).items():
+        whole = linalg.stack(pairs, weights)
+        for residual, weight in carried.values():
+            if name in residual.modules:
+                whole = linalg.join(whole, linalg.stack([residual.modules[name]], [weight]))
+        result[name] = (whole, validate.output_scaling(pairs), pairs[0].A.dtype)
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Module `name` of all `parts`: the best rank-`rank` part of sum_u weights_u * scaling_u * B_u @ A_u.
+
+    `start` is a pair near the answer, or None for the clients' own mean; `tolerance` the excess over the optimal
+    error that is allowed, as a share of it.
+    """
+
+    parts: Sequence[Contribution]
+    name: str
+    pairs: Sequence[LoraFactors]
+    weights: Sequence[float]
+    rank: int
+    start: LoraFactors | None
+    tolerance: float
+
+
+Way = Callable[[Task], linalg.Decomposition | None]
+"""A way to solve a Task: a decomposition of `rank` terms, or None where this way could not settle it."""
+
+
+def by_qr(task: Task) -> linalg.Decomposition:
+    """Thin QR of both stacks and the SVD of the small core: exact, O((out + in) R^2 + R^3), float64."""
+    validate.require_finite_factors(task.parts, task.name, task.pairs)
+    return linalg.kept(linalg.decompose(linalg.stack(task.pairs, task.weights)), task.rank)
+
+
+def by_power(task: Task, passes: int = 200) -> linalg.Decomposition | None:
+    """Block power iteration (`power.find`) in the factors' own precision, float32 at least.
+
+    None where the tolerance was not reached in that many passes, or where a value is not finite:
+    a NaN or an infinity in a factor always reaches T A_0^T (if in B_u or A_u) or the mean, so no pass of its own over
+    the clients looks for it.
+    """
+    scaling = validate.output_scaling(task.pairs)
+    if task.start is None:
+        B_0 = mean_of_b(task.pairs, task.weights, scaling)
+        A_0 = mean_of_a(task.pairs, power.jittered(task.weights))
+    else:
+        B_0, A_0 = task.start.B, task.start.A
+    whole = power.product(task.pairs, task.weights)
+    first = whole.times(A_0.to(whole.right).T)
+    if not (validate.is_finite(first) and validate.is_finite(B_0)):
+        return None
+    found = power.find(whole, task.rank, torch.cat([first, B_0.to(first)], dim=1), task.tolerance, passes)
+    return found.part if found.settled else None
+
+
+def cheapest(task: Task) -> linalg.Decomposition:
+    """`by_power` where four of its passes cost less than thin QR; `by_qr` where not, or where it had not settled after
+    as many passes as thin QR costs."""
+    passes = qr_cost(task) / pass_cost(task, 2 * task.rank)
+    if passes > 4:
+        return by_power(task, int(passes)) or by_qr(task)
+    return by_qr(task)
+
+
+def qr_cost(task: Task) -> float:
+    """Thin QR + small SVD in multiply-adds of a float32 matrix product: 36 R^2 (out + in) + 200 k^3.
+
+    R columns, k = min(R, out, in). Householder QR with its Q takes 4 R^2 (out + in) / 2 of them, in float64, at a
+    fraction of a matrix product's rate. The constants are measured (benchmarks/aggregation.py prints both times).
+    """
+    total, (out, into) = sum(pair.rank for pair in task.pairs), task.pairs[0].shape
+    core = min(total, out, into)
+    return 36.0 * total**2 * (out + into) + 200.0 * core**3
+
+
+def pass_cost(task: Task, size: int) -> float:
+    """One pass of a block of `size` columns, in the same unit: 2 R b (out + in) + 40 b^2 (out + in) + a fixed part.
+
+    The second term is the block's own algebra in float64; the fixed part is some forty calls on small tensors.
+    """
+    total, (out, into) = sum(pair.rank for pair in task.pairs), task.pairs[0].shape
+    return 2.0 * total * size * (out + into) + 10.0 * size**2 * (out + into) + 5e7
+
+
+def best_rank(
+    parts: Sequence[Contribution],
+    rank: validate.Rank,
+    *,
+    start: Adapter | None = None,
+    tolerance: float = 5e-3,
+    way: Way = cheapest,
+) -> Adapter:
+    """The adapter of rank `rank` nearest to the true weighted sum of products, module by module.
+
+    Args:
+        parts: one contribution per client; ranks and scalings may differ.
+        rank: at least 1, one for all modules or each module's own; where the sum has a lower rank, the factors are
+            padded with zeros.
+        start: an adapter near the answer (the last broadcast) to start an iteration from; the clients' mean if None.
+        tolerance: where a module is large enough to be iterated, its error may exceed the optimum by this share; an
+            estimate ends the iteration, see `power`. Small modules are exact whatever it is.
+        way: `cheapest`, `by_qr` or `by_power`.
+
+    Raises:
+        InputError: the contributions (or the start) do not fit together, or the rank is below 1.
+
+    >>> a = Adapter({"q": LoraFactors(torch.eye(3)[:, :1], torch.eye(2)[:1], 1.0)})
+    >>> b = Adapter({"q": LoraFactors(torch.eye(3)[:, 1:2], torch.eye(2)[1:], 1.0)})
+    >>> merged = best_rank([Contribution("a", a, 3), Contribution("b", b, 1)], rank=1).modules["q"]
+    >>> round(float((merged.B @ merged.A).norm()), 4)
+    0.75
+    """
+    lowest = rank if isinstance(rank, int) else min(rank.values())
+    if lowest < 1:
+        raise InputError(f"the rank {lowest} is not at least 1")
+    if any(part.residual is not None for part in parts):
+        return _with_carried(parts, rank)
+    weights = validate.shares(parts)
+    modules: dict[str, LoraFactors] = {}
+    for name, pairs in validate.matched(parts).items():
+        task = Task(parts, name, pairs, weights, validate.rank_in(rank, name), _start(name, pairs, start), tolerance)
+        part = way(task) or by_qr(task)
+        modules[name] = linalg.balanced(part, validate.output_scaling(pairs), pairs[0].A.dtype)
+    return Adapter(modules, validate.average_extra(parts))
+
+
+def _with_carried(parts: Sequence[Contribution], rank: validate.Rank) -> Adapter:
+    """The same where clients carried something frozen, which belongs to the sum: by QR."""
+    modules = {
+        name: linalg.balanced(linalg.kept(linalg.decompose(target), validate.rank_in(rank, name)), scaling, dtype)
+        for name, (target, scaling, dtype) in targets(parts).items()
+    }
+    return Adapter(modules, validate.average_extra(parts))
+
+
+def _start(name: str, pairs: Sequence[LoraFactors], start: Adapter | None) -> LoraFactors | None:
+    if start is None:
+        return None
+    pair = start.modules.get(name)
+    if pair is None or pair.shape != pairs[0].shape:
+        raise InputError(
+            f"the start does not fit: module '{name}' is {pairs[0].shape} in the clients and "
+            f"{'absent' if pair is None else pair.shape} in the start"
+        )
+    return pair

@@ -1,1 +1,0 @@
-"""Engines carry briefs to clients: `local` in this process, others over a network."""

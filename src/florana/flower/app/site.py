@@ -1,0 +1,155 @@
+"""What a site answers: who it is, and a round of training. The same at a site of a federation and in a simulation."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from florana.errors import FloranaError, RecipeError
+from florana.federation.client_state import keep, recall
+from florana.federation.local_engine import Fit
+from florana.federation.messages import pack
+from florana.flower.app.codec import failure_frame, read_brief, reply_frame
+from florana.flower.app.frames import Frame
+from florana.flower.app.site_card import Card, Common, digest
+from florana.lora.factors import Adapter
+from florana.recipe import schema as r
+from florana.runs.setup import Setup, begin, clients_of, strategy_of
+from florana.runs.threads import instructions, threads
+from florana.strategy.base import Strategy
+
+PLACES = {
+    "model": {"base", "device"},
+    "data": {"train", "test", "test_mismatched", "test_split", "test_limit", "hub_config"},
+}
+"""Keys of the recipe that may differ between the sites: where things are, not what they are."""
+
+log = logging.getLogger("florana")
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One client at its own machine, or every client of a simulation.
+
+    Args:
+        who: the name that the node's own configuration gives it.
+        fit: a client's round, as the local engine calls it.
+        card: what `hello` says of the site.
+        start: the adapter before the first round, head included.
+        folder: where the client keeps what stays with it.
+    """
+
+    who: str
+    fit: Fit
+    card: Card
+    start: Adapter
+    folder: Path
+
+    def answer(self, frame: Frame) -> Frame:
+        """The reply to one frame of the server. What goes wrong becomes a `failure` with its reason."""
+        try:
+            if frame.kind == "hello":
+                start = pack(self.start) if frame.fields.get("start") else b""
+                return Frame("hello", self.card.model_dump(mode="json"), start)
+            if frame.kind != "train":
+                return failure_frame(f"does not know requests of kind '{frame.kind[:40]}'")
+            return self._train(frame)
+        except FloranaError as error:
+            return failure_frame(str(error).replace("\n", "; "))
+        except Exception as error:
+            log.exception("client %s failed", self.who)
+            return failure_frame(f"{type(error).__name__}: {error}".splitlines()[0])
+
+    def _train(self, frame: Frame) -> Frame:
+        brief, run = read_brief(frame), str(frame.fields["run"])
+        if brief.client != self.who:
+            return failure_frame(f"is '{self.who}', but was asked as '{brief.client[:80]}'")
+        if frame.fields.get("card") != digest(self.card):  # it was started anew since, with something else
+            return Frame("changed")
+        memory = recall(self.folder, run, self.who, brief.round)
+        with threads(self.card.threads):  # in whatever thread Flower asks
+            reply, kept = self.fit(brief, memory)
+        keep(self.folder, run, self.who, brief.round, kept)
+        return reply_frame(reply, str(frame.fields["nonce"]))
+
+
+def site_of(recipe: r.Recipe, setup: Setup, who: str, folder: Path, step: Callable[[str], None] | None = None) -> Site:
+    """The site of one client of a set-up.
+
+    Raises:
+        RecipeError: the set-up has no such client, or the strategy starts from all clients' gradients.
+    """
+    if who not in setup.clients:
+        raise RecipeError(f"there is no client '{who}'", why=f"the data have {', '.join(sorted(setup.clients))}")
+    with threads(recipe.threads):
+        strategy = strategy_of(recipe, sorted(setup.clients))
+        begun = strategy.init(begin(recipe, setup, starts_anywhere(strategy)))
+        clients = clients_of(recipe, setup, begun, step or (lambda client: None))
+        return Site(who, clients.fit, card_of(recipe, setup, who, clients.first), clients.first, folder)
+
+
+def starts_anywhere(strategy: Strategy) -> Strategy:
+    """The strategy, if its start needs no other client.
+
+    Raises:
+        RecipeError: it starts from all clients' gradients.
+    """
+    if strategy.begin == "gradient":
+        raise RecipeError(
+            f"the strategy '{strategy.name}' with begin = 'gradient' runs in a simulation of one process only",
+            why="its start is made from the first gradients of all clients, which no one machine has",
+            fix="choose begin = 'principal', or another strategy",
+        )
+    return strategy
+
+
+def card_of(recipe: r.Recipe, setup: Setup, who: str, start: Adapter) -> Card:
+    """What a site says of itself: enough to find out that it does not fit, and nothing of its rows but their number."""
+    return Card(
+        client=who,
+        florana=importlib.metadata.version("florana"),
+        torch=torch.__version__.partition("+")[0],
+        threads=torch.get_num_threads(),
+        instructions=instructions(),
+        agreed=agreed(recipe),
+        holds=setup.partition["clients"][who],
+        common=common_of(setup, start),
+    )
+
+
+def common_of(setup: Setup, start: Adapter) -> Common:
+    """What must be the same everywhere; `start` is the adapter before the first round, head included."""
+    return Common(
+        base=base_digest(setup),
+        start=hashlib.sha256(pack(start)).hexdigest(),
+        labels=setup.partition["labels"],
+        scalings=start.scalings,
+        base_parameters=setup.bench.base_parameters,
+        adapter=replace(setup.bench.card, base_model=""),
+    )
+
+
+def agreed(recipe: r.Recipe) -> dict[str, Any]:
+    """The part of the recipe that must be the same everywhere, by dotted key."""
+    table = recipe.model_dump(mode="json", exclude_none=True)
+    result: dict[str, Any] = {"seed": recipe.seed, "task": recipe.task}
+    for section in ("model", "data", "partition", "train", "strategy"):
+        left_out = PLACES.get(section, set())
+        result |= {f"{section}.{key}": value for key, value in table[section].items() if key not in left_out}
+    return result
+
+
+def base_digest(setup: Setup) -> str:
+    """sha256 over the frozen parameters of the base model: names, shapes, types and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name, parameter in setup.bench.frozen():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

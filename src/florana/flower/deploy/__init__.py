@@ -1,0 +1,1 @@
+"""A federation over the network: keys, gateway, operator and sites."""

@@ -1,0 +1,90 @@
+"""A site's side: the model and the rows, and a line to the server that asks for the training of a round."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from florana.atomic_files import explained
+from florana.errors import FederationError, InputError
+from florana.flower.app.frames import Frame
+from florana.flower.app.site import Site, site_of
+from florana.flower.app.site_card import digest
+from florana.flower.deploy.fleet import logged_to
+from florana.flower.deploy.invitation import Invitation
+from florana.flower.deploy.kept_update import remembered
+from florana.flower.deploy.keys import read_private
+from florana.flower.deploy.node import attend
+from florana.recipe import schema as r
+from florana.runs.run_folder import held
+from florana.runs.setup import Setup, prepare
+
+
+def prepare_site(recipe: r.Recipe, who: str, data: Path | None) -> Setup:
+    """The model, and this site's rows: a file of its own, or its share of data that every site has.
+
+    Raises:
+        InputError: the file cannot be read or does not fit the recipe, or it is missing.
+    """
+    if recipe.partition.kind != "sites":
+        if data is not None:
+            raise InputError(
+                f"--data {data} is given, but the recipe deals out one data set to all",
+                fix="leave --data out, or ask the operator for a recipe with partition.kind = 'sites'",
+            )
+        return prepare(recipe)
+    if data is None:
+        raise InputError("--data is missing", why="the recipe says that each site has a file of its own")
+    return prepare(recipe, {who: data})
+
+
+def join(
+    recipe: r.Recipe,
+    invitation: Invitation,
+    keys: Path,
+    data: Path | None,
+    *,
+    done: threading.Event,
+    say: Callable[[str], None] = lambda text: None,
+    step: Callable[[str], None] = lambda client: None,
+) -> None:
+    """Take part until `done` is set.
+
+    Args:
+        recipe: `invitation.site_recipe`.
+        invitation: the operator's.
+        keys: the site's folder, with its private key; what the client keeps between rounds is written below it.
+        data: this site's rows; None where the recipe deals out one data set to all.
+        done: set by whoever wants to leave.
+        say: told of what happens.
+        step: told of every optimizer step.
+
+    Raises:
+        InputError: key, model or data cannot be used. FederationError: the server refuses this site, or another
+            florana takes part with the same folder.
+    """
+    who, key = read_private(keys)
+    work = keys / "flower"
+    taken = FederationError(f"another florana takes part from {keys}", fix="wait for it, or end it")
+    with explained(keys, "the site's folder could not be written"):
+        for folder in (work, keys / "kept"):  # for this account alone
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o700)
+    with held(work / "lock", taken), logged_to(work / "node.log"):
+        setup = prepare_site(recipe, who, data)
+        site = site_of(recipe, setup, who, keys / "kept", step)
+        say(f"{who}: {site.card.introduced(None)}; connecting to {invitation.address}")
+        attend(invitation, key, lambda frame: told(site, frame, keys / "kept" / "answer", say), done, say)
+
+
+def told(site: Site, frame: Frame, kept: Path, say: Callable[[str], None]) -> Frame:
+    """The site's answer to a request: the one in the file `kept`, where it was made for just this request."""
+    brief = frame.fields.get("brief")
+    if isinstance(brief, dict):
+        say(f"{site.who}: round {brief.get('round')}")
+    as_it_was = frame.fields.get("card") == digest(site.card)
+    answer = remembered(site.answer, frame, kept) if as_it_was else site.answer(frame)
+    if answer.kind == "failure":
+        say(f"{site.who}: {answer.fields['reason']}")
+    return answer

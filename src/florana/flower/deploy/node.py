@@ -1,0 +1,228 @@
+"""A site's connection to the server, by Flower's own client of the fleet API: asked, answered, nothing else.
+
+A SuperNode of Flower fetches the code of the app that sends a message, and keeps what it got for other programs of its
+machine, at a port. A site has no use for either: this process, which holds the model, asks for messages itself. Code is
+never fetched, so there is none to run; no port is opened, and no program is started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.app import Message
+from flwr.app.message.message import remove_content_from_message
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
+from flwr.common.serde import message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    pull_and_inflate_object_from_tree,
+    push_objects,
+)
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from florana.errors import FederationError
+from florana.flower.app.flower_records import from_record, to_record
+from florana.flower.app.frames import Frame
+from florana.flower.deploy.invitation import Invitation
+from florana.flower.deploy.reachability import clock_difference
+
+log = logging.getLogger("florana")
+ASKS_AGAIN = 0.5
+"""Seconds between two questions for work, at least; florana's server holds a question until there is some."""
+TRIES_AGAIN = 1.0
+LOOKS_AGAIN = 0.05
+BEATS = 10.0
+CLOCK_SECONDS = 240.0
+_SIGNATURE, _UNKNOWN, _TOO_LARGE = 401, 412, 413
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """An open line to the server: Flower's client, and the node that the server takes this site for."""
+
+    client: FleetHttpClient
+    node: Node
+
+
+def attend(
+    invitation: Invitation,
+    key: Path,
+    answer: Callable[[Frame], Frame],
+    done: threading.Event,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Answer the server's requests until `done` is set; wait for the server where it is away.
+
+    Args:
+        key: the site's private key. answer: the reply to one request, which never raises.
+
+    Raises:
+        FederationError: the server's certificate does not hold, or it does not know this key.
+    """
+    private = load_ssh_private_key(key.read_bytes(), None)
+    assert isinstance(private, ec.EllipticCurvePrivateKey)
+    interceptors = [NodeAuthHttpInterceptor(private, private.public_key())]
+    authority = invitation.authority.read_bytes()
+    away = False
+    with FleetHttpClient.from_server_address(invitation.address, False, authority, interceptors) as client:
+        while not done.is_set():
+            try:
+                clock_difference(invitation)  # its errors say what is wrong with a certificate
+                with _present(client, public_key_to_bytes(private.public_key())) as line:
+                    if away:
+                        say("the server is there again")
+                    away = False
+                    _attend(line, answer, done, say)
+            except httpx.HTTPStatusError as error:
+                _judge(error, invitation)
+            except (httpx.TransportError, OSError) as error:
+                if not away:
+                    why = getattr(error, "strerror", None) or type(error).__name__
+                    say(f"the server is not there ({why}); waiting for it")
+                away = True
+            done.wait(TRIES_AGAIN)
+
+
+def _judge(error: httpx.HTTPStatusError, invitation: Invitation) -> None:
+    """Raise what cannot be mended by trying again; the rest is a server that was started anew, or is about to be."""
+    status, path = error.response.status_code, error.request.url.path
+    if not path.endswith("/activate-node"):
+        return
+    if status == _UNKNOWN:
+        raise FederationError(
+            "the server does not know this site's key",
+            why="the operator has not approved it, or approved another key in this site's name",
+            fix="send the operator this site's .pub file for 'florana flower approve', and join again",
+        )
+    if status == _SIGNATURE:
+        off = clock_difference(invitation)
+        raise FederationError(
+            "the server does not accept this site's signature",
+            why=f"this machine's clock is {off:.0f} seconds ahead of the server's" if abs(off) > CLOCK_SECONDS else "",
+            fix="set the clock right (signatures hold for five minutes), and join again",
+        )
+
+
+@contextmanager
+def _present(client: FleetHttpClient, public: bytes) -> Iterator[Line]:
+    """Be there for the server: it hears every ten seconds that this site lives, and at once when it leaves."""
+    said = client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL))
+    line, left = Line(client, Node(node_id=said.node_id)), threading.Event()
+    beating = threading.Thread(target=_beat, args=(line, left), daemon=True)
+    beating.start()
+    broken = False
+    try:
+        yield line
+    except (httpx.HTTPError, OSError):
+        broken = True  # this site comes back: the server goes on waiting for its answer
+        raise
+    finally:
+        left.set()
+        if not broken:
+            with contextlib.suppress(httpx.HTTPError):  # the server will miss the next heartbeats
+                client.DeactivateNode(DeactivateNodeRequest(node_id=line.node.node_id))
+
+
+def _beat(line: Line, left: threading.Event) -> None:
+    request = SendNodeHeartbeatRequest(node=line.node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+    while not left.wait(BEATS):
+        try:
+            line.client.SendNodeHeartbeat(request)
+        except (httpx.HTTPError, ValueError):
+            log.info("a heartbeat did not reach the server")  # whoever asks next finds out what is wrong
+
+
+def _attend(line: Line, answer: Callable[[Frame], Frame], done: threading.Event, say: Callable[[str], None]) -> None:
+    while not done.is_set():
+        got = line.client.PullMessages(PullMessagesRequest(node=line.node))
+        asked = _whole(line, got) if got.messages_list else None
+        if asked is None:
+            done.wait(ASKS_AGAIN)
+            continue
+        try:
+            waited_for = _sent(line, Message(to_record(_answered(asked, answer)), reply_to=asked), done)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != _TOO_LARGE:
+                raise
+            reason = Frame("failure", {"reason": f"its answer is too large: {error.response.text[:100]}"})
+            waited_for = _sent(line, Message(to_record(reason), reply_to=asked), done)
+        if not waited_for and not done.is_set():
+            say("the server does not wait for this answer any more")
+
+
+def _whole(line: Line, got: PullMessagesResponse) -> Message | None:
+    """The request with all that belongs to it; None where the server has taken it back."""
+    tree, run = got.message_object_trees[0], got.messages_list[0].metadata.run_id
+    pull = make_pull_object_fn_protobuf(line.client.PullObject, line.node, run)
+    confirm = make_confirm_message_received_fn_protobuf(line.client.ConfirmMessageReceived, line.node, run)
+    try:
+        message = pull_and_inflate_object_from_tree(
+            tree, pull, confirm, return_type=Message, initial_backoff=LOOKS_AGAIN, max_time=60.0
+        )
+    except (ObjectPullError, TypeError, LookupError, ValueError) as error:
+        log.warning("a request could not be read: %s", error)
+        return None
+    message.metadata.__dict__["_message_id"] = tree.object_id
+    return message
+
+
+def _answered(asked: Message, answer: Callable[[Frame], Frame]) -> Frame:
+    try:
+        frame = from_record(asked.content)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        return Frame("failure", {"reason": f"could not read the request: {error}"})
+    return answer(frame)
+
+
+def _sent(line: Line, reply: Message, done: threading.Event) -> bool:
+    """Send the whole of an answer, over as many broken connections as it takes; False where nobody waits for it."""
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    run = reply.metadata.run_id
+    with no_object_id_recompute():
+        request = PushMessagesRequest(
+            node=line.node,
+            messages_list=[message_to_proto(remove_content_from_message(reply))],
+            message_object_trees=[get_object_tree(reply)],
+        )
+        while not done.is_set():
+            try:
+                told = line.client.PushMessages(request)
+                if not told.objects_to_push:
+                    return False
+                push = make_push_object_fn_protobuf(line.client.PushObject, line.node, run, told.session_id)
+                push_objects(get_all_nested_objects(reply), push, object_ids_to_push=set(told.objects_to_push))
+                return True
+            except (httpx.TransportError, ObjectPushError):
+                done.wait(TRIES_AGAIN)
+    return False

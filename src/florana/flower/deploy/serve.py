@@ -1,0 +1,102 @@
+"""The operator's side: the gateway, Flower's fleet API behind it, and the rounds, all in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from florana.atomic_files import explained
+from florana.errors import FederationError, InputError, RecipeError
+from florana.federation.loop import Event
+from florana.flower.app.server_app import lead, noted
+from florana.flower.app.settings import Settings
+from florana.flower.deploy.fleet import logged_to, make_link
+from florana.flower.deploy.gateway import Door, OpenDoor, open_door
+from florana.flower.deploy.keys import Certificates, read_certificate, read_roster
+from florana.recipe import schema as r
+from florana.runs.rounds import Show
+from florana.runs.run_folder import check_folder, held, locked
+
+
+def serve(
+    recipe: r.Recipe,
+    files: Certificates,
+    folder: Path,
+    settings: Settings,
+    *,
+    host: str = "0.0.0.0",
+    port: int = 8443,
+    resume: bool = False,
+    limit: int = 2**28,
+    show: Show = lambda event: None,
+    opened: Callable[[OpenDoor], None] = lambda door: None,
+) -> None:
+    """Serve one run to the approved sites, until it ends.
+
+    Args:
+        recipe: of the run.
+        files: the operator's folder, with certificates and roster.
+        folder: the run folder.
+        settings: deadline, wait and base.
+        host: the address to listen on.
+        port: the one port that the network sees.
+        resume: continue the run in the folder.
+        limit: bytes of one answer of a site.
+        show: told of what happens.
+        opened: given the open door, before anybody is asked.
+
+    Raises:
+        FederationError: a port or a folder in use, too few clients, a disk that refuses.
+        InputError: certificates or roster that are missing or out of date, a model or data that cannot be read.
+        RecipeError: the folder belongs to another run, or the strategy needs what the server does not have.
+    """
+    check_folder(recipe, folder, resume)
+    approved = read_roster(files.roster)
+    check_certificates(files)
+    if len(approved) < recipe.federation.min_clients:
+        raise RecipeError(
+            f"{len(approved)} sites are approved, and federation.min_clients is {recipe.federation.min_clients}",
+            fix="approve the sites' .pub files with 'florana flower approve'",
+        )
+    work = files.folder / "flower"
+    with explained(files.folder, "the operator's folder could not be written"):
+        work.mkdir(parents=True, exist_ok=True)
+        work.chmod(0o700)
+    own = replace(settings, out=str(folder), roster=str(files.roster), resume=resume)
+    taken = FederationError(
+        f"another florana serves from {files.folder}", fix="wait for it, or make a folder of its own"
+    )
+    with held(work / "guard", taken), logged_to(work / "link.log"):
+        link, fleet = make_link(approved)
+        door = Door(fleet, limit, lambda: link.asked)
+        inside = open_door(door, host, port, files.certificate, files.key)
+        try:
+            with explained(folder, "the run folder could not be made"):
+                folder.mkdir(parents=True, exist_ok=True)
+            with locked(folder):
+                opened(inside)
+                told = noted(folder, show)
+                if resume and not (folder / "rounds.jsonl").exists():
+                    told(Event("mended", 0, detail=f"{folder} holds no committed round: the run begins with the first"))
+                lead(link, recipe, own, folder, told)
+        finally:
+            inside.close()
+
+
+def check_certificates(files: Certificates) -> None:
+    """Raise InputError where the operator's certificates are missing or out of date."""
+    if not files.certificate.exists():
+        raise InputError(
+            f"{files.folder} holds no server certificate",
+            fix=f"make it with 'florana flower keys --server HOST --out {files.folder}'",
+        )
+    for path in (files.authority, files.certificate):
+        certificate, now = read_certificate(path), datetime.now(UTC)
+        if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
+            raise InputError(
+                f"{path} is valid from {certificate.not_valid_before_utc} to {certificate.not_valid_after_utc}",
+                why=f"it is {now:%Y-%m-%d %H:%M} UTC",
+                fix="set the clock right, or make new certificates and invitations",
+            )

@@ -1,0 +1,1 @@
+"""The recipe: what a run is, as TOML, checked whole before anything starts."""

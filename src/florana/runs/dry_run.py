@@ -1,0 +1,176 @@
+"""What a run will take, before it starts: clients, bytes, memory and time, from a real step of the real model."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from florana.recipe import schema as r
+from florana.lora.factors import kind_of
+from florana.federation.messages import pack, travelling
+from florana.federation.error_feedback import packed_size
+from florana.runs.setup import Setup, begin, strategy_of
+from florana.score.benchmarks import figure_names
+from florana.strategy.base import Payload
+from florana.train.client import steps_per_round, train_locally
+from florana.train.evaluate import evaluate
+from florana.train.generate import cut_prompts, generate
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What the model will be asked to write.
+
+    Args:
+        task, problems, samples: as the recipe has them. times: how often in the run.
+        cut_prompts: how many are too long for the model.
+        figures: their names. seconds: in all, from a few measured tokens; an upper bound, as answers may end early.
+    """
+
+    task: str
+    problems: int
+    samples: int
+    times: int
+    cut_prompts: int
+    figures: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a run.
+
+    Args:
+        clients: client -> training rows. own_test: client -> rows of its own test share. common_test: rows.
+        per_round: clients asked each round. rounds: how many. steps: optimizer steps per client and round (the mean).
+        trainable_parameters, base_parameters: numbers that are trained; that are frozen.
+        bytes_up, bytes_down: in the first round, all clients; methods with a frozen part send more down as it grows.
+        memory: peak of this process after one training step, bytes; None where the system does not tell.
+        writing: what [generation] asks for, or None.
+        left_out, cut_responses: of instructions, rows without room for a response, and those that lost their end.
+        seconds_per_step, seconds: one measured step; the whole run, scoring included (an estimate from both).
+    """
+
+    strategy: str
+    clients: dict[str, int]
+    own_test: dict[str, int]
+    common_test: int
+    per_round: int
+    rounds: int
+    steps: float
+    trainable_parameters: int
+    base_parameters: int
+    bytes_up: int
+    bytes_down: int
+    memory: int | None
+    seconds_per_step: float
+    seconds: float
+    writing: Writing | None
+    left_out: dict[str, int]
+    cut_responses: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON's own types."""
+        return asdict(self)
+
+
+def plan(recipe: r.Recipe, setup: Setup, *, timed_steps: int = 3) -> Plan:
+    """Measure a few steps of the largest client and one batch of scoring; the adapter is put back as it was."""
+    rows = {client: len(data.train) for client, data in setup.clients.items()}
+    per_round = recipe.federation.clients_per_round or len(rows)
+    largest = setup.clients[max(rows, key=lambda client: (rows[client], client))].train
+    once = recipe.train.model_copy(update={"steps": 1, "epochs": None})
+    train_locally(setup.bench, largest, once, 0, lambda: None)  # warm-up: allocations, kernels
+    few = recipe.train.model_copy(update={"steps": timed_steps, "epochs": None})
+    started = time.perf_counter()
+    train_locally(setup.bench, largest, few, 0, lambda: None)
+    per_step = (time.perf_counter() - started) / timed_steps
+    sample = setup.common[: recipe.evaluate.batch_size]
+    started = time.perf_counter()
+    evaluate(setup.bench, sample, recipe.evaluate.batch_size)
+    scoring = (time.perf_counter() - started) / len(sample) * len(setup.common)
+    writing = _writing(recipe, setup)
+    setup.bench.load(setup.start)
+    down, up, trained = _traffic(recipe, setup)
+    steps = sum(steps_per_round(recipe.train, count) for count in rows.values()) / len(rows)
+    scorings = recipe.federation.rounds / recipe.evaluate.every + 1
+    return Plan(
+        strategy=recipe.strategy["name"],
+        clients=rows,
+        own_test={client: len(data.test) for client, data in setup.clients.items()},
+        common_test=len(setup.common),
+        per_round=per_round,
+        rounds=recipe.federation.rounds,
+        steps=steps,
+        trainable_parameters=trained,
+        base_parameters=setup.bench.base_parameters,
+        bytes_up=round(per_round * up),
+        bytes_down=round(per_round * down),
+        memory=peak_memory(),
+        seconds_per_step=per_step,
+        seconds=recipe.federation.rounds * per_round * steps * per_step
+        + scorings * scoring
+        + (writing.seconds if writing is not None else 0.0),
+        writing=writing,
+        left_out=dict(setup.partition.get("left_out", {})),
+        cut_responses=dict(setup.partition.get("cut_responses", {})),
+    )
+
+
+def _writing(recipe: r.Recipe, setup: Setup, measured: int = 4) -> Writing | None:
+    """One batch writes a token, then a few more, and is taken for all: every batch, every token, every time."""
+    exam, own = setup.exam, recipe.generation
+    if exam is None or own is None:
+        return None
+    rounds = recipe.federation.rounds
+    times = sum(exam.due(round_, rounds) for round_ in range(1, rounds + 1))
+
+    def timed(tokens: int) -> float:
+        started = time.perf_counter()
+        generate(setup.bench, exam.prompts[: own.batch_size], max_new_tokens=tokens, batch_size=own.batch_size)
+        return time.perf_counter() - started
+
+    timed(1)  # warm-up
+    first = timed(1)
+    per_token = max(0.0, timed(1 + measured) - first) / measured if own.max_new_tokens > measured else first
+    batches = -(-len(exam.prompts) * own.samples // own.batch_size)
+    return Writing(
+        task=own.task,
+        problems=len(exam.rows),
+        samples=own.samples,
+        times=times,
+        cut_prompts=cut_prompts(setup.bench, exam.prompts, own.max_new_tokens),
+        figures=(*figure_names(own.task, own.k), "cut_prompts"),
+        seconds=times * batches * (first + (own.max_new_tokens - 1) * per_token),
+    )
+
+
+def _traffic(recipe: r.Recipe, setup: Setup) -> tuple[float, float, int]:
+    """The first round's bytes down and up, the mean over clients, and the most numbers a client trains."""
+    strategy = strategy_of(recipe, sorted(setup.clients))
+    state = strategy.init(begin(recipe, setup, strategy))
+    setup.bench.load(setup.start)
+    payloads = [strategy.brief(state, client) for client in sorted(setup.clients)]
+    down = [len(pack(p.adapter, p.work.down, p.residual)) for p in payloads]
+    up = [packed_size(travelling(p.adapter, p.work.up, p.blocks), recipe.federation.uplink) for p in payloads]
+    trained = [_trained(payload) for payload in payloads]
+    return sum(down) / len(down), sum(up) / len(up), max(trained)
+
+
+def _trained(payload: Payload) -> int:
+    """How many numbers a client trains: factors or cores, one scale per block of a core, tensors trained whole."""
+    tensors = travelling(payload.adapter, payload.work.trains, payload.blocks)
+    scales = [len(t) for name, t in tensors.items() if kind_of(name) == "core" and "scale" in payload.work.trains]
+    return sum(t.numel() for t in tensors.values()) + sum(scales)
+
+
+def peak_memory() -> int | None:
+    """The largest resident size of this process so far, in bytes."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

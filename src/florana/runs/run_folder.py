@@ -1,0 +1,148 @@
+"""A run folder from outside: may this run have it, what does it hold, is nobody else at work in it.
+
+Light to import: no training library.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from florana.errors import FederationError, InputError, RecipeError
+from florana.federation.journal import read_records
+from florana.federation.round_record import RoundRecord
+from florana.recipe.schema import Recipe
+from florana.recipe.load import check, differences
+from florana.atomic_files import explained
+
+OUTCOME, PROGRESS, RUN_NAME = "outcome.json", "progress.jsonl", "run.json"
+"""Of a run over the network: how it ended, a line per event, and the name by which sites keep what stays with them."""
+
+BEFORE = {"log.txt", ".lock", OUTCOME, PROGRESS, RUN_NAME, "environment.json", "setup.json"}
+"""What a run may leave in its folder before it has begun."""
+
+
+def check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
+    """Raise RecipeError where the folder cannot take this run: taken, not a run, or made by another recipe."""
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"--out {folder} is a file", fix="name a new folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not resume:
+        raise RecipeError(
+            f"--out {folder} exists already",
+            why="florana never writes over a run",
+            fix="name a new folder, or add --resume to continue that run",
+        )
+    if not (folder / "recipe.toml").exists():
+        if any(path.name not in BEFORE and not path.name.endswith(".tmp") for path in folder.iterdir()):
+            raise RecipeError(f"--out {folder} is not a run folder", fix="name a new folder")
+        return
+    old = check(tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")), str(folder / "recipe.toml"))
+    may = ("federation.rounds:", "title:", "threads:")
+    changed = [line for line in differences(old, recipe) if not line.startswith(may)]
+    recorded = recorded_threads(folder)
+    if recipe.threads is not None and recorded not in (None, recipe.threads):
+        changed.append(f"threads: {recorded} -> {recipe.threads}")
+    if changed:
+        raise RecipeError(
+            f"{folder} was made by another recipe: " + "; ".join(changed),
+            fix="resume with the same recipe (federation.rounds may grow), or name a new folder",
+        )
+    if recipe.federation.rounds < old.federation.rounds:
+        raise RecipeError(
+            f"{folder} was planned for {old.federation.rounds} rounds, the recipe asks for {recipe.federation.rounds}",
+            fix="only more rounds can be added",
+        )
+
+
+def recorded_threads(folder: Path) -> int | None:
+    """With how many threads the run in the folder works; None where there is none. Raises InputError."""
+    if not (folder / "recipe.toml").exists():
+        return None
+    try:
+        recorded = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")).get("threads")
+    except (OSError, ValueError) as error:
+        raise InputError(f"the run folder {folder} cannot be read", why=str(error)) from None
+    if recorded is None:  # older folders have it beside the versions alone
+        recorded = read_environment(folder).get("torch_threads")
+    return recorded if isinstance(recorded, int) and recorded > 0 else None
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """What the run in the folder began with, as `conduct.environment` wrote it; empty where there is none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    path = folder / "environment.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read", why=str(error)) from None
+    return found if isinstance(found, dict) else {}
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[RoundRecord]]:
+    """The recipe (as a table), setup.json and the committed rounds of a run folder. Raises InputError."""
+    try:
+        recipe = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
+        setup = json.loads((folder / "setup.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder} is no run folder: {Path(str(error.filename)).name} is missing",
+            fix="give a folder made by 'florana run' or 'florana demo'",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"the run folder {folder} cannot be read", why=str(error)) from None
+    return recipe, setup, read_records(folder / "rounds.jsonl")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One florana at a time in a run folder."""
+    with held(
+        folder / ".lock",
+        FederationError(f"another florana is working in {folder}", fix="wait for it, or name another folder"),
+    ):
+        yield
+
+
+@contextmanager
+def held(file: Path, taken: FederationError, seconds: float = 0.0) -> Iterator[None]:
+    """A lock that its holder's death frees; `taken` is raised where somebody else has it for that long.
+
+    Who holds it may take it again: whoever leads a run over the network holds it before the rounds begin.
+    """
+    with explained(file.parent, "the folder could not be locked"):
+        lock = filelock.FileLock(file, is_singleton=True)
+        try:
+            lock.acquire(timeout=seconds)
+        except filelock.Timeout:
+            raise taken from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def logged(folder: Path) -> Iterator[None]:
+    handler = logging.FileHandler(folder / "log.txt", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log = logging.getLogger("florana")
+    log.addHandler(handler)
+    propagate, log.propagate = log.propagate, False
+    try:
+        yield
+    finally:
+        log.propagate = propagate
+        log.removeHandler(handler)
+        handler.close()

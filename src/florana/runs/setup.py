@@ -1,0 +1,249 @@
+"""The only joiner: a recipe becomes a model, data, clients, a strategy and an engine; the result is a run folder.
+
+RUN/recipe.toml       resolved, runs again      RUN/environment.json  versions, hardware, threads, seed
+RUN/setup.json        who holds what, the starting model's score, sizes
+RUN/rounds.jsonl      one line per committed round      RUN/checkpoint/  the last states
+RUN/adapter/          the global adapter, as PEFT loads it      RUN/log.txt  warnings and tracebacks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from florana.recipe import schema as r
+from florana.runs.rounds import Result, Show, conduct, settled
+from florana.federation.local_engine import LocalEngine
+from florana.lora.factors import Adapter
+from florana.federation.loop import Federation
+from florana.federation.step_bounds import reach_of
+from florana.federation.weighting import Weighing, by_examples, uniformly
+from florana.runs.run_folder import check_folder
+from florana.strategy.base import State, Strategy
+from florana.strategy.ranks import with_ranks
+from florana.train import lora_init
+from florana.train.client import ClientData, TrainingClients, steps_per_round
+from florana.train.data.sources import load_tables
+from florana.train.evaluate import evaluate
+from florana.train.generation_eval import Exam, exam
+from florana.train.model import Workbench
+from florana.train.examples import rows_of
+from florana.train.data.site_files import load_sites, site_files
+from florana.train.data.tokenize import Example
+
+WEIGHTINGS = {"examples": by_examples, "uniform": uniformly}
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """Everything a run needs that does not depend on the strategy; strategies can be compared on one of it.
+
+    Args:
+        bench: the one model. start: the initial adapter (without the head where heads are personal).
+        head: the tensors trained whole as they are at the start.
+        clients: client -> its rows. common: the common test set.
+        partition: who holds what, as written to setup.json.
+        exam: the problems that the global model is scored on by what it writes, where the recipe asks for it.
+        more: further common test sets, by the ending of their figures' names.
+    """
+
+    bench: Workbench
+    start: Adapter
+    head: Mapping[str, Tensor]
+    clients: Mapping[str, ClientData]
+    common: tuple[Example, ...]
+    partition: Mapping[str, Any]
+    exam: Exam | None = None
+    more: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
+
+    @property
+    def examples(self) -> dict[str, int]:
+        """Client -> how many rows it trains on."""
+        return {client: len(data.train) for client, data in self.clients.items()}
+
+
+def prepare(recipe: r.Recipe, files: Mapping[str, Path] | None = None) -> Setup:
+    """Load the model and the data, deal out the rows, turn them into tokens. Writes nothing.
+
+    Args:
+        files: client -> its own file, of the clients that are here (at a server none); None takes the recipe's.
+
+    Raises:
+        InputError: anything about the model or the data that cannot be read or does not fit.
+    """
+    if recipe.partition.kind == "sites" and files is None:
+        files = site_files(recipe.data)
+    if files is None:
+        tables = load_tables(recipe.data, recipe.task, recipe.seed)
+    else:
+        tables = load_sites(recipe.data, recipe.task, recipe.seed, files)
+    bench = Workbench(recipe.model, recipe.task, tables.labels, recipe.seed)
+    rows = rows_of(recipe, bench, tables)
+    start = bench.adapter()
+    return Setup(
+        bench=bench,
+        start=Adapter(start.modules) if recipe.model.personal else start,
+        head=start.extra,
+        clients=rows.clients,
+        common=rows.common,
+        partition=rows.facts,
+        exam=exam(recipe, bench),
+        more=rows.more,
+    )
+
+
+def execute(
+    recipe: r.Recipe,
+    folder: Path,
+    *,
+    setup: Setup | None = None,
+    resume: bool = False,
+    show: Show = lambda event: None,
+    step: Callable[[str], None] = lambda client: None,
+) -> Result:
+    """Run a recipe into a folder, or continue the run that the folder holds, with the number of threads it began with.
+
+    Args:
+        setup: a `prepare`d set-up to use; it must come from a recipe that differs in the strategy at most.
+        resume: continue; a folder without a committed round starts anew. Without it the folder must not exist.
+        show: told of rounds, replies, refusals and commits. step: told of every optimizer step.
+
+    Raises:
+        RecipeError: the folder is taken, or was made by another recipe. InputError: model or data unusable.
+        FederationError: too few usable updates, or the disk refused; the rounds committed before stand.
+    """
+    check_folder(recipe, folder, resume)
+    with settled(recipe, folder, show) as recipe:
+        here = setup or prepare(recipe)
+        strategy = strategy_of(recipe, sorted(here.clients))
+        begun = strategy.init(begin(recipe, here, strategy))
+        return conduct(
+            recipe,
+            folder,
+            strategy,
+            begun,
+            here.bench.card,
+            lambda memories: engine_of(recipe, here, begun, memories, step),
+            federation_of(recipe, here, sorted(here.clients), here.examples),
+            lambda: facts_of(recipe, here, here.partition),
+            show,
+        )
+
+
+def engine_of(
+    recipe: r.Recipe,
+    setup: Setup,
+    begun: State,
+    memories: Mapping[str, Mapping[str, Tensor]] | None = None,
+    step: Callable[[str], None] = lambda client: None,
+) -> LocalEngine:
+    """The clients of a set-up in the local engine; `begun` is the strategy's first state, which every client knows."""
+    return LocalEngine(clients_of(recipe, setup, begun, step).fit, memories)
+
+
+def clients_of(
+    recipe: r.Recipe, setup: Setup, begun: State, step: Callable[[str], None] = lambda client: None
+) -> TrainingClients:
+    """The clients of a set-up at its bench, ready to train."""
+    return TrainingClients(
+        setup.bench,
+        Adapter(begun.adapter.modules, setup.head, begun.adapter.cores),
+        setup.clients,
+        setup.common[: recipe.evaluate.personal_limit],
+        recipe.train,
+        recipe.evaluate,
+        "personal" if recipe.model.personal else "average",
+        step,
+    )
+
+
+def strategy_of(recipe: r.Recipe, clients: Sequence[str]) -> Strategy:
+    """The recipe's strategy, with the clients' own ranks where it gives them (in turn, by client name)."""
+    strategy, ranks = recipe.build_strategy(), recipe.model.client_ranks
+    if ranks is None:
+        return strategy
+    own = {client: ranks[index % len(ranks)] for index, client in enumerate(sorted(clients))}
+    return with_ranks(strategy, own, recipe.model.scaling_of)
+
+
+def begin(recipe: r.Recipe, setup: Setup, strategy: Strategy) -> Adapter:
+    """What the strategy's first state is made from: PEFT's start, or pairs from the base weights or their gradient."""
+    if strategy.begin == "principal":
+        return lora_init.principal(setup.bench, setup.start)
+    if strategy.begin == "gradient":
+        batches = {client: data.train[: recipe.train.batch_size] for client, data in setup.clients.items()}
+        return lora_init.gradient(setup.bench, setup.start, batches, recipe.train.learning_rate)
+    return setup.start
+
+
+def global_scores(setup: Setup, adapter: Adapter, residual: Adapter | None, batch_size: int) -> dict[str, float]:
+    """The scores of a server state on the common test set."""
+    setup.bench.load(adapter, residual)
+    scores = evaluate(setup.bench, setup.common, batch_size)
+    for ending, rows in setup.more.items():
+        scores |= {f"{name}_{ending}": value for name, value in evaluate(setup.bench, rows, batch_size).items()}
+    return scores
+
+
+def federation_of(
+    recipe: r.Recipe, setup: Setup | None, clients: Sequence[str], examples: Mapping[str, int]
+) -> Federation:
+    """The fixed facts of a recipe's run, for the round loop; of clients without `examples` any count is believed.
+
+    Without a set-up, at a server that has no base model, nothing is measured there.
+    """
+    rounds, every = recipe.federation.rounds, recipe.evaluate.every
+
+    def asked(round_: int) -> bool:
+        return setup is not None and setup.exam is not None and setup.exam.due(round_, rounds)
+
+    def scores(state: State) -> Mapping[str, float]:
+        assert setup is not None
+        figures = global_scores(setup, state.adapter, state.residual, recipe.evaluate.batch_size)
+        # global_scores has left the state's model on the bench
+        return figures | setup.exam.sit(setup.bench) if setup.exam is not None and asked(state.round) else figures
+
+    personal: dict[str, Callable[[int], bool]] = {
+        "never": lambda round_: False,
+        "last": lambda round_: round_ == rounds,
+        "every": lambda round_: round_ % every == 0 or round_ == rounds,
+    }
+    return Federation(
+        clients=sorted(clients),
+        rounds=rounds,
+        per_round=recipe.federation.clients_per_round or len(clients),
+        seed=recipe.seed,
+        weighing=Weighing(
+            WEIGHTINGS[recipe.federation.weighting],
+            recipe.federation.max_weight,
+            recipe.robust.build(),
+            recipe.robust.rule,
+        ),
+        # A personal head leaves the server without one, so there is no global model to measure.
+        evaluate=None if recipe.model.personal or setup is None or not setup.common else scores,
+        measured=lambda round_: round_ % every == 0 or round_ == rounds or asked(round_),
+        personal=personal[recipe.evaluate.personal],
+        minimum=recipe.federation.min_clients,
+        examples=examples,
+        uplink=recipe.federation.uplink,
+        max_change=recipe.federation.max_change,
+        reach=lambda rows: reach_of(
+            recipe.train.learning_rate, recipe.train.weight_decay, steps_per_round(recipe.train, rows)
+        ),
+    )
+
+
+def facts_of(recipe: r.Recipe, setup: Setup, partition: Mapping[str, Any]) -> dict[str, Any]:
+    """What setup.json says: who holds what, the starting model's scores, sizes."""
+    measured = not recipe.model.personal and setup.common
+    return {
+        **partition,
+        "start": global_scores(setup, setup.start, None, recipe.evaluate.batch_size) if measured else None,
+        "trainable_parameters": setup.start.parameters,
+        "base_parameters": setup.bench.base_parameters,
+        "common_test": len(setup.common),
+    }

@@ -1,0 +1,80 @@
+"""The swap test: the clients' trained adapters held fixed, only the aggregator swapped.
+
+One run of FedIT is followed; at the wanted rounds the very updates that its server got are given to every rule, and the
+merged model is scored. Whatever differs then is the rule's doing: what the clients learnt is the same for all.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from florana.aggregate.error import measure
+from florana.federation.journal import Journal
+from florana.federation.loop import run_rounds
+from florana.lora.factors import Contribution
+from florana.recipe import schema as r
+from florana.runs.setup import Setup, begin, engine_of, federation_of, global_scores, strategy_of
+from florana.strategy.base import PAIR, Outcome, State, Strategy
+from florana.study.grid import Method
+
+Held = Mapping[int, tuple[State, Sequence[Contribution]]]
+"""Round -> the state that was broadcast at its start, and what the clients sent back, weighted."""
+
+
+def hold(recipe: r.Recipe, setup: Setup, rounds: Sequence[int]) -> dict[int, tuple[State, Sequence[Contribution]]]:
+    """Follow the recipe's own strategy, and keep what its server got at the wanted rounds."""
+    captured: dict[int, tuple[State, Sequence[Contribution]]] = {}
+    strategy = strategy_of(recipe, sorted(setup.clients))
+
+    def watched(state: State, parts: Sequence[Contribution]) -> Outcome:
+        if state.round + 1 in rounds:
+            captured[state.round + 1] = (state, parts)
+        return strategy.step(state, parts)
+
+    state = strategy.init(begin(recipe, setup, strategy))
+    plain = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"personal": "never"})})
+    federation = replace(
+        federation_of(plain, setup, sorted(setup.clients), setup.examples), rounds=max(rounds), evaluate=None
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal(Path(folder), setup.bench.card)
+        engine = engine_of(recipe, setup, state)
+        run_rounds(replace(strategy, step=watched), state, engine, federation, journal, lambda event: None)
+    return dict(sorted(captured.items()))
+
+
+def swap(recipe: r.Recipe, setup: Setup, methods: Sequence[Method], rounds: Sequence[int]) -> list[dict[str, Any]]:
+    """One row per round and rule: method, round, error, optimum, and the merged model's scores.
+
+    Only rules that take whole pairs, trained from PEFT's start, can be given FedIT's clients; the others are left out.
+    """
+    return exchange(recipe, setup, methods, hold(recipe, setup, rounds))
+
+
+def exchange(
+    recipe: r.Recipe, setup: Setup, methods: Sequence[Method], held: Held, *, scored: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    """Every rule on the same updates. `scored`: the rounds whose merged models are scored (None: all)."""
+    rows: list[dict[str, Any]] = []
+    for method in methods:
+        one = strategy_of(recipe.model_copy(update={"strategy": dict(method.strategy)}), sorted(setup.clients))
+        if not all(_takes_pairs(one, before) for before, _ in held.values()):
+            continue
+        for round_, (before, parts) in held.items():
+            own = one.init(before.adapter).memory  # what the rule itself would have kept: another one began the state
+            after = one.step(replace(before, memory=own), parts).state
+            error = measure(parts, after.adapter, after.residual)
+            row = {"method": method.label, "round": round_, "error": error.error, "optimum": error.optimum}
+            if scored is None or round_ in scored:
+                row |= global_scores(setup, after.adapter, after.residual, recipe.evaluate.batch_size)
+            rows.append(row)
+    return rows
+
+
+def _takes_pairs(strategy: Strategy, state: State) -> bool:
+    payload = strategy.brief(state, "any")
+    return payload.work == PAIR and strategy.begin == "lora" and strategy.facts.one_model

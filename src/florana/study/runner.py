@@ -1,0 +1,181 @@
+"""Doing a study: groups of cells side by side, each cell an ordinary run folder; what is finished is never done again.
+
+OUT/runs/<setting>/seed-<n>/<method>/   a run folder          OUT/swap/<setting>-seed-<n>.json   the swap test
+OUT/failures.json                       cell -> why it failed; the table marks the gap
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import torch
+
+from florana.atomic_files import explained, replace_file
+from florana.errors import FloranaError
+from florana.federation.journal import read_records
+from florana.federation.loop import Event
+from florana.recipe import schema as r
+from florana.runs.run_folder import recorded_threads
+from florana.runs.threads import threads
+from florana.study.grid import CENTRALISED, Cell, Plan, Setting, recipe_of
+
+MEMORY_PER_JOB = 2 * 2**30
+"""Bytes of free memory a group of cells should have before another one starts beside it."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one worker does: the cells of a setting, in order, in the folder `out`."""
+
+    base: r.Recipe
+    setting: Setting
+    cells: Sequence[Cell]
+    out: Path
+    threads: int
+    swap_rounds: Sequence[int]
+
+
+def execute_study(plan: Plan, out: Path, jobs: int | None, advance: Callable[[int, str], None]) -> dict[str, str]:
+    """Run every cell that is not finished; `advance` is told of committed rounds (how many, of what).
+
+    Returns:
+        cell id -> why it failed, for those that did. The rest of the study goes on.
+    """
+    with explained(out, "the study's folder could not be made"):
+        out.mkdir(parents=True, exist_ok=True)
+    count = min(jobs or default_jobs(), len(plan.settings))
+    groups = [
+        Group(plan.base, setting, [cell for cell in plan.cells if cell.setting == setting], out,
+              threads_of(plan, out, jobs), plan.swap_rounds)
+        for setting in plan.settings
+    ]  # fmt: skip
+    failures: dict[str, str] = {}
+    if count == 1:
+        for group in groups:
+            failures |= work(group, lambda name: advance(1, name))
+    else:
+        context = multiprocessing.get_context("spawn")
+        with context.Manager() as manager, ProcessPoolExecutor(count, mp_context=context) as pool:
+            events = manager.Queue()
+            pending = [pool.submit(work, group, events.put) for group in groups]
+            while pending:
+                try:
+                    advance(1, events.get(timeout=0.5))
+                except Empty:
+                    for future in [one for one in pending if one.done()]:
+                        failures |= future.result()
+                        pending.remove(future)
+    replace_file(out / "failures.json", (json.dumps(failures, indent=1) + "\n").encode())
+    return failures
+
+
+def default_jobs() -> int:
+    """As many groups at once as there are cores, and memory for."""
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 1
+    return max(1, min(os.cpu_count() or 1, free // MEMORY_PER_JOB))
+
+
+def threads_of(plan: Plan, out: Path, jobs: int | None) -> int:
+    """With how many threads each run of the study works, in all of it the same: as the recipe says, or as the study
+    was begun, or a share of the cores, never more than OMP_NUM_THREADS says."""
+    begun = (recorded_threads(folder_of(out, cell)) for cell in plan.cells)
+    recorded = plan.base.threads or next(filter(None, begun), None)
+    share = (os.cpu_count() or 1) // min(jobs or default_jobs(), len(plan.settings))
+    return recorded or min(max(1, share), torch.get_num_threads())
+
+
+def rounds_left(plan: Plan, out: Path) -> int:
+    """Rounds of the study that are not committed yet."""
+    rounds = plan.base.federation.rounds
+    return sum(max(0, rounds - len(read_records(folder_of(out, cell) / "rounds.jsonl"))) for cell in plan.cells)
+
+
+def folder_of(out: Path, cell: Cell) -> Path:
+    """The run folder of a cell."""
+    return out / "runs" / cell.id
+
+
+def swap_file(out: Path, setting: Setting) -> Path:
+    """Where the swap test of a setting stands."""
+    return out / "swap" / f"{setting.name}-seed-{setting.seed}.json"
+
+
+def work(group: Group, tell: Callable[[str], Any]) -> dict[str, str]:
+    """One group: prepare once, run what is unfinished, then the swap test. Returns cell id -> why it failed."""
+    with threads(group.threads):
+        return _work(group, tell)
+
+
+def _work(group: Group, tell: Callable[[str], Any]) -> dict[str, str]:
+    from florana.runs.setup import execute, prepare
+    from florana.study.fixed_updates import swap
+
+    failures: dict[str, str] = {}
+    setup = None
+    todo = [cell for cell in group.cells if not finished(group, cell)]
+    for cell in todo:
+        recipe = recipe_of(group.base, cell)
+
+        def show(event: Event, label: str = cell.method.label) -> None:
+            if event.kind == "committed":
+                tell(label)
+
+        try:
+            shared = cell.method.strategy["name"] not in (CENTRALISED, "local-only")
+            if shared and setup is None:
+                setup = prepare(recipe)
+            folder = folder_of(group.out, cell)
+            execute(recipe, folder, setup=setup if shared else None, resume=folder.exists(), show=show)
+        except FloranaError as error:
+            failures[cell.id] = str(error).replace("\n", "; ")
+    target, asked = swap_file(group.out, group.setting), swap_asked(group)
+    if group.swap_rounds and not swapped(target, asked):
+        started = time.perf_counter()
+        recipe = recipe_of(group.base, next(cell for cell in group.cells if cell.method.label == "fedit"))
+        methods = [
+            cell.method for cell in group.cells if cell.method.strategy["name"] not in (CENTRALISED, "local-only")
+        ]
+        try:
+            rows = swap(recipe, setup or prepare(recipe), methods, group.swap_rounds)
+        except FloranaError as error:
+            failures[f"swap test, {group.setting.name}, seed {group.setting.seed}"] = str(error).replace("\n", "; ")
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            seconds = time.perf_counter() - started
+            content = {"seconds": seconds, "threads": group.threads, "asked": asked, "rows": rows}
+            replace_file(target, (json.dumps(content, indent=1) + "\n").encode())
+    return failures
+
+
+def finished(group: Group, cell: Cell) -> bool:
+    """Whether the cell's folder holds all its rounds, made by this very recipe."""
+    folder = folder_of(group.out, cell)
+    if len(read_records(folder / "rounds.jsonl")) < group.base.federation.rounds:
+        return False
+    recipe, recorded = recipe_of(group.base, cell), recorded_threads(folder)
+    wanted = recipe.model_copy(update={"threads": recipe.threads or recorded})
+    return recorded is not None and (folder / "recipe.toml").read_text() == wanted.to_toml()
+
+
+def swap_asked(group: Group) -> str:
+    """The digest of what a swap test is made of, each cell's recipe and the rounds: another question, another test."""
+    recipes = [recipe_of(group.base, cell).to_toml() for cell in group.cells]
+    return hashlib.sha256(json.dumps([recipes, list(group.swap_rounds)]).encode()).hexdigest()
+
+
+def swapped(path: Path, asked: str) -> bool:
+    """Whether the file holds the very swap test that is asked for."""
+    return path.exists() and json.loads(path.read_text()).get("asked") == asked

@@ -1,0 +1,95 @@
+"""The data's rows as examples at their places: each client's own, and the common test sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+
+from florana.recipe import schema as r
+from florana.train.client import ClientData
+from florana.train.data.instructions import Encoded, encode_instructions
+from florana.train.data.partition import Share, binned, deal, table_of
+from florana.train.data.sources import Tables, texts
+from florana.train.data.tokenize import Example, encode_classes, encode_language
+from florana.train.limits import check_rows
+from florana.train.model import Workbench
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """All rows of a run.
+
+    Args:
+        clients: client -> its rows. common: the common test set. more: further ones, by the ending of their figures.
+        facts: who holds what, as setup.json has it; of instructions also `left_out` and `cut_responses`.
+    """
+
+    clients: Mapping[str, ClientData]
+    common: tuple[Example, ...]
+    more: Mapping[str, tuple[Example, ...]]
+    facts: Mapping[str, Any]
+
+
+def rows_of(recipe: r.Recipe, bench: Workbench, tables: Tables) -> Rows:
+    """The tables as tokens, the training rows dealt out. Raises InputError where they cannot be."""
+    train = _encode(recipe, bench, tables.train, tables.target, recipe.data.train)
+    test = _encode(recipe, bench, tables.test, tables.target, recipe.data.test or recipe.data.train)
+    more = {name: _encode(recipe, bench, own, tables.target, name) for name, own in tables.more.items()}
+    encoded = {"data.train": train, "data.test": test} | {f"data.test_{name}": own for name, own in more.items()}
+    check_rows(bench, {name: dict(zip(own.kept, own.examples, strict=True)) for name, own in encoded.items()})
+    table, by, classes, labels = _classes(recipe, tables)
+    if train.left_out:
+        table = table.select(train.kept)
+    shares = deal(table, recipe.partition, by, _lengths(recipe, table, train.examples), recipe.seed)
+    facts = table_of(shares, classes, labels)
+    if recipe.data.instructions is not None:
+        facts |= {"left_out": {"train": train.left_out, "test": test.left_out}}
+        facts |= {"cut_responses": {"train": train.cut, "test": test.cut}}
+    return Rows(
+        clients={client: _client_data(share, train.examples) for client, share in shares.items()},
+        common=tuple(test.examples),
+        more={name: tuple(own.examples) for name, own in more.items()},
+        facts=facts,
+    )
+
+
+def _classes(
+    recipe: r.Recipe, tables: Tables
+) -> tuple[datasets.Dataset, str | None, Sequence[int] | None, tuple[str, ...]]:
+    """(the table to deal out, the column of classes, their indices, their names); scores count by their bins."""
+    if recipe.task == "causal-lm" or tables.target is None:
+        return tables.train, recipe.data.label, None, ()
+    values = list(tables.train[tables.target])
+    if recipe.task == "sequence-classification":
+        return tables.train, recipe.data.label, values, tables.labels
+    bins, names = binned(values, recipe.partition.bins)
+    column = "score bin"
+    while column in tables.train.column_names:
+        column += "_"
+    return tables.train.add_column(column, bins), column, bins, names
+
+
+def _lengths(recipe: r.Recipe, table: datasets.Dataset, examples: Sequence[Example]) -> list[int]:
+    """The length of each row, to deal out by: letters of its text; tokens, where a template made it."""
+    if recipe.data.instructions is not None:
+        return [len(example.ids) for example in examples]
+    return [sum(len(part) for part in row) for row in texts(table, recipe.data.text)]
+
+
+def _encode(recipe: r.Recipe, bench: Workbench, table: datasets.Dataset, target: str | None, source: str) -> Encoded:
+    every = list(range(len(table)))
+    if not every:
+        return Encoded([], every)
+    if recipe.data.instructions is not None:
+        return encode_instructions(table, recipe.data, bench.tokenizer, source)
+    rows = texts(table, recipe.data.text)
+    if target is None:
+        return Encoded(encode_language(rows, bench.tokenizer, recipe.data.max_length), every)
+    return Encoded(encode_classes(rows, list(table[target]), bench.tokenizer, recipe.data.max_length), every)
+
+
+def _client_data(share: Share, examples: Sequence[Example]) -> ClientData:
+    return ClientData([examples[row] for row in share.train], [examples[row] for row in share.test])

@@ -1,0 +1,92 @@
+"""The recipe's section [generation] put to work: problems read and asked once, then written and scored per model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from florana.errors import InputError
+from florana.federation.sampling import derive
+from florana.recipe import schema as r
+from florana.score import benchmarks
+from florana.score.programs import Limits, run_program
+from florana.train.generate import generate, room_for_prompts
+from florana.train.model import Workbench
+
+
+@dataclass(frozen=True, eq=False)
+class Exam:
+    """The problems with their prompts, and the settings they are written under."""
+
+    settings: r.Generation
+    rows: tuple[Mapping[str, Any], ...]
+    prompts: tuple[str, ...]
+    seed: int
+
+    def due(self, round_: int, rounds: int) -> bool:
+        """Whether the global model is scored after that round."""
+        every = self.settings.every
+        return round_ == rounds or (every is not None and round_ % every == 0)
+
+    def sit(self, bench: Workbench) -> dict[str, float]:
+        """The figures of the model as it is on the bench; `cut_prompts` is the share of prompts that did not fit."""
+        own = self.settings
+        written = generate(
+            bench,
+            self.prompts,
+            max_new_tokens=own.max_new_tokens,
+            stops=benchmarks.TASKS[own.task].stops,
+            temperature=own.temperature,
+            samples=own.samples,
+            seed=self.seed,
+            batch_size=own.batch_size,
+        )
+        limits = Limits(3.0 * own.program_seconds, own.program_seconds, own.program_memory)
+        scores = benchmarks.figures(own.task, self.rows, written.texts, ks=own.k, limits=limits)
+        return scores | {"cut_prompts": written.cut_prompts / len(self.prompts)}
+
+
+def exam(recipe: r.Recipe, bench: Workbench) -> Exam | None:
+    """The exam a recipe asks for; None without [generation]. What could refuse it after hours of training refuses here.
+
+    Raises:
+        InputError: a file cannot be read, a row lacks what the task needs, there are too few worked examples, the
+            model's context has no room for the completions, or programs cannot be run here.
+    """
+    own = recipe.generation
+    if own is None:
+        return None
+    rows = benchmarks.read_problems(own.task, Path(own.file))[: own.limit]
+    if not rows:
+        raise InputError(f"{own.file} has no problem to score", why="of MBPP, the ids 11 to 510 are scored")
+    room_for_prompts(bench, own.max_new_tokens)
+    if benchmarks.TASKS[own.task].program is not None:
+        run_program("", "")
+    examples = _examples(recipe, own, rows)
+    asked = tuple(benchmarks.prompt(own.task, row, examples, own.prompt) for row in rows)
+    return Exam(own, tuple(rows), asked, derive(recipe.seed, "exam"))
+
+
+def _examples(recipe: r.Recipe, own: r.Generation, rows: list[benchmarks.Row]) -> list[benchmarks.Row]:
+    if not own.shots:
+        return []
+    source = own.examples or (own.file if own.task == "mbpp" else recipe.data.train)
+    if not Path(source).is_file():
+        raise InputError(
+            f"generation.shots = {own.shots}, but data.train ('{source}') is no file to take worked examples from",
+            fix="name one in generation.examples",
+        )
+    known = benchmarks.read_examples(own.task, Path(source))
+    if own.task != "mbpp":  # a problem is no example for itself
+        asked = {benchmarks.prompt(own.task, row) for row in rows}
+        known = [row for row in known if benchmarks.prompt(own.task, row) not in asked]
+    if len(known) < own.shots:
+        raise InputError(f"generation.shots = {own.shots}, but {source} has {len(known)} examples that are not asked")
+    if own.task == "mbpp":
+        return known[: own.shots]
+    chosen = np.random.default_rng(derive(recipe.seed, "shots")).permutation(len(known))[: own.shots]
+    return [known[int(index)] for index in chosen]
