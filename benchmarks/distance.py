@@ -5,7 +5,8 @@
 Clients train from a shared start under FedIT; at the wanted rounds the very updates its server got are given to every
 rule (`florana.study.fixed_updates`), so that nothing but the rule differs. Printed as Markdown: the relative
 aggregation error over all modules, mean ± half the 95 % interval over seeds (Student's t), and how much of the way
-from FedIT to the best adapter of that rank FLoRA-NA goes, each seed by itself. A seed gives a partition, a start and an order.
+from FedIT to the best adapter of that rank FLoRA-NA goes, each seed by itself. A seed gives a partition, a start and
+an order.
 
 The base point is followed for `--rounds`; `--score` also scores its merged models there, on the recipe's test rows;
 `--rules FILE.py:FUNCTION,...` scores further rules; `--out ROWS.json` keeps all rows, for `benchmarks/findings.py`.

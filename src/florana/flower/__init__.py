@@ -81,7 +81,7 @@ def require_flwr() -> None:
 def __getattr__(name: str) -> Any:
     if name in __all__:
         require_flwr()
-        module = _NOT_IN_STRATEGIES.get(name, "strategies")
+        module = _NOT_IN_STRATEGIES.get(name, "dropin.strategies")
         return getattr(importlib.import_module(f"florana.flower.{module}"), name)
     raise AttributeError(f"module 'florana.flower' has no attribute '{name}'")
 
