@@ -31,8 +31,7 @@ from torch import Tensor
 
 from florana import Adapter, Contribution, LoraFactors, best_rank, mean, mix, read_adapter
 from florana.aggregate import validate
-from florana.aggregate.best_rank import project
-from florana.aggregate.best_rank.project import by_power, by_qr
+from florana.aggregate.best_rank.project import by_gram, by_power, by_qr
 from florana.aggregate.error import measure
 from florana.aggregate.flora_na import adamw
 from florana.aggregate.flora_na.scalars import as_factors
@@ -155,6 +154,7 @@ def peers(parts: Sequence[Contribution], rank: int, dense_svd: bool) -> list[Pee
         Peer("mean (FedIT)", lambda: mean(parts), reads, read),
         Peer("best-rank, power", lambda: best_rank(parts, rank, way=by_power), power_flops(parts, rank), read),
         Peer("best-rank, power, tolerance 1 %", within, power_flops(parts, rank), read),
+        Peer("best-rank, Gram matrices", lambda: best_rank(parts, rank, way=by_gram), 2 * cross, read, many),
         Peer("best-rank, thin QR + small SVD", lambda: best_rank(parts, rank, way=by_qr), 2 * cross, read, many),
         # One sweep: r per entry for F A_hat^T and T A_hat^T, and as many again on the other side.
         Peer("flora-na, als as chosen", lambda: mix(parts).adapter, 2 * rank * reads, read),
@@ -249,7 +249,8 @@ def real(folder: Path) -> None:
         "mean (FedIT)": lambda: mean(parts),
         "best-rank, as chosen": lambda: best_rank(parts, rank),
         "best-rank, power": lambda: best_rank(parts, rank, way=by_power),
-        "best-rank, thin QR + small SVD": lambda: best_rank(parts, rank, way=project.by_qr),
+        "best-rank, Gram matrices": lambda: best_rank(parts, rank, way=by_gram),
+        "best-rank, thin QR + small SVD": lambda: best_rank(parts, rank, way=by_qr),
         "flora-na, als": lambda: mix(parts).adapter,
         "flora-na, als from the factors": lambda: mix(parts, way=as_factors).adapter,
     }

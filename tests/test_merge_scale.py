@@ -18,7 +18,7 @@ from florana.adapters.merge import merge
 from florana.adapters.merge_card import names_of
 from florana.adapters.merge_rules import RULES
 from florana.adapters.reader import AdapterReader, open_adapter
-from florana.aggregate.best_rank import measured
+from florana.aggregate.best_rank import exact
 from florana.aggregate.best_rank.project import best_rank
 from florana.aggregate.error import measure
 from florana.errors import InputError, RecipeError
@@ -67,6 +67,9 @@ def test_a_merge_on_disk_is_the_rule_and_its_measure(method: str, conv1d: bool, 
         assert module.optimum == pytest.approx(wanted.modules[name].optimum, abs=1e-9, rel=0)
         assert module.weight == pytest.approx(wanted.modules[name].weight, rel=1e-9)
         assert np.allclose(dense(merged, name), dense(rule, name), atol=1e-5 * np.abs(dense(rule, name)).max())
+        if method in ("best-rank", "fedit", "stack"):
+            assert torch.equal(merged.modules[name].B, rule.modules[name].B), "the same bytes"
+            assert torch.equal(merged.modules[name].A, rule.modules[name].A)
     assert card.fan_in_fan_out is conv1d
     assert method == "stack" or result.error > 1e-3
 
@@ -76,7 +79,7 @@ def test_one_module_of_all_adapters_is_in_memory_at_a_time(
     shapes: list[tuple[int, int]], one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders, _ = save_pile(tmp_path, 8, shapes)
-    monkeypatch.setattr(measured, "FOLD", 4)
+    monkeypatch.setattr(exact, "FOLD", 4)
     alive: dict[int, str] = {}
     most_modules, most_tensors = 0, 0
     read = AdapterReader.tensor

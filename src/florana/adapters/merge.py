@@ -25,9 +25,8 @@ from florana.adapters.merge_card import Merged, Source, coefficients, model_card
 from florana.adapters.merge_rules import RULES, Rule, rule_of
 from florana.adapters.reader import AdapterReader
 from florana.adapters.together import FROZEN, common_card, modules_of, open_together
-from florana.aggregate.best_rank.measured import Answer, judged, relative
-from florana.aggregate.best_rank.measured import nearest as nearest_pair
-from florana.aggregate.best_rank.project import best_rank
+from florana.aggregate.best_rank.exact import Answer, judged, relative
+from florana.aggregate.best_rank.exact import nearest as nearest_pair
 from florana.aggregate.error import ModuleError
 from florana.aggregate.signed import weighted_sum, whole_tensor
 from florana.aggregate.validate import is_finite
@@ -147,7 +146,9 @@ def answer_of(
     dtype: torch.dtype,
     alive: set[int],
 ) -> Answer:
-    """One module merged, stored in `dtype`, and judged. For best-rank the adapters' factors are let go one by one.
+    """One module merged, stored in `dtype`, and judged.
+
+    For best-rank the adapters' factors are let go one by one, and the pair is the rule's own, byte for byte.
 
     The places of the adapters whose update of the module is not zero are added to `alive`.
     """
@@ -160,7 +161,7 @@ def answer_of(
             alive.add(u)
         return factors
 
-    if rule is best_rank:
+    if rule is RULES["best-rank"]:
         return nearest_pair(((w, pair(u, reader)) for u, reader, w in having), rank, dtype)
     wide = torch.promote_types(widest_dtype(readers, name), torch.float32)
     parts = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from florana.aggregate.best_rank.project import best_rank
+from florana.aggregate.best_rank.project import best_rank, by_gram
 from florana.aggregate.flora_na import component
 from florana.aggregate.flora_na.scalars import mix
 from florana.aggregate.mean import mean
@@ -15,7 +15,7 @@ from florana.lora.factors import Adapter, Contribution
 Rule = Callable[[Sequence[Contribution], int], Adapter]
 
 RULES: dict[str, Rule] = {
-    "best-rank": best_rank,
+    "best-rank": lambda parts, rank: best_rank(parts, rank, way=by_gram),
     "stack": lambda parts, rank: stack(parts),
     "flora-na": lambda parts, rank: mix(parts).adapter,
     "fedit": lambda parts, rank: mean(parts),

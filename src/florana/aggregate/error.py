@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from florana.aggregate.best_rank.measured import relative
+from florana.aggregate.best_rank.exact import relative
 from florana.aggregate.best_rank.project import targets
 from florana.aggregate.cores import folded
 from florana.lora import linalg

@@ -2,9 +2,9 @@
 
     target = sum_u w_u s_u B_u A_u        B_hat, A_hat = argmin_{rank r} || target - s B_hat A_hat ||_F
 
-solved by thin QR of the stacked factors and the SVD of a small core (Eckart and Young, 1936): no dense matrix, the
-same optimum. FlexLoRA (arXiv 2402.11505) is this answer from a dense target. Of the equivalent pairs, the balanced
-one is returned: B = L sqrt(S), A = sqrt(S) V^T, so both factors have the same norm.
+solved in the small space of the stacked factors (Eckart and Young, 1936): no dense matrix, the same optimum. FlexLoRA
+(arXiv 2402.11505) is this answer from a dense target. Of the equivalent pairs, the balanced one is returned:
+B = L sqrt(S), A = sqrt(S) V^T, so both factors have the same norm.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from florana.aggregate import validate
-from florana.aggregate.best_rank import power
+from florana.aggregate.best_rank import exact, power
 from florana.aggregate.mean import mean_of_a, mean_of_b
 from florana.errors import InputError
 from florana.lora import linalg
@@ -60,17 +60,33 @@ class Task:
     tolerance: float
 
 
-Way = Callable[[Task], linalg.Decomposition | None]
-"""A way to solve a Task: a decomposition of `rank` terms, or None where this way could not settle it."""
+Way = Callable[[Task], LoraFactors | None]
+"""A way to solve a Task: factors of its rank, or None where this way could not settle it."""
 
 
-def by_qr(task: Task) -> linalg.Decomposition:
-    """Thin QR of both stacks and the SVD of the small core: exact, O((out + in) R^2 + R^3), float64."""
+def by_gram(task: Task) -> LoraFactors:
+    """The optimum from Gram matrices, or QR where they are too coarse (`exact.nearest`); `florana merge` takes this."""
     validate.require_finite_factors(task.parts, task.name, task.pairs)
-    return linalg.kept(linalg.decompose(linalg.stack(task.pairs, task.weights)), task.rank)
+    pieces = zip(task.weights, task.pairs, strict=True)
+    return exact.nearest(pieces, task.rank, task.pairs[0].A.dtype).pair
 
 
-def by_power(task: Task, passes: int = 200) -> linalg.Decomposition | None:
+def by_qr(task: Task) -> LoraFactors:
+    """The optimum by thin QR of both stacks and the SVD of the small core: O((out + in) R^2 + R^3), float64."""
+    validate.require_finite_factors(task.parts, task.name, task.pairs)
+    part = linalg.kept(linalg.decompose(linalg.stack(task.pairs, task.weights)), task.rank)
+    return linalg.balanced(part, validate.output_scaling(task.pairs), task.pairs[0].A.dtype)
+
+
+def by_power(task: Task, passes: int = 200) -> LoraFactors | None:
+    """Near the optimum by block power iteration; None where the tolerance was not reached in that many passes."""
+    part = iterated(task, passes)
+    if part is None:
+        return None
+    return linalg.balanced(part, validate.output_scaling(task.pairs), task.pairs[0].A.dtype)
+
+
+def iterated(task: Task, passes: int = 200) -> linalg.Decomposition | None:
     """Block power iteration (`power.find`) in the factors' own precision, float32 at least.
 
     None where the tolerance was not reached in that many passes, or where a value is not finite:
@@ -91,28 +107,28 @@ def by_power(task: Task, passes: int = 200) -> linalg.Decomposition | None:
     return found.part if found.settled else None
 
 
-def cheapest(task: Task) -> linalg.Decomposition:
-    """`by_power` where four of its passes cost less than thin QR; `by_qr` where not, or where it had not settled after
-    as many passes as thin QR costs."""
-    passes = qr_cost(task) / pass_cost(task, 2 * task.rank)
-    if passes > 4:
-        return by_power(task, int(passes)) or by_qr(task)
-    return by_qr(task)
+def cheapest(task: Task) -> LoraFactors:
+    """`by_power` where eight of its passes cost less than the Gram matrices; `by_gram` where not, or where it had not
+    settled after as many passes as those cost."""
+    passes = gram_cost(task) / pass_cost(task, 2 * task.rank)
+    if passes > 8:
+        return by_power(task, int(passes)) or by_gram(task)
+    return by_gram(task)
 
 
-def qr_cost(task: Task) -> float:
-    """Thin QR + small SVD in multiply-adds of a float32 matrix product: 36 R^2 (out + in) + 200 k^3.
+def gram_cost(task: Task) -> float:
+    """The Gram matrices and their eigenvectors in multiply-adds of a float32 product: 5 R k (out + in) + 55 k^3.
 
-    R columns, k = min(R, out, in). Householder QR with its Q takes 4 R^2 (out + in) / 2 of them, in float64, at a
-    fraction of a matrix product's rate. The constants are measured (benchmarks/aggregation.py prints both times).
+    R columns, k = min(R, out, in); all in float64. The constants are measured (benchmarks/aggregation.py prints the
+    times).
     """
     total, (out, into) = sum(pair.rank for pair in task.pairs), task.pairs[0].shape
     core = min(total, out, into)
-    return 36.0 * total**2 * (out + into) + 200.0 * core**3
+    return 5.0 * total * core * (out + into) + 55.0 * core**3
 
 
 def pass_cost(task: Task, size: int) -> float:
-    """One pass of a block of `size` columns, in the same unit: 2 R b (out + in) + 40 b^2 (out + in) + a fixed part.
+    """One pass of a block of `size` columns, in the same unit: 2 R b (out + in) + 10 b^2 (out + in) + a fixed part.
 
     The second term is the block's own algebra in float64; the fixed part is some forty calls on small tensors.
     """
@@ -136,8 +152,9 @@ def best_rank(
             padded with zeros.
         start: an adapter near the answer (the last broadcast) to start an iteration from; the clients' mean if None.
         tolerance: where a module is large enough to be iterated, its error may exceed the optimum by this share; an
-            estimate ends the iteration, see `power`. Small modules are exact whatever it is.
-        way: `cheapest`, `by_qr` or `by_power`.
+            estimate ends the iteration, see `power`. Small modules are exact whatever it is, and come out with the
+            bytes of `florana merge`, as all do under `by_gram`.
+        way: `cheapest`, `by_gram`, `by_qr` or `by_power`.
 
     Raises:
         InputError: the contributions (or the start) do not fit together, or the rank is below 1.
@@ -157,8 +174,7 @@ def best_rank(
     modules: dict[str, LoraFactors] = {}
     for name, pairs in validate.matched(parts).items():
         task = Task(parts, name, pairs, weights, validate.rank_in(rank, name), _start(name, pairs, start), tolerance)
-        part = way(task) or by_qr(task)
-        modules[name] = linalg.balanced(part, validate.output_scaling(pairs), pairs[0].A.dtype)
+        modules[name] = way(task) or by_gram(task)
     return Adapter(modules, validate.average_extra(parts))
 
 

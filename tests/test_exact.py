@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from florana.aggregate.best_rank import measured
-from florana.aggregate.best_rank.measured import Answer, gathered, judged, nearest
+from florana.aggregate.best_rank import exact
+from florana.aggregate.best_rank.exact import Answer, gathered, judged, nearest
 from florana.aggregate.best_rank.project import best_rank
 from florana.aggregate.error import measure
 from florana.aggregate.mean import mean
@@ -87,7 +87,7 @@ def test_where_squares_lose_the_digits_qr_is_taken() -> None:
     case = make_case(1, clients=4, rank=2, shapes=[(30, 20)], drift=1e-7, dtype=torch.float64, equal_scalings=True)
     (name,) = case.modules
     target = gathered(pieces(case.parts, name))
-    assert measured._by_gram(target, 2, torch.float64) is None
+    assert exact._by_gram(target, 2, torch.float64) is None
     answer = nearest(pieces(case.parts, name), 2, torch.float64)
     wanted = np.linalg.svd(oracle.target(case.modules[name]), compute_uv=False)
     assert answer.optimum == pytest.approx(np.sqrt((wanted[2:] ** 2).sum() / (wanted**2).sum()), rel=1e-4)
@@ -123,7 +123,7 @@ def test_the_rounding_of_both_factors_of_a_stack_is_measured(stored: torch.dtype
 def test_a_sum_folded_piece_by_piece_is_the_sum(fold: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(2, clients=9, rank=3, shapes=[(8, 21), (21, 8), (40, 35)], mixed_ranks=True)
     whole = {name: nearest(pieces(case.parts, name), 4, torch.float64) for name in case.modules}
-    monkeypatch.setattr(measured, "FOLD", fold)
+    monkeypatch.setattr(exact, "FOLD", fold)
     for name, clients in case.modules.items():
         target, dense_sum = gathered(iter(pieces(case.parts, name))), oracle.target(clients)
         assert target.stack.left.shape[1] <= min(dense_sum.shape)

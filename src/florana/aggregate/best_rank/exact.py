@@ -119,14 +119,15 @@ def gathered(pieces: Iterable[tuple[float, LoraFactors]]) -> Target:
         return Target(_stacked(waiting), scaling)
     if waiting:
         product = _folded(product, waiting)
-    unit = torch.eye(min(product.shape), dtype=torch.float64)
+    unit = torch.eye(min(product.shape), dtype=torch.float64, device=product.device)
     tall = product.shape[0] >= product.shape[1]
     return Target(linalg.Stack(product, unit) if tall else linalg.Stack(unit, product), scaling, product, unit)
 
 
 def _folded(product: Tensor | None, pieces: Sequence[tuple[float, LoraFactors]]) -> Tensor:
     """`product` (zero where None) plus the pieces, in place, about FOLD columns at a time."""
-    product = torch.zeros(pieces[0][1].shape, dtype=torch.float64) if product is None else product
+    if product is None:
+        product = torch.zeros(pieces[0][1].shape, dtype=torch.float64, device=pieces[0][1].B.device)
     start, width = 0, 0
     for end, (_, pair) in enumerate(pieces, start=1):
         width += pair.rank
@@ -141,7 +142,8 @@ def _stacked(pieces: Sequence[tuple[float, LoraFactors]]) -> linalg.Stack:
     """`linalg.stack` without its intermediate copies: each piece is widened in its own place."""
     out, into = pieces[0][1].shape
     width = sum(pair.rank for _, pair in pieces)
-    left, right = torch.empty(out, width, dtype=torch.float64), torch.empty(width, into, dtype=torch.float64)
+    left = torch.empty(out, width, dtype=torch.float64, device=pieces[0][1].B.device)
+    right = torch.empty(width, into, dtype=torch.float64, device=pieces[0][1].B.device)
     start = 0
     for coefficient, pair in pieces:
         end = start + pair.rank
@@ -191,13 +193,14 @@ def _by_gram(target: Target, rank: int, dtype: torch.dtype) -> Answer | None:
         return None
     values, U, K = grams.squares()
     squares, U = values[:rank], U[:, :rank]
-    U = U * torch.where(U.gather(0, U.abs().argmax(dim=0, keepdim=True)) < 0, -1.0, 1.0).to(U.dtype)
     least = grams.whole - float(squares.sum())
     if grams.coarse > _shows(least, grams.whole) or float(squares[-1]) <= 0:
         return None
     root = squares.sqrt().sqrt() * math.sqrt(scaling)  # sigma^(1/2) s^(1/2)
     B = X @ (grams.H @ (K.T @ (U * (root / (squares * scaling)))))
     A = ((U / root).T @ K) @ Y
+    signed = linalg.fixed_signs(linalg.Decomposition(B, squares, A))
+    B, A = signed.left, signed.right
     for norms in (torch.linalg.vector_norm(B, dim=0), torch.linalg.vector_norm(A, dim=1)):
         if not torch.allclose(norms.square() * scaling, squares.sqrt(), rtol=1e-7, atol=0.0):
             return None  # both are sigma^(1/2) / s^(1/2), unless digits were lost
