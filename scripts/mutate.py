@@ -172,7 +172,7 @@ MUTATIONS = [
     ("aggregate/flora_na/matrix_free.py", "if left == right == 0:", "if True:", "test_starts"),
     ("aggregate/flora_na/component.py", "gather(1, component[:, None])", "gather(1, 0 * component[:, None])", "test_component"),
     ("aggregate/flora_na/component.py", "if not target + square < history[-1] - floor:", "if False:", "test_component"),
-    ("recipe/load.py", "if isinstance(value, bool) or not", "if not", "test_strategy_options"),
+    ("recipe/strategy_options.py", "strict=True", "strict=False", "test_strategy_options"),
     ("aggregate/flora_na/component.py", "S[component][:, component]", "S[0, 0]", "test_component"),
     ("aggregate/flora_na/component.py", "start = als.solve(blocks)", "start = als.solve(blocks, sweeps=0)", "test_component"),
     ("aggregate/flora_na/als.py", "p, q = p * ratio, q / ratio", "p, q = p * ratio, q * ratio", "test_mix"),

@@ -15,7 +15,7 @@ from tests.method_cases import model_of, start_of, trained, truth_of
 
 @pytest.mark.parametrize("gauge", ["balanced", "orthonormal", "aligned"])
 def test_a_gauge_changes_the_factors_and_no_product(gauge: str) -> None:
-    strategy, plain = STRATEGIES["best-rank"](gauge=gauge), STRATEGIES["best-rank"]()
+    strategy, plain = STRATEGIES["best-rank"](factorization=gauge), STRATEGIES["best-rank"]()
     state = strategy.init(start_of())
     parts = trained(strategy, state, 0)
     one, other = strategy.step(state, parts).state.adapter, plain.step(state, parts).state.adapter
@@ -32,7 +32,7 @@ def test_a_gauge_changes_the_factors_and_no_product(gauge: str) -> None:
 
 
 def test_memory_adds_what_was_kept_to_the_next_target() -> None:
-    strategy = STRATEGIES["best-rank"](memory=100)
+    strategy = STRATEGIES["best-rank"](carry_rank=100)
     state = strategy.init(start_of(rank=2))
     parts = trained(strategy, state, 0)
     first = strategy.step(state, parts).state
@@ -43,7 +43,7 @@ def test_memory_adds_what_was_kept_to_the_next_target() -> None:
         assert np.linalg.norm(kept) > 0.01
         wanted = oracle.best_rank(truth_of(parts_2, module) + kept, 2)
         assert np.linalg.norm(dense(second.adapter, module) - wanted) <= 1e-6 * np.linalg.norm(wanted)
-    short = STRATEGIES["best-rank"](memory=1)
+    short = STRATEGIES["best-rank"](carry_rank=1)
     kept_short = short.step(state, parts).state.memory
     assert {tensor.shape[0] for name, tensor in kept_short.items() if "/A/" in name} == {1}
 
@@ -68,7 +68,7 @@ def test_a_wider_broadcast_loses_what_its_rule_allows() -> None:
                 assert missed <= 0.1 + 1e-9
         if "broadcast_bytes" in options:
             assert 2 * 42 < sent <= 4 * 42
-    for wrong in ({"broadcast_rank": 0}, {"broadcast_error": 1.0}, {"broadcast_bytes": 0}, {"memory": -1}):
+    for wrong in ({"broadcast_rank": 0}, {"broadcast_error": 1.0}, {"broadcast_bytes": 0}, {"carry_rank": -1}):
         with pytest.raises(RecipeError):
             STRATEGIES["best-rank"](**wrong)
     with pytest.raises(RecipeError, match="exclude one another"):

@@ -75,7 +75,7 @@ def test_keys_refuse(act: Callable[[Path], Any], error: type[FloranaError], says
 
 
 def test_a_recipe_survives_flowers_run_configuration(recipe_table: dict[str, Any]) -> None:
-    recipe = check({**recipe_table, "strategy": {"name": "best-rank", "memory": 4}}, "t")
+    recipe = check({**recipe_table, "strategy": {"name": "best-rank", "carry_rank": 4}}, "t")
     settings = Settings(out="/x", deadline=7.5)
     config = to_config(recipe, settings)
     assert all(isinstance(value, str | int | float | bool) for value in config.values())

@@ -105,8 +105,8 @@ def test_strategy_options_are_checked_against_the_strategy() -> None:
         check(changed("strategy", {"name": "fedex-lora", "residual_rank": 0}), "r")
     assert check(changed("strategy", {"name": "lora-fair", "penalty": 1}), "r")
     for options, message in (
-        ({"name": "best-rank", "gauge": "aligned", "memory": 8, "broadcast_error": 0.1}, None),
-        ({"name": "best-rank", "gauge": "straight"}, "one of 'balanced', 'orthonormal', 'aligned'"),
+        ({"name": "best-rank", "factorization": "aligned", "carry_rank": 8, "broadcast_error": 0.1}, None),
+        ({"name": "best-rank", "factorization": "straight"}, "one of 'balanced', 'orthonormal', 'aligned'"),
         ({"name": "best-rank", "broadcast_rank": 9, "broadcast_bytes": 9}, "exclude one another"),
         ({"name": "ravan", "heads": 0}, "strategy.heads is 0"),
         ({"name": "ravan", "heads_per_client": 0}, "strategy.heads_per_client is 0, not at least 1"),
@@ -209,7 +209,7 @@ def test_methods_in_a_file_count_from_the_recipes_folder(tmp_path: Path, monkeyp
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "mine.py").write_text("def rule(parts, rank):\n    return parts[0].adapter\n")
     table = changed("strategy.name", "mine.py:rule")
-    table["study"] = {"methods": ["fedit", "mine.py:rule", "best-rank[memory=2]"]}
+    table["study"] = {"methods": ["fedit", "mine.py:rule", "best-rank[carry_rank=2]"]}
     text = tomli_w.dumps(table)
     path = tmp_path / "recipes" / "r.toml"
     path.write_text(text)
@@ -218,7 +218,7 @@ def test_methods_in_a_file_count_from_the_recipes_folder(tmp_path: Path, monkeyp
     recipe = read_recipe(path)
     assert recipe.strategy["name"] == own
     assert recipe.study is not None
-    assert recipe.study.methods == ["fedit", own, "best-rank[memory=2]"]
+    assert recipe.study.methods == ["fedit", own, "best-rank[carry_rank=2]"]
     assert method_of(recipe.study.methods[1]).strategy["name"] == own
     path.write_text(text.replace("mine.py", "../recipes/mine.py"))
     assert read_recipe(path) == recipe

@@ -48,7 +48,7 @@ SMALL = {"ravan": {"name": "ravan", "heads": 2, "size": 4}}
     "strategy",
     [
         *(SMALL.get(name, {"name": name}) for name in STRATEGIES),
-        {"name": "best-rank", "memory": 4, "gauge": "aligned"},
+        {"name": "best-rank", "carry_rank": 4, "factorization": "aligned"},
         {"name": "best-rank", "broadcast_rank": 5},
         {"name": "fed-sb", "begin": "gradient"},
         {"name": "fed-sb", "begin": "random"},

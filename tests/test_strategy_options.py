@@ -6,13 +6,17 @@ import inspect
 import math
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import tomli_w
 
 from florana.errors import RecipeError
-from florana.recipe.load import check, check_strategy
+from florana.recipe.load import check
+from florana.recipe.strategy_options import check_strategy
 from florana.strategy import STRATEGIES
+from tests.program import florana
 
 OPTIONS = [(name, option) for name, build in STRATEGIES.items() for option in inspect.signature(build).parameters]
 NUMBERS = [
@@ -56,8 +60,8 @@ def test_the_default_passes_as_a_value(name: str, option: str) -> None:
 
 @pytest.mark.parametrize("value", [True, 1.5, "4"])
 def test_the_whole_recipe_is_refused_by_name(value: object, recipe_table: dict[str, Any]) -> None:
-    recipe_table["strategy"] = {"name": "best-rank", "memory": value}
-    with pytest.raises(RecipeError, match=rf"'strategy.memory' is {value!r}, not a whole number"):
+    recipe_table["strategy"] = {"name": "best-rank", "carry_rank": value}
+    with pytest.raises(RecipeError, match=rf"'strategy.carry_rank' is {value!r}, not a whole number"):
         check(recipe_table, "test")
 
 
@@ -65,3 +69,33 @@ def test_a_whole_number_is_a_number_too() -> None:
     check_strategy({"name": "hetlora", "gamma": 1, "penalty": 0}, "test")
     with pytest.raises(RecipeError, match=r"'strategy.penalty' is True, not a finite number"):
         check_strategy({"name": "lora-fair", "penalty": True}, "test")
+
+
+@pytest.mark.parametrize(
+    ("section", "old", "new", "value"),
+    [
+        ("strategy", "gauge", "factorization", "aligned"),
+        ("strategy", "memory", "carry_rank", 8),
+        ("study", "swap_rounds", "fixed_updates_rounds", [1]),
+    ],
+)
+def test_an_old_name_is_understood_and_names_the_new_one(
+    section: str, old: str, new: str, value: object, recipe_table: dict[str, Any]
+) -> None:
+    recipe_table["strategy"] = {"name": "best-rank"}
+    asked = {**recipe_table, section: {**recipe_table.get(section, {}), old: value}}
+    with pytest.warns(FutureWarning, match=f"'{section}.{old}' is now called '{section}.{new}'"):
+        found = check(asked, "test").model_dump()[section][new]
+    assert found == value
+    with pytest.raises(RecipeError, match="are one key"):
+        check({**recipe_table, section: {**asked[section], new: value}}, "test")
+
+
+def test_an_old_name_is_noted_in_one_line(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe_table["strategy"] = {"name": "best-rank", "memory": -1}
+    (tmp_path / "r.toml").write_text(tomli_w.dumps(recipe_table))
+    done = florana("run", str(tmp_path / "r.toml"), "--dry-run")
+    assert done.returncode == 2
+    note, error = done.stderr.splitlines()[:2]
+    assert note == "note: 'strategy.memory' is now called 'strategy.carry_rank'; the old name ends with version 0.3"
+    assert "strategy.carry_rank is -1" in error

@@ -70,15 +70,21 @@ def small(recipe_table: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_grid_is_methods_by_settings_and_fedit_is_always_in_it(small: dict[str, Any]) -> None:
-    plan = plan_of(check(small, "t"), methods=["best-rank[memory=4]"], seeds=2, alphas=[0.1, 1.0], ranks=[2, 4])
-    assert [m.label for m in plan.methods] == ["fedit", "best-rank[memory=4]", "oracle", "centralised", "local-only"]
+    plan = plan_of(check(small, "t"), methods=["best-rank[carry_rank=4]"], seeds=2, alphas=[0.1, 1.0], ranks=[2, 4])
+    assert [m.label for m in plan.methods] == [
+        "fedit",
+        "best-rank[carry_rank=4]",
+        "oracle",
+        "centralised",
+        "local-only",
+    ]
     assert len(plan.cells) == 5 * 2 * 2 * 2
     assert len({cell.id for cell in plan.cells}) == len(plan.cells)
-    recipe = recipe_of(plan.base, Cell(Setting(7, 0.1, 4), method_of("best-rank[memory=4]")))
+    recipe = recipe_of(plan.base, Cell(Setting(7, 0.1, 4), method_of("best-rank[carry_rank=4]")))
     assert (recipe.seed, recipe.partition.alpha, recipe.model.rank) == (7, 0.1, 4)
     assert recipe.model.alpha / recipe.model.rank == 3.0  # the recipe's alpha / rank
-    assert recipe.strategy == {"name": "best-rank", "memory": 4}
-    assert plan.swap_rounds == [1, 2]
+    assert recipe.strategy == {"name": "best-rank", "carry_rank": 4}
+    assert plan.fixed_updates_rounds == [1, 2]
 
 
 def test_the_recipes_own_study_section_counts_and_the_options_come_first(small: dict[str, Any]) -> None:
@@ -105,8 +111,8 @@ def test_centralised_takes_the_steps_of_all_clients_together(small: dict[str, An
     ("name", "message"),
     [
         ("fedt", "did you mean 'fedit'"),
-        ("best-rank[memory]", "not key=value"),
-        ("best-rank[memry=3]", "did you mean 'memory'"),
+        ("best-rank[carry_rank]", "not key=value"),
+        ("best-rank[carry_rnk=3]", "did you mean 'carry_rank'"),
         ("best-rank[", "is no method"),
         ("missing.py:rule", "there is no file"),
     ],

@@ -31,7 +31,7 @@ def test_another_swap_test_is_done_again_and_the_same_is_not(
     """The file of the first question once stood for the second: no rows of the rules or rounds that came later."""
 
     def rows_after(methods: list[str], rounds: list[int]) -> list[dict[str, Any]]:
-        small["study"] = {"controls": [], "methods": methods, "swap_rounds": rounds}
+        small["study"] = {"controls": [], "methods": methods, "fixed_updates_rounds": rounds}
         plan = plan_of(check(small, "t"), seeds=1)
         assert execute_study(plan, tmp_path / "s", 1, lambda count, name: None) == {}
         rows: list[dict[str, Any]] = json.loads(swap_file(tmp_path / "s", plan.settings[0]).read_text())["rows"]

@@ -22,8 +22,8 @@ from florana.lora.factors import Adapter, LoraFactors
 DEAD = 1e-6
 """A column of B and a row of A both this small beside the largest are rounding: 1e-12 of the product."""
 
-Gauge = Callable[[Adapter, Adapter], Adapter]
-"""The new adapter and the last broadcast -> the same products in the wanted gauge."""
+Factorization = Callable[[Adapter, Adapter], Adapter]
+"""The new adapter and the last broadcast -> the same products in the wanted factors."""
 
 
 def balanced(adapter: Adapter, last: Adapter) -> Adapter:

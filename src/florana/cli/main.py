@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
 import traceback
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -172,6 +175,7 @@ def report(
 
 def main() -> None:
     """The entry point: what a user can cause ends in a few lines and the promised code, never in a traceback."""
+    warnings.showwarning = functools.partial(_noted, warnings.showwarning)
     try:
         app()
     except FloranaError as error:
@@ -191,6 +195,14 @@ def main() -> None:
             where = traceback.format_exc()
         _complain(f"florana failed unexpectedly ({_told(error)}); this is a bug, {where}")
         sys.exit(1)
+
+
+def _noted(show: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """Old names in a recipe as a line for a person, where Python would print a place in the code."""
+    if category is FutureWarning and "is now called" in str(message):
+        typer.secho(f"note: {message}", fg="yellow", err=True)
+    else:
+        show(message, category, *place)
 
 
 def _told(error: Exception) -> str:

@@ -5,21 +5,20 @@ Nothing is written before a recipe has passed here.
 
 from __future__ import annotations
 
-import inspect
-import math
 import re
 import tomllib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from florana.errors import RecipeError, nearest
+from florana.recipe.renamed import current
 from florana.recipe.schema import Recipe
-from florana.strategy import STRATEGIES, builder, facts
+from florana.recipe.strategy_options import check_strategy
+from florana.strategy import facts
 from florana.strategy.base import Strategy
 from florana.strategy.custom import is_own
 from florana.strategy.ranks import with_ranks
@@ -49,8 +48,9 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def check(table: Mapping[str, Any], source: str) -> Recipe:
     """The recipe in a table. Raises RecipeError with every fault found, the nearest right key named."""
+    sections = {key: current(key, value) if isinstance(value, Mapping) else value for key, value in table.items()}
     try:
-        recipe = Recipe.model_validate(dict(table))
+        recipe = Recipe.model_validate(sections)
     except ValidationError as error:
         faults = [_fault(dict(fault)) for fault in error.errors()]
         raise RecipeError(f"{source}: " + "\n".join(faults)) from None
@@ -208,42 +208,3 @@ def _keys_beside(path: Sequence[str]) -> list[str]:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 section = kind
     return list(section.model_fields)
-
-
-def check_strategy(table: Mapping[str, Any], source: str) -> None:
-    """Raise RecipeError where a table of a strategy's name and options names what is not there, or a wrong value."""
-    name = table.get("name")
-    if not isinstance(name, str):
-        raise RecipeError(f"{source}: the key 'strategy.name' is missing", fix=nearest("", STRATEGIES))
-    build = builder(name)
-    if build is None:
-        raise RecipeError(f"{source}: there is no strategy '{name}'", fix=nearest(name, STRATEGIES))
-    known = typing.get_type_hints(build) if inspect.isfunction(build) else {}
-    parameters = inspect.signature(build).parameters
-    for key, value in table.items():
-        if key == "name":
-            continue
-        if key not in parameters:
-            hint = nearest(key, parameters) if parameters else f"'{name}' has no options"
-            raise RecipeError(f"{source}: unknown key 'strategy.{key}': {hint}")
-        allowed = typing.get_args(known[key]) if typing.get_origin(known[key]) is Literal else None
-        if allowed is not None and value not in allowed:
-            raise RecipeError(f"{source}: 'strategy.{key}' is {value!r}", fix=f"one of {', '.join(map(repr, allowed))}")
-        if allowed is None and key in known and not _is_of(value, known[key]):
-            wanted = "a finite number" if float in _kinds(known[key]) else "a whole number"
-            raise RecipeError(f"{source}: 'strategy.{key}' is {value!r}, not {wanted}")
-
-
-def _kinds(annotation: object) -> tuple[object, ...]:
-    """The types of an option that is a number, or absent."""
-    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-
-
-def _is_of(value: object, annotation: object) -> bool:
-    """Whether a value of a recipe is a number of that annotation: a bool is none, a whole number is a float too."""
-    kinds = _kinds(annotation)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    if isinstance(value, float):
-        return float in kinds and math.isfinite(value)
-    return -(2**63) <= value < 2**63  # TOML's whole numbers; an annotation is int or float, or one of them or None

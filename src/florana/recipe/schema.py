@@ -158,14 +158,14 @@ class Study(Section):
     """What `florana compare` varies; the command line's options come before these."""
 
     methods: list[str] = Field([])
-    """Names of strategies, with options in brackets (`best-rank[memory=8]`), or FILE.py:FUNCTION."""
+    """Names of strategies, with options in brackets (`best-rank[carry_rank=8]`), or FILE.py:FUNCTION."""
     seeds: int = Field(3, ge=1)
     alphas: list[Annotated[float, Field(gt=0)]] = Field([])
     """Dirichlet parameters to compare at; empty: the recipe's partition."""
     ranks: list[Annotated[int, Field(ge=1)]] = Field([])
     """LoRA ranks to compare at, alpha / rank kept; empty: the recipe's."""
     controls: list[Literal["oracle", "centralised", "local-only"]] = Field(["oracle", "centralised", "local-only"])
-    swap_rounds: list[Annotated[int, Field(ge=1)]] = Field([])
+    fixed_updates_rounds: list[Annotated[int, Field(ge=1)]] = Field([])
     """Rounds whose client adapters are given to every rule in turn (the swap test); empty: the first and the last."""
 
 

@@ -4,10 +4,10 @@ Trains A and B; r (out + in) numbers up and down per module, as FedIT; the base 
 smaller aggregation error. FlexLoRA (arXiv 2402.11505) gives the same product from a dense target; here it is never
 dense. Beyond the published methods, each an option:
 
-    gauge       which of the equivalent pairs goes back (see aggregate/factorization.py)
-    memory      what rank r could not carry is kept at the server, in at most so many terms, for the next target
-    broadcast_* the terms after the first r go out too, as a frozen part beside the pair: so many, or as many as an
-                error asks for, or as a budget allows
+    factorization  which of the equivalent pairs goes back (see aggregate/factorization.py)
+    carry_rank     what rank r could not carry is kept at the server, in at most so many terms, for the next target
+    broadcast_*    the terms after the first r go out too, as a frozen part beside the pair: so many, or as many as an
+                   error asks for, or as a budget allows
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from florana.aggregate import factorization as gauges
 from florana.aggregate.best_rank.project import best_rank
 from florana.aggregate.best_rank.truncate import Choose, by_budget, by_error, by_rank, divided
+from florana.aggregate.factorization import Factorization, aligned, balanced, orthonormal
 from florana.aggregate.validate import Rank
 from florana.errors import RecipeError
 from florana.lora.factors import Adapter, Contribution, adapter_from_tensors
@@ -30,8 +30,8 @@ from florana.strategy.ranks import best_and_rest, best_terms
 from florana.strategy.residuals import residual_note
 
 FACTS = facts.Facts(
-    does="the nearest adapter of rank r; options `gauge`, `memory`, `broadcast_rank`, `broadcast_error`, "
-    "`broadcast_bytes`",
+    does="the nearest adapter of rank r; options `factorization`, `carry_rank`, `broadcast_rank`, "
+    "`broadcast_error`, `broadcast_bytes`",
     trains="A, B",
     up=facts.PAIR,
     down=facts.PAIR,
@@ -49,17 +49,13 @@ WIDE = replace(
     base="a frozen part beside the pair, new in every round",
     mixed_ranks="the best adapter of its own rank; the terms beyond it frozen beside it",
 )
-GAUGES: dict[str, gauges.Gauge] = {
-    "balanced": gauges.balanced,
-    "orthonormal": gauges.orthonormal,
-    "aligned": gauges.aligned,
-}
+FACTORIZATIONS: dict[str, Factorization] = {"balanced": balanced, "orthonormal": orthonormal, "aligned": aligned}
 _MEMORY = "kept/"
 
 
 def build(
-    gauge: Literal["balanced", "orthonormal", "aligned"] = "balanced",
-    memory: int = 0,
+    factorization: Literal["balanced", "orthonormal", "aligned"] = "balanced",
+    carry_rank: int = 0,
     broadcast_rank: int | None = None,
     broadcast_error: float | None = None,
     broadcast_bytes: int | None = None,
@@ -67,16 +63,16 @@ def build(
     """The strategy; the clients' rank is that of the adapter it starts from.
 
     Args:
-        gauge: balanced factors, orthonormal rows of A, or balanced and turned to the last broadcast.
-        memory: the most terms per module that are kept for the next round.
+        factorization: balanced factors, orthonormal rows of A, or balanced and turned to the last broadcast.
+        carry_rank: the most terms per module that are kept for the next round.
         broadcast_rank: r + k, how many terms of every module go out.
         broadcast_error: the relative error per module at which the terms that go out are enough.
         broadcast_bytes: float32 bytes of a whole broadcast, spent where they take away most error.
     """
     wide = _chooser(broadcast_rank, broadcast_error, broadcast_bytes)
-    if memory < 0:
-        raise RecipeError(f"strategy.memory is {memory}, not at least 0")
-    step = _Step(GAUGES[gauge], memory, wide)
+    if carry_rank < 0:
+        raise RecipeError(f"strategy.carry_rank is {carry_rank}, not at least 0")
+    step = _Step(FACTORIZATIONS[factorization], carry_rank, wide)
     made_of, cut = (FACTS, best_terms) if wide is None else (WIDE, best_and_rest)
     return Strategy("best-rank", "Eckart-Young 1936; arXiv 2402.11505", made_of, start, broadcast, step, cut=cut)
 
@@ -104,20 +100,20 @@ def _chooser(rank: int | None, error: float | None, budget: int | None) -> Calla
 
 @dataclass(frozen=True)
 class _Step:
-    gauge: gauges.Gauge
-    memory: int
+    factorization: Factorization
+    carry_rank: int
     wide: Callable[[Rank], Choose] | None
 
     def __call__(self, state: State, parts: Sequence[Contribution]) -> Outcome:
         rank = ranks_of(state.adapter)
-        if self.wide is None and self.memory == 0:
-            return Outcome(advance(state, self.gauge(best_rank(parts, rank), state.adapter)))
+        if self.wide is None and self.carry_rank == 0:
+            return Outcome(advance(state, self.factorization(best_rank(parts, rank), state.adapter)))
         choose = self.wide(rank) if self.wide is not None else by_rank(rank)
-        found = divided(parts, rank, choose, added=_kept(state.memory), keep=self.memory)
-        adapter = self.gauge(found.adapter, state.adapter)
+        found = divided(parts, rank, choose, added=_kept(state.memory), keep=self.carry_rank)
+        adapter = self.factorization(found.adapter, state.adapter)
         notes = residual_note(found.residual) if self.wide is not None else {}
         next_state = advance(state, adapter, found.residual)
-        if self.memory:
+        if self.carry_rank:
             notes["memory_norm"] = _norm(found.rest)
             next_state = replace(next_state, memory=_stored(found.rest))
         return Outcome(next_state, notes)

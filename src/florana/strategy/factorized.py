@@ -1,6 +1,6 @@
 """Which of the equivalent factors go back, for any strategy that returns a pair: the same product, another start.
 
-    as-averaged   what the rule gives               balanced, orthonormal, aligned   see `aggregate.gauge`
+    as-averaged   what the rule gives               balanced, orthonormal, aligned   see `aggregate.factorization`
 
 So a method's product and the factors it comes in can be told apart: FedIT's own product in balanced factors is another
 start for the clients than FedIT's means, at r x r cost.
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from florana.aggregate import factorization as gauge
+from florana.aggregate import factorization as equivalent
 from florana.errors import RecipeError
 from florana.lora import linalg
 from florana.lora.factors import Adapter, Contribution
@@ -22,7 +22,7 @@ from florana.strategy.server_optimizer import OnFactors
 
 Factorization = Literal["as-averaged", "balanced", "orthonormal", "aligned"]
 
-_GAUGES = {"balanced": gauge.balanced, "orthonormal": gauge.orthonormal, "aligned": gauge.aligned}
+_WAYS = {"balanced": equivalent.balanced, "orthonormal": equivalent.orthonormal, "aligned": equivalent.aligned}
 
 
 def with_factorization(strategy: Strategy, factorization: Factorization) -> Strategy:
@@ -47,14 +47,14 @@ def with_factorization(strategy: Strategy, factorization: Factorization) -> Stra
             fix="set server.factorization = 'as-averaged', or choose another strategy",
         )
     cut = best_terms if strategy.cut is not None and facts.base == "stays" else strategy.cut
-    step = _Step(strategy, _GAUGES[factorization])
+    step = _Step(strategy, _WAYS[factorization])
     return replace(strategy, facts=replace(facts, coordinates="move"), step=step, cut=cut)
 
 
 @dataclass(frozen=True)
 class _Step:
     strategy: Strategy
-    gauge: gauge.Gauge
+    factorize: equivalent.Factorization
 
     def __call__(self, state: State, parts: Sequence[Contribution]) -> Outcome:
         outcome = self.strategy.step(state, parts)
@@ -63,5 +63,5 @@ class _Step:
         for name, pair in given.modules.items():
             whole = linalg.kept(linalg.decompose(linalg.stack([pair], [1.0])), pair.rank)
             modules[name] = linalg.balanced(whole, pair.scaling, pair.A.dtype)
-        turned = self.gauge(Adapter(modules, given.extra), state.adapter)
-        return replace(outcome, state=replace(outcome.state, adapter=gauge.alive(turned, state.adapter)))
+        turned = self.factorize(Adapter(modules, given.extra), state.adapter)
+        return replace(outcome, state=replace(outcome.state, adapter=equivalent.alive(turned, state.adapter)))

@@ -12,6 +12,7 @@ from typing import Any
 from florana.errors import RecipeError
 from florana.recipe import schema as r
 from florana.recipe.load import check
+from florana.recipe.renamed import current
 from florana.strategy.conformance import check_rule
 from florana.strategy.custom import is_own, load_rule
 
@@ -67,7 +68,7 @@ class Plan:
     base: r.Recipe
     methods: Sequence[Method]
     settings: Sequence[Setting]
-    swap_rounds: Sequence[int] = field(default_factory=tuple)
+    fixed_updates_rounds: Sequence[int] = field(default_factory=tuple)
 
     @property
     def cells(self) -> list[Cell]:
@@ -107,9 +108,10 @@ def plan_of(
         for rank in every_rank
         for seed in range(seeds or study.seeds)
     ]
-    swap = study.swap_rounds or sorted({1, recipe.federation.rounds})
-    if max(swap) > recipe.federation.rounds:
-        raise RecipeError(f"study.swap_rounds has {max(swap)}, but there are {recipe.federation.rounds} rounds")
+    last = recipe.federation.rounds
+    swap = study.fixed_updates_rounds or sorted({1, last})
+    if max(swap) > last:
+        raise RecipeError(f"study.fixed_updates_rounds has {max(swap)}, but there are {last} rounds")
     plan = Plan(recipe.model_copy(update={"study": None}), parsed, settings, swap)
     for cell in plan.cells:
         recipe_of(plan.base, cell)
@@ -119,12 +121,12 @@ def plan_of(
 def method_of(text: str) -> Method:
     """A method by name, with options in brackets.
 
-    >>> method_of("best-rank[memory=8, gauge=aligned]").strategy["memory"]
+    >>> method_of("best-rank[carry_rank=8, factorization=aligned]").strategy["carry_rank"]
     8
     """
     found = re.fullmatch(r"\s*([^\[\]]+?)\s*(?:\[(.*)\])?\s*", text)
     if found is None:
-        raise RecipeError(f"{text!r} is no method", fix="for example best-rank, or best-rank[memory=8]")
+        raise RecipeError(f"{text!r} is no method", fix="for example best-rank, or best-rank[carry_rank=8]")
     name, inner = found[1], found[2] or ""
     options: dict[str, Any] = {}
     for pair in filter(None, (part.strip() for part in inner.split(","))):
@@ -138,6 +140,7 @@ def method_of(text: str) -> Method:
     if is_own(name):
         path, _, function = name.rpartition(":")
         return Method(function, {"name": f"{Path(path).expanduser().resolve()}:{function}"})
+    options = current("strategy", options)
     label = name + (f"[{', '.join(f'{k}={v}' for k, v in options.items())}]" if options else "")
     return Method(label, {"name": name, **options})
 
@@ -145,8 +148,8 @@ def method_of(text: str) -> Method:
 def split_methods(text: str) -> list[str]:
     """The methods of a comma-separated list; commas in brackets belong to a method.
 
-    >>> split_methods("fedit, best-rank[memory=8,gauge=aligned]")
-    ['fedit', 'best-rank[memory=8,gauge=aligned]']
+    >>> split_methods("fedit, best-rank[carry_rank=8,factorization=aligned]")
+    ['fedit', 'best-rank[carry_rank=8,factorization=aligned]']
     """
     return [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
 

@@ -42,7 +42,7 @@ class Group:
     cells: Sequence[Cell]
     out: Path
     threads: int
-    swap_rounds: Sequence[int]
+    fixed_updates_rounds: Sequence[int]
 
 
 def execute_study(plan: Plan, out: Path, jobs: int | None, advance: Callable[[int, str], None]) -> dict[str, str]:
@@ -56,7 +56,7 @@ def execute_study(plan: Plan, out: Path, jobs: int | None, advance: Callable[[in
     count = min(jobs or default_jobs(), len(plan.settings))
     groups = [
         Group(plan.base, setting, [cell for cell in plan.cells if cell.setting == setting], out,
-              threads_of(plan, out, jobs), plan.swap_rounds)
+              threads_of(plan, out, jobs), plan.fixed_updates_rounds)
         for setting in plan.settings
     ]  # fmt: skip
     failures: dict[str, str] = {}
@@ -142,14 +142,14 @@ def _work(group: Group, tell: Callable[[str], Any]) -> dict[str, str]:
         except FloranaError as error:
             failures[cell.id] = str(error).replace("\n", "; ")
     target, asked = swap_file(group.out, group.setting), swap_asked(group)
-    if group.swap_rounds and not swapped(target, asked):
+    if group.fixed_updates_rounds and not swapped(target, asked):
         started = time.perf_counter()
         recipe = recipe_of(group.base, next(cell for cell in group.cells if cell.method.label == "fedit"))
         methods = [
             cell.method for cell in group.cells if cell.method.strategy["name"] not in (CENTRALISED, "local-only")
         ]
         try:
-            rows = swap(recipe, setup or prepare(recipe), methods, group.swap_rounds)
+            rows = swap(recipe, setup or prepare(recipe), methods, group.fixed_updates_rounds)
         except FloranaError as error:
             failures[f"swap test, {group.setting.name}, seed {group.setting.seed}"] = str(error).replace("\n", "; ")
         else:
@@ -173,7 +173,7 @@ def finished(group: Group, cell: Cell) -> bool:
 def swap_asked(group: Group) -> str:
     """The digest of what a swap test is made of, each cell's recipe and the rounds: another question, another test."""
     recipes = [recipe_of(group.base, cell).to_toml() for cell in group.cells]
-    return hashlib.sha256(json.dumps([recipes, list(group.swap_rounds)]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([recipes, list(group.fixed_updates_rounds)]).encode()).hexdigest()
 
 
 def swapped(path: Path, asked: str) -> bool:
