@@ -1,8 +1,8 @@
 """PEFT's patterns for module names (`rank_pattern`, `alpha_pattern`), matched in bounded time: they are untrusted.
 
 PEFT asks Python's `re` whether `(.*\\.)?(KEY)$` matches the name of a module; the first key that does decides. `re`
-goes back and tries again, so that a KEY such as `(a|aa)+` takes time exponential in the length of a name. Here the
-automaton of Rust's regex library answers (`pydantic_core` carries it): linear in the name, and bounded in memory. Only
+goes back and tries again, so that a KEY such as `(a|aa)+` takes time exponential in the length of a name. Here RE2
+answers: linear in the name, and bounded in memory. Only
 what both libraries read alike is let through: no lookaround, back reference, flag, possessive or atomic piece, nested
 set. PEFT's own patterns are names, dots, wildcards, alternatives, sets and counts; for those the answers are PEFT's.
 """
@@ -14,8 +14,9 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from pydantic_core import SchemaError, SchemaValidator, core_schema
+import re2
 
 from florana.errors import InputError
 
@@ -23,6 +24,10 @@ LONGEST = 1000
 """Characters of a pattern."""
 SECONDS = 5.0
 """Of processor time for all patterns of one setting with all modules: a thousand of each take about one."""
+
+_BOUNDED = re2.Options()
+_BOUNDED.max_mem = 2**23
+_BOUNDED.log_errors = False
 
 _ESCAPED = r"\\[dDwWsS !-/:;=?@\[-`{-~]"
 _SET = rf"\[\^?(?:(?!--|&&|~~|\|\|)[^\\\[\]]|{_ESCAPED})+\]"
@@ -58,7 +63,7 @@ def by_pattern(
             break
         automaton, rest = _compiled(key, where), []
         for name in left:
-            if automaton.isinstance_python(name):
+            if automaton.fullmatch(name):
                 found[name] = value
             else:
                 rest.append(name)
@@ -86,12 +91,12 @@ def unmatched(pattern: str, modules: Iterable[str], path: Path, setting: str) ->
     for name in modules:
         if time.process_time() > until:
             raise InputError(f"{where}: matching {_short(pattern)} takes too long")
-        if not automaton.isinstance_python(name):
+        if not automaton.fullmatch(name):
             left.append(name)
     return left
 
 
-def _compiled(key: str, where: str, before: str = r"(?:.*\.)?") -> SchemaValidator:
+def _compiled(key: str, where: str, before: str = r"(?:.*\.)?") -> Any:
     """The automaton that accepts what PEFT's pattern of that key matches."""
     if len(key) > LONGEST:
         raise InputError(f"{where}: the pattern {_short(key)} has {len(key)} characters, more than {LONGEST}")
@@ -108,10 +113,9 @@ def _compiled(key: str, where: str, before: str = r"(?:.*\.)?") -> SchemaValidat
     except (re.error, OverflowError, RecursionError) as error:
         raise InputError(f"{where}: the pattern {_short(key)} is not a regular expression", why=str(error)) from None
     try:
-        wanted = rf"\A{before}(?:{key})\z"
-        return SchemaValidator(core_schema.str_schema(pattern=wanted, regex_engine="rust-regex"))
-    except SchemaError as error:
-        raise _refused(key, where, str(error).strip().splitlines()[-1].strip()) from None
+        return re2.compile(f"{before}(?:{key})", _BOUNDED)
+    except re2.error as error:
+        raise _refused(key, where, error.args[0].decode()) from None
 
 
 def _refused(key: str, where: str, why: str) -> InputError:

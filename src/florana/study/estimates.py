@@ -36,8 +36,9 @@ def estimate(values: Sequence[float | None]) -> Estimate | None:
     mean = statistics.fmean(known)
     if len(known) == 1:
         return Estimate(mean, None, 1)
-    half = float(stats.t.ppf(0.975, len(known) - 1)) * statistics.stdev(known) / math.sqrt(len(known))
-    return Estimate(mean, half, len(known))
+    spread = statistics.stdev(known) / math.sqrt(len(known))
+    _, upper = stats.t.interval(0.95, len(known) - 1, scale=spread) if spread > 0 else (0.0, 0.0)
+    return Estimate(mean, float(upper), len(known))
 
 
 def paired(
@@ -52,8 +53,6 @@ def paired(
     found = estimate(differences)
     if found is None or found.half is None:
         return found, None
-    spread = statistics.stdev(differences)
-    if spread == 0:
+    if len(set(differences)) == 1:  # a test divides by their spread
         return found, 1.0 if found.mean == 0 else 0.0
-    t = found.mean / (spread / math.sqrt(found.seeds))
-    return found, float(2 * stats.t.sf(abs(t), found.seeds - 1))
+    return found, float(stats.ttest_1samp(differences, 0.0).pvalue)
