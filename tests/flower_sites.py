@@ -6,6 +6,7 @@ import base64
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,16 @@ from florana.recipe.schema import Recipe
 from florana.runs.setup import prepare
 from tests.flower_grid import FakeGrid
 
+_MADE: dict[str, dict[str, Site]] = {}
+
 
 def sites(recipe: Recipe, folder: Path) -> dict[str, Site]:
-    setup = prepare(recipe)
-    return {name: site_of(recipe, setup, name, folder) for name in sorted(setup.clients)}
+    """Every client's site, with its own folder to keep things in; a recipe's model and rows are prepared once."""
+    key = recipe.model_dump_json()
+    if key not in _MADE:
+        setup = prepare(recipe)
+        _MADE[key] = {name: site_of(recipe, setup, name, folder) for name in sorted(setup.clients)}
+    return {name: replace(site, folder=folder) for name, site in _MADE[key].items()}
 
 
 def grid_of(members: Mapping[str, Site], **named: Any) -> FakeGrid:
