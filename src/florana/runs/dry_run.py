@@ -7,10 +7,10 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from florana.recipe import schema as r
-from florana.lora.factors import kind_of
-from florana.federation.messages import pack, travelling
 from florana.federation.error_feedback import packed_size
+from florana.federation.messages import pack, travelling
+from florana.lora.factors import kind_of
+from florana.recipe import schema as r
 from florana.runs.setup import Setup, begin, strategy_of
 from florana.score.benchmarks import figure_names
 from florana.strategy.base import Payload

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from florana.recipe import schema as r
 from florana.adapters.adapter_folder import AdapterCard
+from florana.atomic_files import explained, replace_file
 from florana.federation.journal import Journal, read_records
 from florana.federation.loop import Event, Federation, run_rounds
 from florana.federation.messages import Engine
 from florana.federation.round_record import RoundRecord
+from florana.recipe import schema as r
 from florana.runs.run_folder import locked, logged, read_environment, recorded_threads
-from florana.strategy.base import State, Strategy
 from florana.runs.threads import instructions, threads
-from florana.atomic_files import explained, replace_file
+from florana.strategy.base import State, Strategy
 
 Show = Callable[[Event], None]
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import filelock
 
+from florana.atomic_files import explained
 from florana.errors import FederationError, InputError, RecipeError
 from florana.federation.journal import read_records
 from florana.federation.round_record import RoundRecord
-from florana.recipe.schema import Recipe
 from florana.recipe.load import check, differences
-from florana.atomic_files import explained
+from florana.recipe.schema import Recipe
 
 OUTCOME, PROGRESS, RUN_NAME = "outcome.json", "progress.jsonl", "run.json"
 """Of a run over the network: how it ended, a line per event, and the name by which sites keep what stays with them."""

@@ -15,25 +15,25 @@ from typing import Any
 
 from torch import Tensor
 
-from florana.recipe import schema as r
-from florana.runs.rounds import Result, Show, conduct, settled
 from florana.federation.local_engine import LocalEngine
-from florana.lora.factors import Adapter
 from florana.federation.loop import Federation
 from florana.federation.step_bounds import reach_of
 from florana.federation.weighting import Weighing, by_examples, uniformly
+from florana.lora.factors import Adapter
+from florana.recipe import schema as r
+from florana.runs.rounds import Result, Show, conduct, settled
 from florana.runs.run_folder import check_folder
 from florana.strategy.base import State, Strategy
 from florana.strategy.ranks import with_ranks
 from florana.train import lora_init
 from florana.train.client import ClientData, TrainingClients, steps_per_round
+from florana.train.data.site_files import load_sites, site_files
 from florana.train.data.sources import load_tables
+from florana.train.data.tokenize import Example
 from florana.train.evaluate import evaluate
+from florana.train.examples import rows_of
 from florana.train.generation_eval import Exam, exam
 from florana.train.model import Workbench
-from florana.train.examples import rows_of
-from florana.train.data.site_files import load_sites, site_files
-from florana.train.data.tokenize import Example
 
 WEIGHTINGS = {"examples": by_examples, "uniform": uniformly}
 
