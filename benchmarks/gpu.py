@@ -39,6 +39,7 @@ from florana.recipe.load import check
 from florana.recipe.schema import Recipe
 from florana.runs.setup import Setup, execute, global_scores, prepare
 from florana.train.client import train_locally
+from florana.train.gguf_files import dequantized
 
 ENCODER = Path(__file__).resolve().parents[1] / "src" / "florana" / "demo" / "tiny-encoder"
 
@@ -250,18 +251,6 @@ def _tokens(settings: Recipe, examples: Any, seed: int) -> int:
     return total
 
 
-def from_gguf(file: Path, folder: Path) -> Path:
-    """The model of a GGUF file as a folder of float32 weights, by Transformers' reader."""
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-    return folder
-
-
 def card(device: str) -> dict[str, object]:
     """The device and the libraries, for the head of the table."""
     name = torch.cuda.get_device_name(0) if device == "cuda" else "CPU"
@@ -290,7 +279,7 @@ def main() -> None:
             model = given.smollm2
             if model.is_file():
                 started = time.perf_counter()
-                model = from_gguf(model, Path(scratch) / "smollm2")
+                model = dequantized(model, model.name)
                 rows["smollm2: GGUF to a folder, s"] = f"{time.perf_counter() - started:.1f}"
             for dtype in given.dtypes.split(","):
                 work[f"smollm2 {dtype}"] = lambda device, _, dtype=dtype: smollm2(device, model, gsm8k, dtype)

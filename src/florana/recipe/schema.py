@@ -39,7 +39,8 @@ class Model(Section):
     """The base model and its LoRA modules."""
 
     base: str
-    """A folder, a hub name, or `package:NAME[/sub/folder]` for a model that an installed Python package carries."""
+    """A folder, a hub name, or `package:NAME[/sub/folder]` for a model that an installed Python package carries; a GGUF
+    file by its path, as `package:NAME/FILE.gguf`, or as `OWNER/REPOSITORY/FILE.gguf`."""
     target_modules: list[str] | str = "all-linear"
     """The last parts of module names; or a regular expression that matches whole names; or `all-linear`."""
     variant: Literal["lora", "dora"] = "lora"

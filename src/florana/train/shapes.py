@@ -15,7 +15,8 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 
 from florana.errors import InputError
 from florana.recipe import schema as r
-from florana.train.loading import AUTO, modules_trained_whole, with_lora
+from florana.train.gguf_files import is_gguf
+from florana.train.loading import AUTO, locate, modules_trained_whole, with_lora
 from florana.train.targets import ALL_LINEAR, adapted_modules, whole_modules
 
 TASKS = ("sequence-classification", "causal-lm")
@@ -133,7 +134,9 @@ def _config(model: str) -> Any:
         return PRESETS[model]()
     try:
         with _quiet():
-            return transformers.AutoConfig.from_pretrained(model)
+            return transformers.AutoConfig.from_pretrained(locate(model) if is_gguf(model) else model)
+    except InputError:
+        raise
     except Exception as error:  # the loaders raise many kinds: missing files, no connection, bad JSON
         place = (
             "the folder holds no usable config.json" if Path(model).exists() else "no such preset, folder or hub name"
