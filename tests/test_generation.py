@@ -14,9 +14,12 @@ import torch
 from florana.errors import InputError, RecipeError
 from florana.recipe.load import check, read_recipe
 from florana.recipe.schema import Model
+from florana.report.page import write_report
+from florana.runs.completions import last_completions
 from florana.runs.setup import execute
 from florana.score.programs import Verdict
 from florana.train.generate import Written, generate
+from florana.train.generation_eval import exam
 from florana.train.model import Workbench
 from tests.conftest import SHARED
 from tests.score_cases import HUMANEVAL
@@ -121,6 +124,81 @@ def test_a_run_scores_what_the_global_model_writes_when_it_is_due(table: dict[st
     every = execute(read_back(table, tmp_path), tmp_path / "every")
     assert [sorted(r.eval.get("global", {}))[:1] for r in every.records] == [[], ["cut_prompts"], ["cut_prompts"]]
     assert every.records[-1].eval["global"] == first.records[-1].eval["global"]
+
+
+@pytest.mark.shared
+def test_what_was_written_is_kept_with_its_verdict_and_shown(table: dict[str, Any], tmp_path: Path) -> None:
+    """One line per completion; the figures are the means of the verdicts; the page shows the text as text."""
+    table["federation"]["rounds"] = 2
+    table["generation"] |= {"every": 1, "samples": 2, "temperature": 1.0}
+    run = execute(check(table, "r"), tmp_path / "run")
+    for record in run.records:
+        lines = (tmp_path / "run" / "completions" / f"round-{record.round}.jsonl").read_text().splitlines()
+        kept = [json.loads(line) for line in lines]
+        assert len(kept) == 3 * 2
+        assert kept[0]["prompt"] == kept[1]["prompt"] != kept[2]["prompt"]
+        assert kept[0]["prompt"].endswith("\nAnswer:")
+        mean = statistics.mean(one["verdict"]["unparsed"] for one in kept)
+        assert mean == record.eval["global"]["unparsed"]
+    assert last_completions(tmp_path / "run", 3) == (2, kept[:3])
+    first = tmp_path / "run" / "completions" / "round-2.jsonl"
+    first.write_text(json.dumps({**kept[0], "completion": "<script>alert(1)</script>"}) + "\n")
+    page = write_report([tmp_path / "run"], tmp_path / "r.html").read_text()
+    assert "<b>&lt;script&gt;alert(1)&lt;/script&gt;</b>" in page
+    assert "What the model wrote: best-rank, round 2" in page
+
+
+CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_chat_template_is_the_tokenizers_own_and_nothing_stands_before_it(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Workbench(Model(base=str(tiny_llama), target_modules=["q_proj"]), "causal-lm", (), 0)
+    rows = [{"question": f"{n} + 1?", "answer": f"#### {n + 1}"} for n in range(3)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "e.jsonl").write_text(json.dumps({"question": "7 + 7?", "answer": "#### 14"}) + "\n")
+    files = {"file": str(tmp_path / "p.jsonl"), "examples": str(tmp_path / "e.jsonl")}
+    recipe = check(
+        {
+            "task": "causal-lm",
+            "model": {"base": str(tiny_llama)},
+            "data": {"train": str(tmp_path / "e.jsonl"), "text": "question"},
+            "partition": {"clients": 2},
+            "train": {"steps": 1},
+            "federation": {"rounds": 1},
+            "strategy": {"name": "fedit"},
+            "generation": {"task": "gsm8k", "template": "chat", "shots": 1, "max_new_tokens": 5, **files},
+        },
+        "t",
+    )
+    with pytest.raises(InputError, match="has no chat template"):
+        exam(recipe, bench)
+    bench.tokenizer.chat_template = CHAT
+    asked = exam(recipe, bench)
+    assert asked is not None
+    user = "Question: 7 + 7?\nAnswer: #### 14\n\nQuestion: 1 + 1?\nAnswer:"
+    assert asked.prompts[1] == f"<|user|>{user}<|end|><|assistant|>"
+    ids = bench.tokenizer.apply_chat_template(
+        [{"role": "user", "content": user}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+    given: list[list[int]] = []
+    writes = bench.model.generate
+
+    def recorded(input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
+        given.extend(row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True))
+        return writes(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    monkeypatch.setattr(bench.model, "generate", recorded)
+    asked.sit(bench)
+    assert ids[0].tolist() in given, "no beginning token before the template's own"
+    assert len(given) == 3
+    bench.tokenizer.chat_template = "{{ raise_exception('only system turns') }}"
+    with pytest.raises(InputError, match="refuses a prompt"):
+        exam(recipe, bench)
 
 
 def read_back(table: dict[str, Any], folder: Path) -> Any:

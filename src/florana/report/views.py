@@ -9,11 +9,14 @@ from typing import Any
 
 from florana.errors import InputError
 from florana.federation.round_record import RoundRecord
+from florana.runs.completions import last_completions
 from florana.runs.run_folder import read_run
 from florana.score.benchmarks import figure_names
 from florana.score.glue import GLUE
 
 LOWER_IS_BETTER = {"loss", "perplexity"}
+SHOWN = 4
+"""Completions of a generation benchmark on the page."""
 
 
 def shown_figures(recipe: Mapping[str, Any]) -> tuple[str, ...]:
@@ -51,6 +54,7 @@ class RunView:
     Args:
         name: how the report calls it. recipe, setup: its files. records: its committed rounds.
         score: the metric that is drawn (see `headline`).
+        written: (round, the first completions) of the last generation benchmark.
     """
 
     name: str
@@ -58,6 +62,7 @@ class RunView:
     setup: Mapping[str, Any]
     records: Sequence[RoundRecord]
     score: str
+    written: tuple[int, Sequence[Mapping[str, Any]]] = (0, ())
 
     @property
     def start(self) -> float | None:
@@ -116,7 +121,8 @@ def view(folder: Path, name: str | None = None) -> RunView:
     recipe, setup, records = read_run(folder)
     if not records:
         raise InputError(f"{folder} holds no committed round yet", fix="run it again with --resume")
-    return RunView(name or records[-1].strategy, recipe, setup, records, headline(recipe))
+    written = last_completions(folder, SHOWN)
+    return RunView(name or records[-1].strategy, recipe, setup, records, headline(recipe), written)
 
 
 def headline(recipe: Mapping[str, Any]) -> str:

@@ -129,7 +129,13 @@ def _writing(recipe: r.Recipe, setup: Setup, measured: int = 4) -> Writing | Non
 
     def timed(tokens: int) -> float:
         started = time.perf_counter()
-        generate(setup.bench, exam.prompts[: own.batch_size], max_new_tokens=tokens, batch_size=own.batch_size)
+        generate(
+            setup.bench,
+            exam.prompts[: own.batch_size],
+            max_new_tokens=tokens,
+            batch_size=own.batch_size,
+            opening=exam.opening,
+        )
         return time.perf_counter() - started
 
     timed(1)  # warm-up
@@ -141,7 +147,7 @@ def _writing(recipe: r.Recipe, setup: Setup, measured: int = 4) -> Writing | Non
         problems=len(exam.rows),
         samples=own.samples,
         times=times,
-        cut_prompts=cut_prompts(setup.bench, exam.prompts, own.max_new_tokens),
+        cut_prompts=cut_prompts(setup.bench, exam.prompts, own.max_new_tokens, exam.opening),
         figures=(*figure_names(own.task, own.k), "cut_prompts"),
         seconds=times * batches * (first + (own.max_new_tokens - 1) * per_token),
     )

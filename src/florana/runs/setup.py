@@ -8,6 +8,7 @@ RUN/adapter/          the global adapter, as PEFT loads it      RUN/log.txt  war
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from florana.federation.step_bounds import reach_of
 from florana.federation.weighting import Weighing, by_examples, uniformly
 from florana.lora.factors import Adapter
 from florana.recipe import schema as r
+from florana.runs.completions import write_completions
 from florana.runs.rounds import Result, Show, conduct, settled
 from florana.runs.run_folder import check_folder
 from florana.strategy.base import State, Strategy
@@ -128,7 +130,9 @@ def execute(
             begun,
             here.bench.card,
             lambda memories: engine_of(recipe, here, begun, memories, step),
-            federation_of(recipe, here, sorted(here.clients), here.examples),
+            federation_of(
+                recipe, here, sorted(here.clients), here.examples, functools.partial(write_completions, folder)
+            ),
             lambda: facts_of(recipe, here, here.partition),
             show,
         )
@@ -190,11 +194,20 @@ def global_scores(setup: Setup, adapter: Adapter, residual: Adapter | None, batc
 
 
 def federation_of(
-    recipe: r.Recipe, setup: Setup | None, clients: Sequence[str], examples: Mapping[str, int]
+    recipe: r.Recipe,
+    setup: Setup | None,
+    clients: Sequence[str],
+    examples: Mapping[str, int],
+    keep: Callable[[int, Sequence[Mapping[str, Any]]], None] = lambda round_, completions: None,
 ) -> Federation:
-    """The fixed facts of a recipe's run, for the round loop; of clients without `examples` any count is believed.
+    """The fixed facts of a recipe's run, for the round loop.
 
-    Without a set-up, at a server that has no base model, nothing is measured there.
+    Args:
+        recipe: the run's.
+        setup: its model and data; None at a server that has no base model, where nothing is measured.
+        clients: their names.
+        examples: client -> its rows; of clients without an entry any count is believed.
+        keep: given the round and what the global model wrote, where the recipe has it write.
     """
     rounds, every = recipe.federation.rounds, recipe.evaluate.every
 
@@ -205,7 +218,9 @@ def federation_of(
         assert setup is not None
         figures = global_scores(setup, state.adapter, state.residual, recipe.evaluate.batch_size)
         # global_scores has left the state's model on the bench
-        return figures | setup.exam.sit(setup.bench) if setup.exam is not None and asked(state.round) else figures
+        if setup.exam is None or not asked(state.round):
+            return figures
+        return figures | setup.exam.sit(setup.bench, functools.partial(keep, state.round))
 
     personal: dict[str, Callable[[int], bool]] = {
         "never": lambda round_: False,

@@ -134,13 +134,38 @@ def figures(
     >>> figures("gsm8k", [{"answer": "#### 5"}], [["2 + 3 = 5\\n#### 5"]])
     {'exact_match': 1.0, 'exact_match_flexible': 1.0, 'unparsed': 0.0}
     """
+    return figures_of(verdicts(name, rows, completions, limits=limits, workers=workers), ks)
+
+
+Mark = Mapping[str, float] | Verdict
+"""What is said of one completion: its figures, or how its program did."""
+
+
+def verdicts(
+    name: str,
+    rows: Sequence[Row],
+    completions: Sequence[Sequence[str]],
+    *,
+    limits: Limits = STANDARD,
+    workers: int | None = None,
+) -> list[list[Mark]]:
+    """Every completion judged by itself, row by row; arguments and errors as of `figures`."""
     task = TASKS[name]
     cut = [[code_tasks.cut_at(text, task.stops) for text in texts] for texts in completions]
-    if task.program is not None:
-        pairs = [task.program(row, text) for row, texts in zip(rows, cut, strict=True) for text in texts]
-        return _code_figures(run_programs(pairs, limits, workers=workers), [len(texts) for texts in cut], ks)
-    marks = [[_marks(name, row, text) for text in texts] for row, texts in zip(rows, cut, strict=True)]
-    return {figure: _mean(_mean(one[figure] for one in texts) for texts in marks) for figure in marks[0][0]}
+    if task.program is None:
+        return [[_marks(name, row, text) for text in texts] for row, texts in zip(rows, cut, strict=True)]
+    pairs = [task.program(row, text) for row, texts in zip(rows, cut, strict=True) for text in texts]
+    judged = iter(run_programs(pairs, limits, workers=workers))
+    return [[next(judged) for _ in texts] for texts in cut]
+
+
+def figures_of(marks: Sequence[Sequence[Mark]], ks: Sequence[int] = (1,)) -> dict[str, float]:
+    """The scores that `figures` gives, from the verdicts."""
+    programs = [mark for texts in marks for mark in texts if isinstance(mark, Verdict)]
+    if programs:
+        return _code_figures(programs, [len(texts) for texts in marks], ks)
+    plain = [[mark for mark in texts if isinstance(mark, Mapping)] for texts in marks]
+    return {figure: _mean(_mean(one[figure] for one in texts) for texts in plain) for figure in plain[0][0]}
 
 
 def figure_names(name: str, ks: Sequence[int] = (1,)) -> tuple[str, ...]:

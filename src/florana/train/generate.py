@@ -36,6 +36,7 @@ def generate(
     samples: int = 1,
     seed: int = 0,
     batch_size: int = 16,
+    opening: Sequence[int] | None = None,
 ) -> Written:
     """Continue every prompt, up to a stop sequence (left out), the end token or `max_new_tokens`.
 
@@ -43,12 +44,16 @@ def generate(
     rule: argmax(logits / temperature + Gumbel noise) is a draw from the softmax. So it does not depend on what else is
     in its batch. A prompt too long for the model's context loses its beginning, as in lm-eval.
 
+    Args:
+        opening: tokens before every prompt; the beginning token, where the tokenizer has one, if None. A prompt made by
+            a chat template has its own: ().
+
     Raises:
         InputError: `max_new_tokens` leaves no room for a prompt.
     """
     room = room_for_prompts(bench, max_new_tokens)
-    encoded = [_encode(bench.tokenizer, text) for text in prompts]
-    begin = len(_encode(bench.tokenizer, ""))
+    encoded = [_encode(bench.tokenizer, text, opening) for text in prompts]
+    begin = len(_encode(bench.tokenizer, "", opening))
     fitting = [ids if len(ids) <= room else ids[:begin] + ids[begin + len(ids) - room :] for ids in encoded]
     jobs = [(row, sample) for row in range(len(prompts)) for sample in range(samples)]
     jobs.sort(key=lambda job: len(fitting[job[0]]))  # little padding; stable, so always the same order
@@ -65,10 +70,12 @@ def generate(
     )
 
 
-def cut_prompts(bench: Workbench, prompts: Sequence[str], max_new_tokens: int) -> int:
+def cut_prompts(
+    bench: Workbench, prompts: Sequence[str], max_new_tokens: int, opening: Sequence[int] | None = None
+) -> int:
     """How many of the prompts are too long for the model's context when that many tokens are to follow."""
     room = room_for_prompts(bench, max_new_tokens)
-    return sum(len(_encode(bench.tokenizer, text)) > room for text in prompts)
+    return sum(len(_encode(bench.tokenizer, text, opening)) > room for text in prompts)
 
 
 def room_for_prompts(bench: Workbench, new: int) -> int:
@@ -82,10 +89,10 @@ def room_for_prompts(bench: Workbench, new: int) -> int:
     return int(context - new)
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    """As in training (`tasks.encode_language`): a beginning token where there is one, then the text's own tokens."""
+def _encode(tokenizer: Any, text: str, opening: Sequence[int] | None) -> list[int]:
+    """As in training (`tokenize.encode_language`): a beginning token where there is one, then the text's own tokens."""
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    ids = begin + list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = (begin if opening is None else list(opening)) + list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return ids or ([] if not text else [tokenizer.pad_token_id])
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,40 @@ from florana.train.generate import generate, room_for_prompts
 from florana.train.model import Workbench
 
 
+Keep = Callable[[Sequence[Mapping[str, Any]]], None]
+"""Takes the completions of one scoring: each with its prompt, its text and its verdict."""
+
+
 @dataclass(frozen=True, eq=False)
 class Exam:
-    """The problems with their prompts, and the settings they are written under."""
+    """The problems with their prompts, and the settings they are written under.
+
+    Args:
+        settings: the recipe's section [generation].
+        rows: the problems, as their file has them.
+        prompts: one per row, as text.
+        seed: of the samples.
+        opening: tokens before every prompt; None: the tokenizer's beginning token.
+    """
 
     settings: r.Generation
     rows: tuple[Mapping[str, Any], ...]
     prompts: tuple[str, ...]
     seed: int
+    opening: tuple[int, ...] | None = None
 
     def due(self, round_: int, rounds: int) -> bool:
         """Whether the global model is scored after that round."""
         every = self.settings.every
         return round_ == rounds or (every is not None and round_ % every == 0)
 
-    def sit(self, bench: Workbench) -> dict[str, float]:
-        """The figures of the model as it is on the bench; `cut_prompts` is the share of prompts that did not fit."""
+    def sit(self, bench: Workbench, keep: Keep = lambda completions: None) -> dict[str, float]:
+        """The figures of the model as it is on the bench; `cut_prompts` is the share of prompts that did not fit.
+
+        Args:
+            bench: the model.
+            keep: given what was written, and the verdict on each completion.
+        """
         own = self.settings
         written = generate(
             bench,
@@ -44,9 +62,18 @@ class Exam:
             samples=own.samples,
             seed=self.seed,
             batch_size=own.batch_size,
+            opening=self.opening,
         )
         limits = Limits(3.0 * own.program_seconds, own.program_seconds, own.program_memory)
-        scores = benchmarks.figures(own.task, self.rows, written.texts, ks=own.k, limits=limits)
+        marks = benchmarks.verdicts(own.task, self.rows, written.texts, limits=limits)
+        keep(
+            [
+                {"prompt": prompt, "completion": text, "verdict": mark if isinstance(mark, Mapping) else asdict(mark)}
+                for prompt, texts, judged in zip(self.prompts, written.texts, marks, strict=True)
+                for text, mark in zip(texts, judged, strict=True)
+            ]
+        )
+        scores = benchmarks.figures_of(marks, own.k)
         return scores | {"cut_prompts": written.cut_prompts / len(self.prompts)}
 
 
@@ -68,7 +95,28 @@ def exam(recipe: r.Recipe, bench: Workbench) -> Exam | None:
         run_program("", "")
     examples = _examples(recipe, own, rows)
     asked = tuple(benchmarks.prompt(own.task, row, examples, own.prompt) for row in rows)
-    return Exam(own, tuple(rows), asked, derive(recipe.seed, "exam"))
+    seed = derive(recipe.seed, "exam")
+    if own.template == "chat":
+        return Exam(own, tuple(rows), tuple(_chat(bench, text) for text in asked), seed, opening=())
+    return Exam(own, tuple(rows), asked, seed)
+
+
+def _chat(bench: Workbench, text: str) -> str:
+    """The text as a user's turn, and the opening of the answer."""
+    if not getattr(bench.tokenizer, "chat_template", None):
+        raise InputError(
+            "generation.template = 'chat', but the model's tokenizer has no chat template",
+            fix="set generation.template = 'plain', or take a model that was tuned for chat",
+        )
+    turn = [{"role": "user", "content": text}]
+    try:
+        return str(bench.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # templates are programs: they raise what they like
+        raise InputError(
+            "the tokenizer's chat template refuses a prompt",
+            why=f"{type(error).__name__}: {error}".splitlines()[0],
+            fix="set generation.template = 'plain'",
+        ) from None
 
 
 def _examples(recipe: r.Recipe, own: r.Generation, rows: list[benchmarks.Row]) -> list[benchmarks.Row]:

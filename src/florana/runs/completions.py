@@ -1,0 +1,50 @@
+"""What a global model wrote in a generation benchmark, kept beside the figures: RUN/completions/round-N.jsonl.
+
+One line per completion: `prompt`, `completion`, `verdict`. A round that is done again writes the same file again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from florana.atomic_files import explained, replace_file
+
+FOLDER = "completions"
+
+
+def write_completions(folder: Path, round_: int, completions: Sequence[Mapping[str, Any]]) -> None:
+    """Keep one scoring's completions, in the order of the problems.
+
+    Args:
+        folder: the run's.
+        round_: after which the model wrote, from 1.
+        completions: each with its prompt, its text and its verdict.
+
+    Raises:
+        FederationError: the disk refuses.
+    """
+    place = folder / FOLDER / f"round-{round_}.jsonl"
+    lines = "".join(json.dumps(one, sort_keys=True) + "\n" for one in completions)
+    with explained(folder, "what the model wrote could not be kept"):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(place, lines.encode())
+
+
+def last_completions(folder: Path, most: int) -> tuple[int, list[dict[str, Any]]]:
+    """(round, its first so many completions) of the last scoring that was kept; (0, []) where there is none.
+
+    Args:
+        folder: the run's.
+        most: how many completions are read.
+    """
+    files = {int(path.stem.removeprefix("round-")): path for path in (folder / FOLDER).glob("round-*.jsonl")}
+    if not files:
+        return 0, []
+    found = []
+    with files[max(files)].open(encoding="utf-8") as lines:
+        for _, line in zip(range(most), lines, strict=False):
+            found.append(json.loads(line))
+    return max(files), found
