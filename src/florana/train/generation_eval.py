@@ -17,7 +17,6 @@ from florana.score.programs import Limits, run_program
 from florana.train.generate import generate, room_for_prompts
 from florana.train.model import Workbench
 
-
 Keep = Callable[[Sequence[Mapping[str, Any]]], None]
 """Takes the completions of one scoring: each with its prompt, its text and its verdict."""
 
