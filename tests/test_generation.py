@@ -180,10 +180,18 @@ def test_a_chat_template_is_the_tokenizers_own_and_nothing_stands_before_it(
     bench.tokenizer.chat_template = CHAT
     asked = exam(recipe, bench)
     assert asked is not None
-    user = "Question: 7 + 7?\nAnswer: #### 14\n\nQuestion: 1 + 1?\nAnswer:"
-    assert asked.prompts[1] == f"<|user|>{user}<|end|><|assistant|>"
+    shown, user = "Question: 7 + 7?\nAnswer:", "Question: 1 + 1?\nAnswer:"
+    before = f"<|user|>{shown}<|end|><|assistant|>#### 14<|end|>"
+    assert asked.prompts[1] == f"{before}<|user|>{user}<|end|><|assistant|>"
     ids = bench.tokenizer.apply_chat_template(
-        [{"role": "user", "content": user}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [
+            {"role": "user", "content": shown},
+            {"role": "assistant", "content": "#### 14"},
+            {"role": "user", "content": user},
+        ],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )["input_ids"]
     given: list[list[int]] = []
     writes = bench.model.generate

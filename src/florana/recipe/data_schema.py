@@ -118,8 +118,8 @@ class Generation(Section):
     prompt: str | None = None
     """A prompt of one's own, with columns in braces: for a model trained on another form."""
     template: Literal["plain", "chat"] = "plain"
-    """chat: the prompt, worked examples included, as one user's turn in the tokenizer's own chat template, as lm-eval's
-    `--apply_chat_template` without `--fewshot_as_multiturn`."""
+    """chat: questions and worked solutions as turns of the tokenizer's own chat template, as lm-eval's
+    `--apply_chat_template`."""
     shots: int = Field(0, ge=0)
     """Worked examples before each question, the same for all, chosen by the seed (of MBPP: the ids 2, 3, ...)."""
     examples: str | None = None

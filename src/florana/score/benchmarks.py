@@ -99,18 +99,34 @@ def prompt(name: str, row: Row, examples: Sequence[Row] = (), template: str | No
     >>> prompt("gsm8k", {"question": "2 + 2?"}, [{"question": "1 + 1?", "answer": "#### 2"}])
     'Question: 1 + 1?\\nAnswer: #### 2\\n\\nQuestion: 2 + 2?\\nAnswer:'
     """
-    task = TASKS[name]
+    shown = (f"{_asked(name, one, template)}{TASKS[name].solution(one)}\n\n" for one in examples)
+    return "".join(shown) + _asked(name, row, template)
 
-    def asked(one: Row) -> str:
-        try:
-            return (template or task.template).format_map(one)
-        except (KeyError, ValueError, IndexError, AttributeError) as error:
-            raise InputError(
-                f"generation.prompt cannot be filled: {error}",
-                fix=f"columns in braces, of {', '.join(sorted(one))}; a brace itself is doubled",
-            ) from None
 
-    return "".join(f"{asked(one)}{task.solution(one)}\n\n" for one in examples) + asked(row)
+def turns(name: str, row: Row, examples: Sequence[Row] = (), template: str | None = None) -> list[dict[str, str]]:
+    """The same as turns of a chat, one per question and per worked solution: lm-eval's messages of that task.
+
+    Raises:
+        InputError: as `prompt`.
+
+    >>> turns("gsm8k", {"question": "2 + 2?"}, [{"question": "1 + 1?", "answer": "#### 2"}])[1]
+    {'role': 'assistant', 'content': '#### 2'}
+    """
+    said = []
+    for one in examples:
+        said.append({"role": "user", "content": _asked(name, one, template)})
+        said.append({"role": "assistant", "content": TASKS[name].solution(one).removeprefix(" ")})
+    return [*said, {"role": "user", "content": _asked(name, row, template)}]
+
+
+def _asked(name: str, row: Row, template: str | None) -> str:
+    try:
+        return (template or TASKS[name].template).format_map(row)
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise InputError(
+            f"generation.prompt cannot be filled: {error}",
+            fix=f"columns in braces, of {', '.join(sorted(row))}; a brace itself is doubled",
+        ) from None
 
 
 def figures(

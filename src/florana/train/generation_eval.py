@@ -93,23 +93,23 @@ def exam(recipe: r.Recipe, bench: Workbench) -> Exam | None:
     if benchmarks.TASKS[own.task].program is not None:
         run_program("", "")
     examples = _examples(recipe, own, rows)
-    asked = tuple(benchmarks.prompt(own.task, row, examples, own.prompt) for row in rows)
     seed = derive(recipe.seed, "exam")
     if own.template == "chat":
-        return Exam(own, tuple(rows), tuple(_chat(bench, text) for text in asked), seed, opening=())
+        chats = tuple(_chat(bench, benchmarks.turns(own.task, row, examples, own.prompt)) for row in rows)
+        return Exam(own, tuple(rows), chats, seed, opening=())
+    asked = tuple(benchmarks.prompt(own.task, row, examples, own.prompt) for row in rows)
     return Exam(own, tuple(rows), asked, seed)
 
 
-def _chat(bench: Workbench, text: str) -> str:
-    """The text as a user's turn, and the opening of the answer."""
+def _chat(bench: Workbench, turns: list[dict[str, str]]) -> str:
+    """The turns by the tokenizer's chat template, and the opening of the answer."""
     if not getattr(bench.tokenizer, "chat_template", None):
         raise InputError(
             "generation.template = 'chat', but the model's tokenizer has no chat template",
             fix="set generation.template = 'plain', or take a model that was tuned for chat",
         )
-    turn = [{"role": "user", "content": text}]
     try:
-        return str(bench.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        return str(bench.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # templates are programs: they raise what they like
         raise InputError(
             "the tokenizer's chat template refuses a prompt",
