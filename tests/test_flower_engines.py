@@ -45,7 +45,7 @@ EVIL = """
 import hashlib, io, zipfile
 from pathlib import Path
 import florana.flower.deploy.serve as serve
-from florana.cli import main
+from florana.cli.main import main
 from flwr.supercore.fab import Fab
 
 make_link = serve.make_link

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 SOURCE = ROOT / "src" / "florana"
 FLOORS = [
     {"errors"},
-    {"atomic_files"},
+    {"atomic_files", "displayable"},
     {"lora", "score"},
     {"aggregate"},
     {"robust", "adapters"},

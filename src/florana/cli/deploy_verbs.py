@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from florana.cli.say import say
+from florana.displayable import displayable
 from florana.errors import InputError, RecipeError
 from florana.flower import require_flwr
 
@@ -44,10 +46,10 @@ def keys(
 
     if server:
         files = make_server(out, [name, *(also or [])], days)
-        typer.echo(f"certificates for {name}: {files.folder} (ca.key and server.key stay here)")
+        say(f"certificates for {name}: {files.folder} (ca.key and server.key stay here)")
         return
     private, public = make_site(out, name)
-    typer.echo(f"private key: {private} (stays here)\npublic key:  {public} (send it to the operator)")
+    say(f"private key: {private} (stays here)\npublic key:  {public} (send it to the operator)")
 
 
 @flower.command()
@@ -73,7 +75,7 @@ def approve(
         raise RecipeError(f"--rows names '{name}', whose .pub file is not given", fix="name its file too")
     for path, name in names.items():
         put(Certificates(fed), path, counts.get(name))
-        typer.echo(f"approved: {name}" + (f", {counts[name]} training rows" if name in counts else ""))
+        say(f"approved: {name}" + (f", {counts[name]} training rows" if name in counts else ""))
 
 
 def _count(text: str) -> tuple[str, int]:
@@ -112,7 +114,7 @@ def invite(
         base = base_digest(prepare(resolved, {} if resolved.partition.kind == "sites" else None))
     where = host or hosts_of(read_certificate(files.certificate))[0]
     write(recipe, files, where, port, out, base)
-    typer.echo(f"invitation: {out} (send the whole folder to every site; nothing in it is secret)")
+    say(f"invitation: {out} (send the whole folder to every site; nothing in it is secret)")
 
 
 @flower.command()
@@ -132,7 +134,7 @@ def export(
     resolved = read_recipe(recipe, assign or [])
     write(resolved, out)
     nodes = resolved.partition.clients or 2
-    typer.echo(f"app: {out}\nrun it: flwr run {out} --stream --federation-config 'num-supernodes={nodes}'")
+    say(f"app: {out}\nrun it: flwr run {out} --stream --federation-config 'num-supernodes={nodes}'")
 
 
 def serve(
@@ -185,12 +187,12 @@ def serve(
             resume=resume,
             limit=limit * 2**20,
             show=show,
-            opened=lambda door: typer.echo(f"the door is open on port {port}: sites can join", err=True),
+            opened=lambda door: say(f"the door is open on port {port}: sites can join", err=True),
         )
     report = write_report([folder], folder / "report.html")
     if console:
         console.print(summary_table(summary(views([folder])), resolved.title or recipe.stem, console.width))
-        typer.echo(f"run: {folder}\nadapter: {folder / 'adapter'}\nreport: {report}")
+        say(f"run: {folder}\nadapter: {folder / 'adapter'}\nreport: {report}")
 
 
 def join(
@@ -212,7 +214,7 @@ def join(
     read = read_invitation(invitation)
     recipe = site_recipe(read, base, test, assign or [])
     done = _end_on_signal()
-    take_part(recipe, read, site, data, done=done, say=lambda text: typer.echo(text))
+    take_part(recipe, read, site, data, done=done, say=lambda text: say(displayable(text)))
 
 
 def doctor(
@@ -254,8 +256,11 @@ def _print(findings: Iterable[Finding], as_json: bool) -> None:
     for finding in findings:
         every.append(finding)
         if not as_json:
-            mark = typer.style("ok  " if finding.fine else "BAD ", fg="green" if finding.fine else "red")
-            typer.echo(f"{mark} {finding.what}: {finding.said}" + (f"\n     fix: {finding.fix}" if finding.fix else ""))
+            typer.secho("ok   " if finding.fine else "BAD  ", fg="green" if finding.fine else "red", nl=False)
+            say(
+                f"{displayable(finding.what)}: {displayable(finding.said)}"
+                + (f"\n     fix: {displayable(finding.fix)}" if finding.fix else "")
+            )
     if as_json:
         typer.echo(json.dumps([vars(finding) for finding in every], indent=1))
     bad = [finding.what for finding in every if not finding.fine]

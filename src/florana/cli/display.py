@@ -18,7 +18,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
+from florana.displayable import displayable
 from florana.federation.loop import Event
 from florana.federation.round_record import RoundRecord
 from florana.report.page import number, seconds, size
@@ -33,7 +35,15 @@ if TYPE_CHECKING:
 
 def console_of(as_json: bool, width: int = 140) -> Console | None:
     """Where to print: the terminal, a page of `width` columns where there is none, or nowhere (`--json`)."""
-    return None if as_json else Console(width=None if sys.stdout.isatty() else width)
+    return None if as_json else _Plain(width=None if sys.stdout.isatty() else width, markup=False, emoji=False)
+
+
+class _Plain(Console):
+    """A console that takes what it is given for text: no markup, and what is no visible character as its escape."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every string that is printed comes by here, those in the cells of tables too."""
+        return super().render_str(displayable(text, most=100_000, keep="\n"), **options)
 
 
 class Screen:
@@ -54,13 +64,13 @@ class Screen:
         self._round = ""
         if console is not None and console.is_terminal:
             self._progress = Progress(
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("steps"),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=console,
                 transient=True,
             )
@@ -85,7 +95,7 @@ class Screen:
     def step(self, client: str) -> None:
         """One optimizer step was done."""
         if self._progress is not None:
-            self._progress.update(self._task, advance=1, note=f"{self._name} {self._round} {client}")
+            self._progress.update(self._task, advance=1, note=displayable(f"{self._name} {self._round} {client}", 80))
 
     def show(self, event: Event) -> None:
         """A round began or ended, or an update was refused."""
@@ -95,12 +105,12 @@ class Screen:
             return
         if event.kind == "refused":
             self._console.print(
-                f"{self._name}  round {event.round}: refused {event.client}: {event.detail}",
+                f"{self._name}  round {event.round}: refused {displayable(event.client)}: {displayable(event.detail)}",
                 style="yellow",
                 highlight=False,
             )
         elif event.kind == "joined":
-            self._console.print(f"{event.client} is here: {event.detail}", highlight=False)
+            self._console.print(f"{displayable(event.client)} is here: {displayable(event.detail)}", highlight=False)
         elif event.kind in ("mended", "resumed"):
             self._console.print(event.detail, style="yellow", highlight=False)
         elif event.kind == "committed" and event.record is not None:
@@ -127,7 +137,8 @@ def counting(console: Console | None, name: str, unit: str) -> Iterator[Callable
     if console is None or not console.is_terminal:
         yield lambda count, total: None
         return
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    title = TextColumn("{task.description}", style="bold", markup=False)
+    columns = (title, BarColumn(), MofNCompleteColumn(), TextColumn(unit))
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task(name, total=None)
         yield lambda count, total: progress.update(task, completed=count, total=total)

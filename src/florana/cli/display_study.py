@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from florana.displayable import displayable
 from florana.report.page import size
 
 if TYPE_CHECKING:
@@ -42,11 +43,11 @@ def study_progress(console: Console | None, rounds: int) -> Iterator[Callable[[i
 
         yield say
         return
-    columns = (TextColumn("[bold]comparing"), BarColumn(), MofNCompleteColumn(), TextColumn("rounds"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[name]}"),
+    columns = (TextColumn("comparing", style="bold"), BarColumn(), MofNCompleteColumn(), TextColumn("rounds"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[name]}", markup=False),
                   console=console, transient=True) as progress:  # fmt: skip
         task = progress.add_task("", total=rounds, name="")
-        yield lambda count, name: progress.update(task, advance=count, name=name)
+        yield lambda count, name: progress.update(task, advance=count, name=displayable(name, 80))
 
 
 def study_table(comparison: Comparison, width: int) -> Table:

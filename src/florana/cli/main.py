@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import shutil
 import sys
@@ -18,6 +19,8 @@ from florana.cli.adapter_verbs import inspect, merge
 from florana.cli.compare_verb import compare
 from florana.cli.deploy_verbs import doctor, flower, join, serve
 from florana.cli.plan_verb import plan
+from florana.cli.say import say
+from florana.displayable import displayable
 from florana.errors import FloranaError, RecipeError
 
 if TYPE_CHECKING:
@@ -47,7 +50,7 @@ def _top(
     if version:
         import importlib.metadata
 
-        typer.echo(f"florana {importlib.metadata.version('florana')}")
+        say(f"florana {importlib.metadata.version('florana')}")
         raise typer.Exit
 
 
@@ -175,6 +178,9 @@ def report(
 
 def main() -> None:
     """The entry point: what a user can cause ends in a few lines and the promised code, never in a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is written as an escape
+            stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = functools.partial(_noted, warnings.showwarning)
     try:
         app()
@@ -200,7 +206,7 @@ def main() -> None:
 def _noted(show: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
     """Old names in a recipe as a line for a person, where Python would print a place in the code."""
     if category is FutureWarning and "is now called" in str(message):
-        typer.secho(f"note: {message}", fg="yellow", err=True)
+        say(f"note: {message}", color="yellow", err=True)
     else:
         show(message, category, *place)
 
@@ -210,8 +216,8 @@ def _told(error: Exception) -> str:
 
 
 def _complain(text: str) -> None:
-    for index, line in enumerate(text.splitlines()):
-        typer.secho(("error: " if index == 0 else "  ") + line, fg="red" if index == 0 else None, err=True)
+    for index, line in enumerate(text.split("\n")):
+        say(("error: " if index == 0 else "  ") + displayable(line), color="red" if index == 0 else None, err=True)
 
 
 def _prepare_demo_folder(out: Path, replace: bool) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
+from florana.displayable import log
 from florana.errors import FloranaError
 from florana.federation.messages import Brief, Failure, Reply
 
@@ -15,8 +15,6 @@ Memory = Mapping[str, Tensor]
 
 Fit = Callable[[Brief, Memory], tuple[Reply, Memory]]
 """One client's round: the brief and its own memory in, the reply and the next memory out."""
-
-log = logging.getLogger("florana")
 
 
 class LocalEngine:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from florana.aggregate.error import AggregationError, measure
+from florana.displayable import displayable
 from florana.errors import FederationError
 from florana.federation.gate import MAX_CHANGE, Expected, Refused, admit, oversized
 from florana.federation.journal import Journal, first_rows
@@ -180,6 +181,10 @@ def _briefs(strategy: Strategy, payloads: Mapping[str, Payload], round_: int, fe
     return briefs
 
 
+REASON = 500
+"""Characters of why an update was refused."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Collected:
     updates: Sequence[Update]
@@ -194,10 +199,14 @@ def _collect(
     updates: dict[str, Update] = {}
     refused: dict[str, str] = {}
     bytes_up, seconds = dict.fromkeys(expected.clients, 0), 0.0
+
+    def refuse(client: str, why: str) -> None:
+        refused[client] = displayable(why, REASON)
+        show(Event("refused", expected.round, client, refused[client]))
+
     for answer in answers:
         if isinstance(answer, Failure):
-            refused[answer.client] = answer.reason
-            show(Event("refused", expected.round, answer.client, answer.reason))
+            refuse(answer.client, answer.reason)
             continue
         bytes_up[answer.client] = bytes_up.get(answer.client, 0) + len(answer.payload)
         seconds += answer.seconds
@@ -205,17 +214,14 @@ def _collect(
             updates[answer.client] = admit(answer, expected, updates.keys())
         except Refused as reason:
             # A repeated answer does not undo the first one; the refusal is noted all the same.
-            refused[answer.client] = str(reason)
-            show(Event("refused", expected.round, answer.client, str(reason)))
+            refuse(answer.client, str(reason))
         else:
             show(Event("reply", expected.round, answer.client))
     for client, why in oversized(list(updates.values()), expected.clients, max_change).items():
         del updates[client]
-        refused[client] = why
-        show(Event("refused", expected.round, client, why))
+        refuse(client, why)
     for client in expected.clients.keys() - updates.keys() - refused.keys():
-        refused[client] = "did not answer"
-        show(Event("refused", expected.round, client, "did not answer"))
+        refuse(client, "did not answer")
     return _Collected(list(updates.values()), refused, bytes_up, seconds)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import filelock
 
 from florana.atomic_files import explained
+from florana.displayable import log
 from florana.errors import FederationError, InputError, RecipeError
 from florana.federation.journal import read_records
 from florana.federation.round_record import RoundRecord
@@ -137,7 +138,6 @@ def held(file: Path, taken: FederationError, seconds: float = 0.0) -> Iterator[N
 def logged(folder: Path) -> Iterator[None]:
     handler = logging.FileHandler(folder / "log.txt", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log = logging.getLogger("florana")
     log.addHandler(handler)
     propagate, log.propagate = log.propagate, False
     try:

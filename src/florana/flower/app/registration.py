@@ -11,8 +11,9 @@ from typing import Any
 
 from flwr.app import MessageType
 
+from florana.displayable import displayable
 from florana.errors import FederationError
-from florana.federation.loop import Event
+from florana.federation.loop import REASON, Event
 from florana.federation.messages import Failure
 from florana.flower.app.flower_engine import Nodes, Seat, exchange
 from florana.flower.app.frames import Frame
@@ -203,6 +204,7 @@ class Roll:
         return "has another recipe: " + "; ".join(different)[:500] if different else ""
 
     def _refuse(self, client: str, reason: str) -> None:
+        client, reason = displayable(client, 100), displayable(reason, REASON)
         if self.refused.get(client) != reason:
             self.refused[client] = reason
             self.show(Event("refused", 0, client, reason))
@@ -211,4 +213,4 @@ class Roll:
 def _reason(answer: Frame | Failure) -> str:
     """Why a site did not say who it is."""
     said = answer.reason if isinstance(answer, Failure) else str(answer.fields.get("reason", ""))[:500]
-    return said or "did not say who it is"
+    return displayable(said, REASON) or "did not say who it is"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import secrets
 import time
 import traceback
@@ -22,6 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from florana.atomic_files import explained, replace_file
+from florana.displayable import log
 from florana.errors import FloranaError, RecipeError
 from florana.federation.journal import first_rows
 from florana.federation.loop import Event
@@ -55,7 +55,7 @@ def main(grid: Grid, context: Context) -> None:
             lead(grid, recipe, settings, folder, noted(folder))
     except FloranaError as error:
         _end(folder, error.exit_code, error.what, error.why, error.fix)
-        logging.getLogger("florana").error("%s", error)
+        log.error("%s", error)
         raise SystemExit(error.exit_code) from None
     except Exception as error:
         _end(folder, 1, f"{type(error).__name__}: {error}", traceback.format_exc())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from florana.displayable import log
 from florana.errors import FloranaError, RecipeError
 from florana.federation.client_state import keep, recall
 from florana.federation.local_engine import Fit
@@ -30,8 +30,6 @@ PLACES = {
     "data": {"train", "test", "test_mismatched", "test_split", "test_limit", "hub_config"},
 }
 """Keys of the recipe that may differ between the sites: where things are, not what they are."""
-
-log = logging.getLogger("florana")
 
 
 @dataclass(frozen=True, eq=False)

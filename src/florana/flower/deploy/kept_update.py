@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from florana.atomic_files import replace_file
+from florana.displayable import log
 from florana.flower.app.frames import Frame
 
-log = logging.getLogger("florana")
 _WORD = "nonce"
 
 

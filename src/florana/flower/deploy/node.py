@@ -8,7 +8,6 @@ never fetched, so there is none to run; no port is opened, and no program is sta
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,13 +50,13 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from florana.displayable import log
 from florana.errors import FederationError
 from florana.flower.app.flower_records import from_record, to_record
 from florana.flower.app.frames import Frame
 from florana.flower.deploy.invitation import Invitation
 from florana.flower.deploy.reachability import clock_difference
 
-log = logging.getLogger("florana")
 ASKS_AGAIN = 0.5
 """Seconds between two questions for work, at least; florana's server holds a question until there is some."""
 TRIES_AGAIN = 1.0

@@ -8,7 +8,6 @@ has no other place for it than the object.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
@@ -20,6 +19,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from florana.aggregate.error import measure
 from florana.aggregate.stack import combined
+from florana.displayable import log
 from florana.errors import FloranaError, RecipeError, nearest
 from florana.federation.gate import MAX_CHANGE, Expected
 from florana.federation.weighting import Weighing, by_examples, weigh
@@ -31,8 +31,6 @@ from florana.lora.factors import Adapter, Contribution
 from florana.robust.verdict import Rule
 from florana.strategy import facts
 from florana.strategy.base import MARK, PAIR, Outcome, Payload, State, Strategy, rank_of
-
-log = logging.getLogger("florana")
 
 MetricsRule = Callable[[list[RecordDict], str], MetricRecord]
 _WITH_RESIDUAL = (facts.PAIR_AND_RESIDUAL, facts.A_AND_RESIDUAL, facts.RESIDUAL)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from florana.displayable import log
 from florana.errors import InputError
 from florana.federation.gate import Expected, Refused, admit, check_size, oversized
 from florana.federation.messages import Reply
@@ -26,8 +26,6 @@ FLORANA = "florana"
 
 RESIDUAL = "florana-residual"
 """Key of the ArrayRecord with the frozen part that goes beside the adapter."""
-
-log = logging.getLogger("florana")
 
 
 @dataclass(frozen=True, eq=False)
