@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from florana.recipe.load import check
 from florana.report.page import write_report
 from florana.report.views import summary, views
 from florana.runs.setup import execute, prepare
+from tests.hostile import STRINGS, forbidden
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +80,22 @@ def test_a_run_without_a_round_is_an_error(folders: list[Path], tmp_path: Path) 
         (tmp_path / name).write_bytes((folders[0] / name).read_bytes())
     with pytest.raises(InputError, match="no committed round"):
         write_report([tmp_path], tmp_path / "r.html")
+
+
+def test_the_page_of_a_run_with_hostile_names(folders: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folders[0], run)
+    setup = json.loads((run / "setup.json").read_text())
+    names = [t for t in STRINGS if len(t) < 200]
+    clients = next(iter(setup["clients"].values()))
+    setup["clients"] = {**setup["clients"], **dict.fromkeys(names, clients)}
+    setup["labels"] = ["$\\frac{", "\x1b[2J"] if setup["labels"] else setup["labels"]
+    (run / "setup.json").write_text(json.dumps(setup))
+    lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    for line, text in zip(lines, ("\x1b[2J[/nope]", "\u202e<b>"), strict=False):
+        line["refused"] = {text: text}
+        line["strategy"] = "$\\frac{ \x07"
+    (run / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report([run], tmp_path / "r.html").read_text()
+    assert forbidden(page, keep="\n\t") == ""
+    assert "<script>alert" not in page

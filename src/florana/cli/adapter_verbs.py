@@ -31,7 +31,8 @@ def merge(
     Example: florana merge north south west --weights 1200,800,400 --rank 16 --out merged
     """
     from florana.adapters.merge import merge as merge_folders
-    from florana.cli.display import console_of, counting, merge_line, merge_table
+    from florana.cli.console import console_of
+    from florana.cli.display import counting, merge_line, merge_table
 
     console = console_of(as_json)
     with counting(console, "merging", "modules") as done:
@@ -75,7 +76,8 @@ def inspect(
     Example: florana inspect north south west
     """
     from florana.adapters.inspect import inspect as inspect_folders
-    from florana.cli.display import console_of, inspection_tables
+    from florana.cli.console import console_of
+    from florana.cli.display import inspection_tables
 
     result = inspect_folders(adapters, _numbers(weights), normalize)
     console = console_of(as_json)

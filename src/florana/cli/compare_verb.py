@@ -40,7 +40,7 @@ def compare(
         ranks=[int(number) for number in _numbers(ranks, "--ranks")],
     )
     folder = out or Path("studies") / recipe.stem
-    from florana.cli.display import console_of
+    from florana.cli.console import console_of
     from florana.cli.display_study import others_table, study_progress, study_table
     from florana.study.publish import publish
     from florana.study.runner import execute_study, rounds_left, threads_of

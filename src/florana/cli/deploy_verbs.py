@@ -157,7 +157,8 @@ def serve(
     Example: florana serve recipe.toml --fed fed --out runs/first
     """
     require_flwr()
-    from florana.cli.display import Screen, console_of, summary_table
+    from florana.cli.console import console_of
+    from florana.cli.display import Screen, summary_table
     from florana.flower.app.settings import Settings
     from florana.flower.deploy.keys import Certificates
     from florana.flower.deploy.serve import serve as lead

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -18,7 +17,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from rich.text import Text
 
 from florana.displayable import displayable
 from florana.federation.loop import Event
@@ -31,19 +29,6 @@ if TYPE_CHECKING:
     from florana.adapters.merge_card import Merged
     from florana.report.views import RunView
     from florana.runs.dry_run import Plan
-
-
-def console_of(as_json: bool, width: int = 140) -> Console | None:
-    """Where to print: the terminal, a page of `width` columns where there is none, or nowhere (`--json`)."""
-    return None if as_json else _Plain(width=None if sys.stdout.isatty() else width, markup=False, emoji=False)
-
-
-class _Plain(Console):
-    """A console that takes what it is given for text: no markup, and what is no visible character as its escape."""
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        """Every string that is printed comes by here, those in the cells of tables too."""
-        return super().render_str(displayable(text, most=100_000, keep="\n"), **options)
 
 
 class Screen:
@@ -103,14 +88,12 @@ class Screen:
             self._round = f"round {event.round}"
         if self._console is None:
             return
+        client, detail = displayable(event.client, 100), displayable(event.detail, 1000)
         if event.kind == "refused":
-            self._console.print(
-                f"{self._name}  round {event.round}: refused {displayable(event.client)}: {displayable(event.detail)}",
-                style="yellow",
-                highlight=False,
-            )
+            line = f"{self._name}  round {event.round}: refused {client}: {detail}"
+            self._console.print(line, style="yellow", highlight=False)
         elif event.kind == "joined":
-            self._console.print(f"{displayable(event.client)} is here: {displayable(event.detail)}", highlight=False)
+            self._console.print(f"{client} is here: {detail}", highlight=False)
         elif event.kind in ("mended", "resumed"):
             self._console.print(event.detail, style="yellow", highlight=False)
         elif event.kind == "committed" and event.record is not None:

@@ -66,7 +66,8 @@ def demo(
     Example: florana demo --out florana-demo
     """
     _prepare_demo_folder(out, replace)
-    from florana.cli.display import Screen, console_of, summary_table
+    from florana.cli.console import console_of
+    from florana.cli.display import Screen, summary_table
     from florana.demo.demo import CLIENTS, STEPS, STRATEGIES, run_demo
     from florana.report.views import summary, views
 
@@ -111,7 +112,7 @@ def run(
 
     resolved = read_recipe(recipe, assign or [])
     folder = out or Path("runs") / recipe.stem
-    from florana.cli.display import console_of
+    from florana.cli.console import console_of
 
     console = console_of(as_json)
     if dry_run:
@@ -160,7 +161,8 @@ def report(
 
     Example: florana report runs/sst2 --out sst2.html
     """
-    from florana.cli.display import console_of, figures_table, summary_table
+    from florana.cli.console import console_of
+    from florana.cli.display import figures_table, summary_table
     from florana.report.page import write_report
     from florana.report.views import summary, views
 

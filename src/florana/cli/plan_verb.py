@@ -40,7 +40,7 @@ def plan(
         methods=_words(methods),
         base_bits=base_bits,
     )
-    from florana.cli.display import console_of
+    from florana.cli.console import console_of
     from florana.cli.display_study import model_plan_table
 
     console = console_of(as_json)

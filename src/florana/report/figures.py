@@ -118,7 +118,7 @@ def error_by_module(run: RunView, top: float) -> str:
         axes = figure.subplots()
         image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0.0, vmax=top, interpolation="nearest")
         axes.set_xticks(*_ticks([r.round for r in run.records]))
-        axes.set_yticks(range(len(modules)), [_short(name) for name in modules], fontsize=8)
+        axes.set_yticks(range(len(modules)), [_plain(_short(name)) for name in modules], fontsize=8)
         axes.set_xlabel("round")
         figure.colorbar(image, ax=axes, label="relative error")
         return svg_of(figure)
@@ -160,10 +160,10 @@ def partition(run: RunView) -> str:
             for index, label in enumerate(labels):
                 counts = [clients[name]["per_label"][index] for name in names]
                 axes.barh(
-                    names,
+                    [_plain(name) for name in names],
                     counts,
                     left=left,
-                    label=str(label),
+                    label=_plain(str(label)),
                     color=_shade(index, len(labels)),
                     edgecolor="white",
                     linewidth=0.5,
@@ -172,10 +172,15 @@ def partition(run: RunView) -> str:
             columns = min(len(labels), 4)
             figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
         else:
-            axes.barh(names, [clients[name]["train"] for name in names], color=COLOURS[0])
+            axes.barh([_plain(name) for name in names], [clients[name]["train"] for name in names], color=COLOURS[0])
         axes.set_xlabel("training rows" + (f" (first {shown} clients)" if len(clients) > shown else ""))
         axes.grid(axis="y", visible=False)
         return svg_of(figure)
+
+
+def _plain(name: str) -> str:
+    """A name as letters: two dollars would be read as a formula."""
+    return name.replace("$", r"\$")
 
 
 def _line(axes: Any, series: Sequence[tuple[float, float]], index: int, name: str) -> None:
@@ -186,7 +191,7 @@ def _line(axes: Any, series: Sequence[tuple[float, float]], index: int, name: st
             marker=MARKERS[index % 8],
             markersize=5,
             linewidth=1.6,
-            label=name,
+            label=_plain(name),
         )
 
 

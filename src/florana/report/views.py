@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from florana.displayable import displayable
 from florana.errors import InputError
-from florana.federation.round_record import RoundRecord
+from florana.federation.round_record import RoundRecord, record_from_json
 from florana.runs.completions import last_completions
 from florana.runs.run_folder import read_run
 from florana.score.benchmarks import figure_names
@@ -118,11 +119,28 @@ class RunView:
 
 def view(folder: Path, name: str | None = None) -> RunView:
     """The run in a folder. Raises InputError where there is none, or no committed round."""
-    recipe, setup, records = read_run(folder)
+    recipe, setup, records = shown(read_run(folder))
     if not records:
         raise InputError(f"{folder} holds no committed round yet", fix="run it again with --resume")
-    written = last_completions(folder, SHOWN)
+    written = shown(last_completions(folder, SHOWN))
     return RunView(name or records[-1].strategy, recipe, setup, records, headline(recipe), written)
+
+
+def shown(value: Any) -> Any:
+    """What was read, with every text in it, names too, as one that may be shown; lines stay lines.
+
+    >>> shown({"a\x1b": ["b\u202e", 1]})
+    {'a\\x1b': ['b\\u202e', 1]}
+    """
+    if isinstance(value, str):
+        return displayable(value, 100_000, keep="\n")
+    if isinstance(value, Mapping):
+        return {shown(key): shown(item) for key, item in value.items()}
+    if isinstance(value, RoundRecord):
+        return record_from_json(shown(value.to_json()))
+    if isinstance(value, list | tuple):
+        return type(value)(shown(item) for item in value)
+    return value
 
 
 def headline(recipe: Mapping[str, Any]) -> str:
