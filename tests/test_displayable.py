@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from florana.adapters.merge_card import Merged, Source
-from florana.cli import display
-from florana.cli.display import Screen, console_of, merge_table
+from florana.cli.console import PlainConsole, console_of
+from florana.cli.display import Screen, merge_table
 from florana.cli.main import _complain, app
 from florana.cli.say import say
 from florana.displayable import displayable, log
@@ -96,7 +96,7 @@ def test_every_string_passes_the_screen_and_its_markup_stays_text(console: Conso
 
 def test_a_terminals_bar_shows_names_as_text() -> None:
     file = io.StringIO()
-    console = display._Plain(file=file, force_terminal=True, width=200, markup=False, emoji=False, color_system=None)
+    console = PlainConsole(file=file, force_terminal=True, width=200, markup=False, emoji=False, color_system=None)
     for text in STRINGS:
         with Screen(console, displayable(text, 40), 2) as screen:
             screen.show(Event("round", 1))
