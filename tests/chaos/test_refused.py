@@ -60,8 +60,15 @@ def standing(tiny_bert: Path, sentences: Path, tmp_path_factory: pytest.TempPath
     approve(files, folder / "client-0" / "client-0.pub")
     invite(recipe, files, "127.0.0.1", port, folder / "invitation")
     limit = 100_000
-    _, fleet = make_link(read_roster(files.roster))
-    opened = open_door(Door(fleet, limit), "127.0.0.1", port, files.certificate, files.key)
+    keys = read_roster(files.roster)
+    _, fleet = make_link(keys)
+    opened = open_door(
+        Door(fleet, limit, {key: client for client, key in keys.items()}),
+        "127.0.0.1",
+        port,
+        files.certificate,
+        files.key,
+    )
     try:
         yield Standing(folder, files, port, recipe, limit)
     finally:
@@ -97,7 +104,7 @@ def test_a_certificate_out_of_date_is_refused_at_both_ends(standing: Standing, t
     with pytest.raises(InputError, match="is valid from"):
         check_certificates(old)
     port = free_port()
-    opened = open_door(Door(make_link({})[1], 1), "127.0.0.1", port, old.certificate, old.key)
+    opened = open_door(Door(make_link({})[1], 1, {}), "127.0.0.1", port, old.certificate, old.key)
     try:
         invite(standing.recipe, old, "127.0.0.1", port, tmp_path / "invitation")
         done = join(standing, standing.folder / "client-0", tmp_path / "invitation")

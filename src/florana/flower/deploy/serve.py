@@ -70,7 +70,7 @@ def serve(
     )
     with held(work / "guard", taken), logged_to(work / "link.log"):
         link, fleet = make_link(approved)
-        door = Door(fleet, limit, lambda: link.asked)
+        door = Door(fleet, limit, {key: client for client, key in approved.items()}, lambda: link.asked)
         inside = open_door(door, host, port, files.certificate, files.key)
         try:
             with explained(folder, "the run folder could not be made"):
