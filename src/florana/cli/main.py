@@ -15,6 +15,7 @@ from florana.cli.adapter_verbs import inspect, merge
 from florana.cli.compare_verb import compare
 from florana.cli.deploy_verbs import doctor, flower, join, serve
 from florana.cli.plan_verb import plan
+from florana.cli.verb import Verb
 from florana.errors import FloranaError, RecipeError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ app = typer.Typer(
 )
 
 for _verb in (merge, inspect, compare, plan, serve, join, doctor):
-    app.command()(_verb)
+    app.command(cls=Verb)(_verb)
 app.add_typer(flower, name="flower")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
@@ -48,7 +49,7 @@ def _top(
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=Verb)
 def demo(
     out: Annotated[Path, typer.Option(help="A new folder for the runs and the report.")] = Path("florana-demo"),
     rounds: Annotated[int, typer.Option(min=1, help="Rounds per strategy.")] = 7,
@@ -85,7 +86,7 @@ def demo(
         )
 
 
-@app.command()
+@app.command(cls=Verb)
 def run(
     recipe: Annotated[Path, typer.Argument(help="A TOML file; recipes/ has examples.")],
     out: Annotated[Path | None, typer.Option(help="A new folder for the run. Default: runs/<recipe's name>.")] = None,
@@ -143,7 +144,7 @@ def run(
         )
 
 
-@app.command()
+@app.command(cls=Verb)
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
