@@ -81,10 +81,12 @@ def inspect(
 
     Args:
         folders: PEFT LoRA folders; with more than one, on one base model.
-        weights, normalize: of the sum that `energy` and `choices` speak of, as in `merge`; equal where not given.
+        weights: one per adapter, of the sum that `energy` and `choices` speak of, as in `merge`; equal where not given.
+        normalize: as in `merge`.
 
     Raises:
-        RecipeError: as many weights as folders are needed. InputError: a folder cannot be read or does not fit.
+        RecipeError: as many weights as folders are needed.
+        InputError: a folder cannot be read or does not fit.
     """
     shares = coefficients(weights, len(folders), normalize)
     readers = open_together(folders)

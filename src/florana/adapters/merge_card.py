@@ -99,7 +99,8 @@ def coefficients(weights: Sequence[float] | None, adapters: int, normalize: str 
     """The factor of each adapter in the sum.
 
     Args:
-        weights: finite; 1 each where None. adapters: how many.
+        weights: finite; 1 each where None.
+        adapters: how many adapters there are.
         normalize: `on`: divided by their sum. `off`: as they are. None: `on`, where no weight is negative.
 
     Raises:

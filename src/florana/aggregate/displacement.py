@@ -98,7 +98,8 @@ def extrapolation(parts: Sequence[Contribution], adapter: Adapter, frozen: Adapt
 
     Args:
         parts: one contribution per client, weights on any scale.
-        adapter: what was broadcast. frozen: its frozen part.
+        adapter: what was broadcast.
+        frozen: the frozen part of the broadcast; None where there is none.
 
     >>> def client(name, value):
     ...     return Contribution(name, Adapter({"q": LoraFactors(torch.eye(4)[:, value:value + 1],

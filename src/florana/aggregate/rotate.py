@@ -84,6 +84,8 @@ def rotated_mean(parts: Sequence[Contribution], reference: Adapter, turn: Turn =
     """The factor means after aligning every client to `reference` (the last broadcast).
 
     Args:
+        parts: one contribution per client.
+        reference: the last broadcast.
         turn: `jointly`, `by_A(strength)` or `by_B(strength)`.
 
     Raises:

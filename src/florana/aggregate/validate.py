@@ -47,8 +47,8 @@ def columns(parts: Sequence[Contribution]) -> dict[str, list[LoraFactors]]:
     """Module name -> the factors of every contribution, in their order.
 
     Raises:
-        InputError: a client lacks a module, brings a foreign one, has another (out, in) shape, another dtype, or
-            a value that is not finite; the message names the client, the module and both shapes.
+        InputError: a client lacks a module, brings a foreign one, has another (out, in) shape, another dtype, or a
+            value that is not finite; the message names the client, the module and both shapes.
     """
     result = matched(parts)
     for name, pairs in result.items():

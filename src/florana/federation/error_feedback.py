@@ -39,7 +39,8 @@ class Outgoing:
     """A client's update on its way.
 
     Args:
-        content: the safetensors bytes. arrives: the adapter that the server makes of them.
+        content: the safetensors bytes.
+        arrives: the adapter that the server makes of them.
         feedback: what the client keeps for its next update, by names that begin with `feedback/`.
     """
 
@@ -54,6 +55,7 @@ def outgoing(trained: Adapter, received: Adapter, brief: Brief, memory: Mapping[
     Args:
         trained: what training made of it; without the tensors that stay with the client. Of a lower rank where pruned.
         received: what the client started from.
+        brief: the server's request; it names the format and the kinds of tensors that carry feedback.
         memory: what it kept from earlier rounds; names that do not begin with `feedback/` do not matter here.
 
     Raises:

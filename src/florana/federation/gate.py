@@ -62,6 +62,8 @@ def admit(reply: Reply, expected: Expected, seen: Collection[str], opened: Opene
     """The reply as an Update.
 
     Args:
+        reply: what came from the client; untrusted.
+        expected: what the server asked for.
         seen: the clients whose reply of this round was already let through.
         opened: how the tensors come out of the reply; the safetensors bytes of `reply.payload` where not given.
 

@@ -43,15 +43,19 @@ class Federation:
     """The fixed facts of a run.
 
     Args:
-        clients: all client names. examples: their training share sizes, where the server knows them.
-        rounds: how many rounds in all. per_round: how many clients each. minimum: the fewest usable updates.
+        clients: all client names.
+        rounds: how many rounds there are in all.
+        per_round: how many clients take part in each round.
         seed: of sampling and of the clients' training.
         weighing: how much each update counts.
         evaluate: scores of a state's global model, or None where the server cannot measure.
         measured: whether a round is one that is measured.
         personal: whether a round is one in which clients measure their own models.
-        uplink: how clients write what they send, see `federation.wire`.
-        max_change: see `gate.oversized`. reach: training rows -> see `federation.reach`; None where nobody knows.
+        minimum: the fewest usable updates.
+        examples: client -> its training rows, where the server knows them.
+        uplink: how clients write what they send, see `federation.quantize`.
+        max_change: see `gate.oversized`.
+        reach: training rows -> see `federation.step_bounds`; None where nobody knows.
     """
 
     clients: Sequence[str]

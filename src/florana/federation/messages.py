@@ -32,12 +32,14 @@ class Brief:
         seed: for everything random in this client's round.
         payload: the `pack`ed part of the adapter that travels, and the residual.
         evaluate: whether the client should also measure its own model.
-        trains, returns: kinds of tensors to train, and to send back (see `strategy.base.Work`).
+        trains: kinds of tensors to train (see `strategy.base.Work`).
+        returns: kinds of tensors to send back.
         scalings: module -> scaling of the adapter to train.
         blocks: the blocks of the cores to train and send back; None for all.
         pruning: the lower rank that the client may answer with, if any.
-        uplink: how the tensors of the answer are written, see `federation.wire`.
-        feedback: kinds of tensors of which the client carries over what rounding left out, see `federation.uplink`.
+        uplink: how the tensors of the answer are written, see `federation.quantize`.
+        feedback: kinds of tensors of which the client carries over what rounding left out, see
+            `federation.error_feedback`.
     """
 
     round: int
@@ -80,7 +82,9 @@ class Engine(Protocol):
     The iterator ends when nothing more will come; ending it by a deadline is the engine's business.
     """
 
-    def fit(self, briefs: Sequence[Brief]) -> Iterator[Reply | Failure]: ...
+    def fit(self, briefs: Sequence[Brief]) -> Iterator[Reply | Failure]:
+        """Send each client its instructions; yield what comes back."""
+        ...
 
     def memories(self) -> Mapping[str, Mapping[str, Tensor]]:
         """What clients keep to themselves between rounds, where the engine holds it: committed with the round."""
@@ -145,6 +149,7 @@ def unpack(
     """The adapter to train and the residual, from bytes of a trusted side.
 
     Args:
+        content: the safetensors bytes.
         first: the adapter before the first round, which every client knows from the recipe.
         own: tensors the client kept from earlier rounds, by the names of `Adapter.tensors`.
         scalings: of the adapter to train.

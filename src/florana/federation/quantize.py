@@ -124,7 +124,9 @@ def written(trained: Mapping[str, Tensor], received: Mapping[str, Tensor], form:
     """The tensors that go up: the trained ones as they are, or the change from what was received in a narrow format.
 
     Args:
-        trained: name -> values, float32 or wider. received: the same names and shapes, as the server sent them.
+        trained: name -> values, float32 or wider.
+        received: the same names and shapes, as the server sent them.
+        form: the format of the quantized values.
 
     >>> up = written({"A/q": torch.ones(2, 3)}, {"A/q": torch.zeros(2, 3)}, "int8")
     >>> [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in up.items()]
@@ -139,7 +141,9 @@ def read(encoded: Mapping[str, Tensor], received: Mapping[str, Tensor], form: Fo
     """What the server makes of the tensors that came: received + decoded change, summed in float64, rounded once.
 
     Args:
-        encoded: as `written` gives them (see `form_of`). received: name -> what the client was sent.
+        encoded: as `written` gives them (see `form_of`).
+        received: name -> what the client was sent.
+        form: the format that the client was asked for.
 
     Returns:
         Name -> values in the type of what was sent.

@@ -49,7 +49,10 @@ class RunView:
     """One run, ready to draw.
 
     Args:
-        name: how the report calls it. recipe, setup: its files. records: its committed rounds.
+        name: how the report calls it. recipe, setup: its files.
+        recipe: the run's recipe, as its file has it.
+        setup: the run's setup.json.
+        records: the committed rounds.
         score: the metric that is drawn (see `headline`).
     """
 

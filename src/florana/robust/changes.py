@@ -50,7 +50,8 @@ def grams(pairs: Sequence[Pair], travels: Collection[str]) -> dict[str, Tensor]:
     """The inner products of all clients' changes, (U, U) float64 each, by what changed.
 
     Args:
-        pairs: one per client; the same modules, any ranks. travels: the kinds of tensors that clients send.
+        pairs: one per client; the same modules, any ranks.
+        travels: the kinds of tensors that clients send.
     """
     found: dict[str, Tensor] = {}
     first = pairs[0][1]

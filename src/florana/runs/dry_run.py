@@ -24,9 +24,13 @@ class Writing:
     """What the model will be asked to write.
 
     Args:
-        task, problems, samples: as the recipe has them. times: how often in the run.
+        task: the benchmark's name.
+        problems: how many problems there are.
+        samples: answers per problem.
+        times: how often in the run.
         cut_prompts: how many are too long for the model.
-        figures: their names. seconds: in all, from a few measured tokens; an upper bound, as answers may end early.
+        figures: the names of the figures.
+        seconds: in all, from a few measured tokens; an upper bound, as answers may end early.
     """
 
     task: str
@@ -43,14 +47,23 @@ class Plan:
     """The plan of a run.
 
     Args:
-        clients: client -> training rows. own_test: client -> rows of its own test share. common_test: rows.
-        per_round: clients asked each round. rounds: how many. steps: optimizer steps per client and round (the mean).
-        trainable_parameters, base_parameters: numbers that are trained; that are frozen.
-        bytes_up, bytes_down: in the first round, all clients; methods with a frozen part send more down as it grows.
+        strategy: the strategy's name.
+        clients: client -> training rows.
+        own_test: client -> rows of its local test split.
+        common_test: rows of the common test set.
+        per_round: clients asked each round.
+        rounds: how many rounds.
+        steps: optimizer steps per client and round (the mean).
+        trainable_parameters: how many parameters are trained.
+        base_parameters: how many parameters are frozen.
+        bytes_up: bytes from all clients in the first round.
+        bytes_down: bytes to all clients in the first round; methods with a frozen part send more as it grows.
         memory: peak of this process after one training step, bytes; None where the system does not tell.
+        seconds_per_step: one measured optimizer step.
+        seconds: the whole run, scoring included (an estimate).
         writing: what [generation] asks for, or None.
-        left_out, cut_responses: of instructions, rows without room for a response, and those that lost their end.
-        seconds_per_step, seconds: one measured step; the whole run, scoring included (an estimate from both).
+        left_out: `train` or `test` -> rows of instructions without room for a response.
+        cut_responses: `train` or `test` -> rows whose response lost its end.
     """
 
     strategy: str

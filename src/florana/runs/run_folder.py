@@ -135,6 +135,7 @@ def held(file: Path, taken: FederationError, seconds: float = 0.0) -> Iterator[N
 
 @contextmanager
 def logged(folder: Path) -> Iterator[None]:
+    """Write what florana logs meanwhile to `log.txt` in the folder."""
     handler = logging.FileHandler(folder / "log.txt", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log = logging.getLogger("florana")

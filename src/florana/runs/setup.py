@@ -43,11 +43,13 @@ class Setup:
     """Everything a run needs that does not depend on the strategy; strategies can be compared on one of it.
 
     Args:
-        bench: the one model. start: the initial adapter (without the head where heads are personal).
+        bench: the one model.
+        start: the initial adapter (without the head where heads are personal).
         head: the tensors trained whole as they are at the start.
-        clients: client -> its rows. common: the common test set.
+        clients: client -> its rows.
+        common: the common test set.
         partition: who holds what, as written to setup.json.
-        exam: the problems that the global model is scored on by what it writes, where the recipe asks for it.
+        exam: the benchmark that the global model is scored on by what it generates, where the recipe asks for it.
         more: further common test sets, by the ending of their figures' names.
     """
 
@@ -70,6 +72,7 @@ def prepare(recipe: r.Recipe, files: Mapping[str, Path] | None = None) -> Setup:
     """Load the model and the data, deal out the rows, turn them into tokens. Writes nothing.
 
     Args:
+        recipe: the recipe of the run.
         files: client -> its own file, of the clients that are here (at a server none); None takes the recipe's.
 
     Raises:
@@ -108,12 +111,16 @@ def execute(
     """Run a recipe into a folder, or continue the run that the folder holds, with the number of threads it began with.
 
     Args:
+        recipe: the recipe of the run.
+        folder: the run folder.
         setup: a `prepare`d set-up to use; it must come from a recipe that differs in the strategy at most.
         resume: continue; a folder without a committed round starts anew. Without it the folder must not exist.
-        show: told of rounds, replies, refusals and commits. step: told of every optimizer step.
+        show: told of rounds, replies, rejected updates and commits.
+        step: told of every optimizer step.
 
     Raises:
-        RecipeError: the folder is taken, or was made by another recipe. InputError: model or data unusable.
+        RecipeError: the folder is taken, or was made by another recipe.
+        InputError: model or data unusable.
         FederationError: too few usable updates, or the disk refused; the rounds committed before stand.
     """
     check_folder(recipe, folder, resume)

@@ -43,9 +43,11 @@ class Limits:
     """What one program may use.
 
     Args:
-        seconds: by the clock. cpu_seconds: of processor time, whole seconds.
-        memory_mib: address space. file_mib: of one file, and of all files where the folder is in memory.
-        open_files: at once, the interpreter's own among them.
+        seconds: by the clock.
+        cpu_seconds: of processor time, whole seconds.
+        memory_mib: address space.
+        file_mib: of one file, and of all files where the folder is in memory.
+        open_files: files open at once, the interpreter's own among them.
     """
 
     seconds: float = 15.0
@@ -63,7 +65,9 @@ class Verdict:
     """How a program did.
 
     Args:
-        passed: every test ran to its end. reason: why not, or `passed`. detail: the exception, signal or limit.
+        passed: every test ran to its end.
+        reason: why not, or `passed`.
+        detail: the exception, signal or limit.
         barriers: those of `BARRIERS` that the kernel held.
     """
 

@@ -121,9 +121,11 @@ class Strategy:
         name: as recipes and tables spell it.
         source: paper and equation.
         facts: what is trained and sent, and what the method can be combined with.
-        init, brief, step: the three functions above.
+        init: the first state, from the initial adapter.
+        brief: what one client is sent.
+        step: the next state, from the clients' contributions.
         cut: how a client of a lower rank gets its part; None where all clients must have one rank.
-        begin: what `init` is given: PEFT's usual start (`lora`), or pairs from the singular vectors of each base
+        begin: what `init` is given: PEFT's usual start (`lora`), or factors from the singular vectors of each base
             weight (`principal`) or of its first gradient (`gradient`).
     """
 

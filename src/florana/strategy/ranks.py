@@ -60,6 +60,7 @@ def with_ranks(strategy: Strategy, ranks: Mapping[str, int], scaling_of: Callabl
     """The strategy, with every client sent an adapter of its own rank.
 
     Args:
+        strategy: a method that can cut its broadcast to a lower rank.
         ranks: client -> rank, at most that of the server's adapter.
         scaling_of: rank -> scaling of a client of that rank.
 

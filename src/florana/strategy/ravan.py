@@ -52,11 +52,12 @@ def build(heads: int = 4, size: int = 16, heads_per_client: int | None = None) -
     """The strategy.
 
     Args:
-        heads: h, how many small matrices per module. size: rows and columns of each; r = heads * size, which must not
-            be above the smaller side of any adapted module. Both take the place of the recipe's rank.
+        heads: h, how many small matrices per module.
+        size: rows and columns of each; r = heads * size, which must not be above the smaller side of any adapted
+            module. `heads` and `size` take the place of the recipe's rank.
         heads_per_client: c, how many of them each client trains and sends in a round; all of them where not given. For
-            clients of unlike means give `model.client_ranks` (and a `model.rank` not below them): rank r_u is worth
-            r_u / size heads, rounded down, at least one, and no more than c.
+            clients of unlike means give `model.client_ranks` (and a `model.rank` not below them): rank r_u is worth r_u
+            / size heads, rounded down, at least one, and no more than c.
     """
     for name, value in (("heads", heads), ("size", size), ("heads_per_client", heads_per_client)):
         if value is not None and value < 1:

@@ -61,7 +61,10 @@ class Plan:
     """A whole study.
 
     Args:
-        base: the recipe that is varied. methods: controls included. settings: the groups of cells.
+        base: the recipe that is varied.
+        methods: the methods, controls included.
+        settings: the settings, each a seed, an alpha and a rank.
+        swap_rounds: the rounds of the fixed-updates ablation.
     """
 
     base: r.Recipe

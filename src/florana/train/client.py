@@ -36,9 +36,13 @@ class TrainingClients:
     """All clients of a simulation at one bench; `fit` is what the local engine calls.
 
     Args:
-        bench: the shared model. first: the adapter before the first round, head included, as every client knows it.
-        data: client -> its rows. common: the common test set clients are measured on.
-        train, evaluate: the recipe's sections. head: the recipe's policy for tensors trained whole.
+        bench: the shared model.
+        first: the adapter before the first round, head included, as every client knows it.
+        data: client -> its rows.
+        common: the common test set clients are measured on.
+        train: the recipe's section.
+        evaluate: the recipe's section.
+        head: the recipe's policy for tensors trained whole.
         step: called after every optimizer step, for progress.
     """
 

@@ -32,8 +32,9 @@ class Division:
     """An exact sum in three parts; `residual` and `rest` lack the modules in which nothing is left for them.
 
     Args:
-        adapter: the leading terms, of the clients' rank. residual: the following terms that go out too, frozen.
-        rest: the terms that do not go out, or only the first of them.
+        adapter: the leading singular components, of the clients' rank.
+        residual: the following components that go out too, frozen; None where there are none.
+        rest: the components that do not go out, or only the first of them; None where there are none.
     """
 
     adapter: Adapter
@@ -83,7 +84,8 @@ def by_budget(numbers: int, rank: validate.Rank) -> Choose:
     """Terms beyond the first `rank` of each module, where they take away most error per number sent, while they fit.
 
     Args:
-        numbers: parameters that may go out in all, the first `rank` terms of every module included.
+        numbers: parameters that may go out in all, the first `rank` components of every module included.
+        rank: the components that go out in any case: one number, or one per module.
 
     >>> steep = linalg.Decomposition(torch.eye(3), torch.tensor([3.0, 2.0, 0.0]), torch.eye(3))
     >>> flat = linalg.Decomposition(torch.eye(3), torch.tensor([9.0, 1.0, 0.5]), torch.eye(3))
@@ -128,11 +130,12 @@ def divided(
 
     Args:
         parts: one contribution per client; what they carried frozen belongs to the sum.
-        choose: how many terms of each module go out in all; at least as many do as the pair has.
+        rank: of the LoRA factors that clients train: one number, or one per module.
+        choose: how many singular components of each module go out in all; at least as many do as the factors have.
         added: something more that belongs to the sum (what was kept back before).
-        keep: the most terms of the rest; None keeps all.
-        trained: (a module's `rank`, how many of its terms go out) -> how many of them the pair has; all of `rank`,
-            padded with zeros where the sum has fewer, where not given.
+        keep: the most components of the rest; None keeps all.
+        trained: (a module's `rank`, how many of its components go out) -> how many of them the factors have; all of
+            `rank`, padded with zeros where the sum has fewer, where not given.
 
     Raises:
         InputError: the contributions do not fit together.

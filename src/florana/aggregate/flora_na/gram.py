@@ -65,8 +65,10 @@ def quadratic(G: Tensor, H: Tensor, weights: Tensor, other: Tensor) -> tuple[Ten
     """The error as a quadratic in one side's coefficients x, the other side's fixed: x^T M x - 2 x^T b + const.
 
     Args:
-        G: blocks of the side that is free; H: blocks of the side that is fixed, both (U+1, U+1, r, r).
-        weights: (U,). other: (..., U+1), the fixed side's coefficients, 1 for the base; one quadratic for each row.
+        G: blocks of the side that is free, (U+1, U+1, r, r).
+        H: blocks of the side that is fixed, (U+1, U+1, r, r).
+        weights: (U,).
+        other: (..., U+1), the fixed side's coefficients, 1 for the base; one quadratic for each row.
 
     Returns:
         M (..., U+1, U+1) with M_ij = <G_ij, S>, S = A_hat A_hat^T, and b (..., U+1) with

@@ -39,6 +39,7 @@ def read_reply(frame: Frame, client: str, nonce: str) -> Reply | Failure:
     """What a client sent, as a Reply for the gate, or a Failure that says why it is none. Raises nothing.
 
     Args:
+        frame: what the node sent; untrusted.
         client: whom the server asked; a node answers in its own name only.
         nonce: the word the brief went out with.
     """

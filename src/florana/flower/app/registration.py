@@ -30,16 +30,19 @@ class Roll:
 
     Args:
         grid: the connection to the nodes.
-        keys: client -> its node's public key (bytes), as the operator approved it; None in a
-            simulation, where every node says which client it is.
+        keys: client -> its node's public key (bytes), as the operator approved it; None in a simulation, where every
+            node says which client it is.
         agreed: the server's recipe, as `site.agreed` gives it; with `threads`, where it names their number.
-        own: what the server itself holds; None without the base model, where most sites decide at the end of `wait`.
+        own: what the server itself holds; None without the base model, where the majority of the sites decides at the
+            end of `wait`.
         deadline: seconds of a round; in a simulation also those to say who it is, since it loads the model first.
         show: told of every client that joins or is refused.
         began: client -> what it computed with when the run began, of a run that goes on.
         rows: client -> its training rows, as the operator approved them or as this run began with; of the others the
             first card counts, for the whole run.
-        cards: client -> its card, of all whose name and recipe are right. examples: client -> its training rows.
+        cards: client -> its card, of all whose name and recipe are right.
+        examples: client -> its training rows.
+        refused: client -> why it does not take part.
     """
 
     grid: Nodes

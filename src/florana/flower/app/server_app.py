@@ -65,8 +65,9 @@ def lead(grid: Nodes, recipe: r.Recipe, settings: Settings, folder: Path, show: 
     """Call the roll, then run every round that the folder does not hold yet.
 
     Raises:
-        FederationError: too few clients, at the start or in a round. RecipeError: the strategy needs the base model
-            at the server, which has none. InputError: a model or data that cannot be read.
+        FederationError: too few clients, at the start or in a round.
+        RecipeError: the strategy needs the base model at the server, which has none.
+        InputError: a model or data that cannot be read.
     """
     with settled(recipe, folder, show) as own:
         _lead(grid, own, settings, folder, show, named=recipe.threads)

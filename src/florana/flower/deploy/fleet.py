@@ -60,8 +60,9 @@ class Link:
     It has the methods of a Flower Grid that `engine.exchange` and `roll.Roll` use.
 
     Args:
-        state: Flower's state. run: the id of the one run in it. asked: counts the requests that were put there, by
-            which the gateway knows when to look for one.
+        state: Flower's state.
+        run: the id of the one run in it.
+        asked: counts the requests that were put there, by which the gateway knows when to look for one.
     """
 
     state: InMemoryLinkState

@@ -56,8 +56,11 @@ class Door:
     """The ASGI application.
 
     Args:
-        inside: the fleet API, an ASGI application. limit: bytes of one answer of a node.
+        inside: the fleet API, an ASGI application.
+        limit: bytes of one answer of a node.
         asked: counts the requests that were put there: while it stays, there is nothing new for a node that waits.
+        traffic: counts the bytes that pass.
+        closing: set when the server ends, so that nodes that wait are answered.
     """
 
     inside: Application

@@ -61,8 +61,8 @@ def join(
         step: told of every optimizer step.
 
     Raises:
-        InputError: key, model or data cannot be used. FederationError: the server refuses this site, or another
-            florana takes part with the same folder.
+        InputError: key, model or data cannot be used.
+        FederationError: the server refuses this site, or another florana takes part with the same folder.
     """
     who, key = read_private(keys)
     work = keys / "flower"

@@ -85,7 +85,11 @@ def attend(
     """Answer the server's requests until `done` is set; wait for the server where it is away.
 
     Args:
-        key: the site's private key. answer: the reply to one request, which never raises.
+        invitation: where the server is, and its authority.
+        key: the site's private key.
+        answer: the reply to one request, which never raises.
+        done: ends the loop when it is set.
+        say: told what a person at the site should see.
 
     Raises:
         FederationError: the server's certificate does not hold, or it does not know this key.

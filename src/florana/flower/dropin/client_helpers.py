@@ -51,6 +51,7 @@ def receive(model: torch.nn.Module, message: Message, context: Context) -> None:
 
     Args:
         model: a PEFT model with LoRA; its active adapter is set.
+        message: what the server sent.
         context: the app's own; a factor that this client keeps to itself comes from its state.
 
     Raises:
@@ -88,6 +89,9 @@ def reply(
     """The reply to a training message: what comes up of the adapter, in the types it was sent in, and the metrics.
 
     Args:
+        model: the trained model.
+        message: the message that is answered.
+        context: the app's own; a factor that this client keeps to itself goes into its state.
         metrics: numbers by name; `num-examples` among them (or the strategy's `weighted_by_key`).
     """
     brief = _brief(message)

@@ -101,6 +101,7 @@ def scaling_rule(lora_alpha: float | None, rslora: bool, scaling: float | Mappin
 
     Args:
         lora_alpha: alpha; the scaling is alpha / r, or alpha / sqrt(r) with `rslora`.
+        rslora: whether the configuration says `use_rslora`.
         scaling: in the place of alpha: one number for every module and rank, or one per module.
 
     Raises:

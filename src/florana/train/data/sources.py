@@ -217,12 +217,14 @@ def _docstrings() -> datasets.Dataset:
 
 
 def limited(table: datasets.Dataset, limit: int | None, seed: int) -> datasets.Dataset:
+    """At most `limit` rows, drawn at random from the seed; all of them where it is None."""
     if limit is None or limit >= len(table):
         return table
     return table.shuffle(seed=seed % 2**32).select(range(limit))
 
 
 def require_column(table: datasets.Dataset, column: str, source: str) -> None:
+    """Check that the table has the column, with a value in each row; else an InputError that names the source."""
     if column not in table.column_names:
         raise InputError(f"{source} has no column '{column}'", fix=nearest(column, table.column_names))
     missing = sum(1 for value in table[column] if value is None or value != value)
