@@ -22,7 +22,7 @@ import torch
 from florana.federation.quantize import Format
 from florana.recipe.load import read_recipe
 from florana.recipe.schema import Recipe
-from florana.runs.rounds import Result, conduct
+from florana.runs.rounds import Result, execute_rounds
 from florana.runs.setup import Setup, begin, engine_of, federation_of, prepare, strategy_of
 
 RUNS: list[tuple[str, Format, Literal["stay", "move"]]] = [
@@ -42,7 +42,7 @@ def run(recipe: Recipe, setup: Setup, coordinates: Literal["stay", "move"], fold
     plain = strategy_of(recipe, sorted(setup.clients))
     strategy = replace(plain, facts=replace(plain.facts, coordinates=coordinates))
     begun = strategy.init(begin(recipe, setup, strategy))
-    return conduct(
+    return execute_rounds(
         recipe,
         folder,
         strategy,

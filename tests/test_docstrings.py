@@ -48,7 +48,7 @@ def faults(node: ast.FunctionDef | ast.ClassDef) -> list[str]:
         if not ENTRY.match(entry.strip()):
             wrong.append(f"{node.name}: not 'name: text': {entry.strip()}")
     for entry in errors:
-        if re.search(r"[.;] [A-Z]\w*(Error|Refused|Update): ", entry):
+        if re.search(r"[.;] [A-Z]\w*(Error|RejectedUpdate|Update): ", entry):
             wrong.append(f"{node.name}: two errors in one entry: {entry.strip()}")
     if args is None:
         return wrong

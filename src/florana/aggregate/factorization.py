@@ -19,7 +19,7 @@ from florana.aggregate.rotate import align
 from florana.lora import linalg
 from florana.lora.factors import Adapter, LoraFactors
 
-DEAD = 1e-6
+DEAD_BELOW = 1e-6
 """A column of B and a row of A both this small beside the largest are rounding: 1e-12 of the product."""
 
 Gauge = Callable[[Adapter, Adapter], Adapter]
@@ -53,17 +53,17 @@ def aligned(adapter: Adapter, last: Adapter) -> Adapter:
     return Adapter(modules, adapter.extra)
 
 
-def alive(adapter: Adapter, last: Adapter) -> Adapter:
+def revive(adapter: Adapter, last: Adapter) -> Adapter:
     """The adapter with every term that is zero in both factors made trainable: the last row of A, beside B = 0.
 
     Such terms come from a target of fewer terms than r (only clients of low ranks took part), in balanced factors; no
     gradient reaches them, in this round or ever. The product stays as it is; a term counts as zero where its column and
-    its row are both below `DEAD` of the module's largest ones.
+    its row are both below `DEAD_BELOW` of the module's largest ones.
 
     >>> import torch
     >>> pair = LoraFactors(torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0], [0.0]]), 1.0)
     >>> last = LoraFactors(torch.tensor([[7.0, 8.0]]), torch.tensor([[5.0], [6.0]]), 1.0)
-    >>> again = alive(Adapter({"q": pair}), Adapter({"q": last})).modules["q"]
+    >>> again = revive(Adapter({"q": pair}), Adapter({"q": last})).modules["q"]
     >>> again.B, again.A
     (tensor([[2., 0.]]), tensor([[3.],
             [6.]]))
@@ -74,7 +74,7 @@ def alive(adapter: Adapter, last: Adapter) -> Adapter:
 
 def _alive_pair(pair: LoraFactors, rows: Tensor) -> LoraFactors:
     columns, own = pair.B.float().norm(dim=0), pair.A.float().norm(dim=1)  # (r,) each
-    dead = (columns <= DEAD * columns.max()) & (own <= DEAD * own.max())
+    dead = (columns <= DEAD_BELOW * columns.max()) & (own <= DEAD_BELOW * own.max())
     if len(rows) < pair.rank or not bool(dead.any()):
         return pair
     B = torch.where(dead[None, :], torch.zeros_like(pair.B), pair.B)

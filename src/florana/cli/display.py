@@ -101,7 +101,7 @@ class Screen:
             )
         elif event.kind == "joined":
             self._console.print(f"{event.client} is here: {event.detail}", highlight=False)
-        elif event.kind in ("mended", "resumed"):
+        elif event.kind in ("repaired", "resumed"):
             self._console.print(event.detail, style="yellow", highlight=False)
         elif event.kind == "committed" and event.record is not None:
             self._console.print(f"{self._name}  {_round_line(event.record, self._figures)}", highlight=False)

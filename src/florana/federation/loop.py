@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from florana.aggregate.error import AggregationError, measure
 from florana.errors import FederationError
-from florana.federation.gate import MAX_CHANGE, Expected, Refused, admit, oversized
+from florana.federation.gate import MAX_CHANGE, Expected, RejectedUpdate, oversized, validate
 from florana.federation.journal import Journal, first_rows
 from florana.federation.messages import Brief, Engine, Failure, Reply, pack
 from florana.federation.quantize import Format
@@ -29,7 +29,7 @@ Scores = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Event:
-    """Something to show while a run goes on: `kind` is joined, resumed, mended, round, reply, refused or committed."""
+    """Something to show while a run goes on: `kind` is joined, resumed, repaired, round, reply, refused or committed."""
 
     kind: str
     round: int
@@ -206,8 +206,8 @@ def _collect(
         bytes_up[answer.client] = bytes_up.get(answer.client, 0) + len(answer.payload)
         seconds += answer.seconds
         try:
-            updates[answer.client] = admit(answer, expected, updates.keys())
-        except Refused as reason:
+            updates[answer.client] = validate(answer, expected, updates.keys())
+        except RejectedUpdate as reason:
             # A repeated answer does not undo the first one; the refusal is noted all the same.
             refused[answer.client] = str(reason)
             show(Event("refused", expected.round, answer.client, str(reason)))

@@ -58,7 +58,7 @@ class Brief:
 
 @dataclass(frozen=True)
 class Reply:
-    """A client's answer, unchecked: see `gate.admit`. `seconds` is the client's own training time."""
+    """A client's answer, unchecked: see `gate.validate`. `seconds` is the client's own training time."""
 
     client: str
     round: int

@@ -134,27 +134,27 @@ def plan(recipe: r.Recipe, setup: Setup, *, timed_steps: int = 3) -> Plan:
 
 def _writing(recipe: r.Recipe, setup: Setup, measured: int = 4) -> Writing | None:
     """One batch writes a token, then a few more, and is taken for all: every batch, every token, every time."""
-    exam, own = setup.exam, recipe.generation
-    if exam is None or own is None:
+    benchmark, own = setup.benchmark, recipe.generation
+    if benchmark is None or own is None:
         return None
     rounds = recipe.federation.rounds
-    times = sum(exam.due(round_, rounds) for round_ in range(1, rounds + 1))
+    times = sum(benchmark.due(round_, rounds) for round_ in range(1, rounds + 1))
 
     def timed(tokens: int) -> float:
         started = time.perf_counter()
-        generate(setup.bench, exam.prompts[: own.batch_size], max_new_tokens=tokens, batch_size=own.batch_size)
+        generate(setup.bench, benchmark.prompts[: own.batch_size], max_new_tokens=tokens, batch_size=own.batch_size)
         return time.perf_counter() - started
 
     timed(1)  # warm-up
     first = timed(1)
     per_token = max(0.0, timed(1 + measured) - first) / measured if own.max_new_tokens > measured else first
-    batches = -(-len(exam.prompts) * own.samples // own.batch_size)
+    batches = -(-len(benchmark.prompts) * own.samples // own.batch_size)
     return Writing(
         task=own.task,
-        problems=len(exam.rows),
+        problems=len(benchmark.rows),
         samples=own.samples,
         times=times,
-        cut_prompts=cut_prompts(setup.bench, exam.prompts, own.max_new_tokens),
+        cut_prompts=cut_prompts(setup.bench, benchmark.prompts, own.max_new_tokens),
         figures=(*figure_names(own.task, own.k), "cut_prompts"),
         seconds=times * batches * (first + (own.max_new_tokens - 1) * per_token),
     )

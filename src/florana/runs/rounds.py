@@ -65,7 +65,7 @@ def settled(recipe: r.Recipe, folder: Path, show: Show = lambda event: None) -> 
         yield recipe.model_copy(update={"threads": count})
 
 
-def conduct(
+def execute_rounds(
     recipe: r.Recipe,
     folder: Path,
     strategy: Strategy,
@@ -96,9 +96,9 @@ def conduct(
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder), logged(folder):
         journal = Journal(folder, card)
-        last, mended = journal.recover()
-        for line in mended:
-            show(Event("mended", last.state.round if last else 0, detail=line))
+        last, repaired = journal.recover()
+        for line in repaired:
+            show(Event("repaired", last.state.round if last else 0, detail=line))
         with explained(folder, "the run folder could not be written"):
             if last is None:
                 _write(folder / "environment.json", environment(recipe))

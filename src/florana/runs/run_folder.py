@@ -77,7 +77,7 @@ def recorded_threads(folder: Path) -> int | None:
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
-    """What the run in the folder began with, as `conduct.environment` wrote it; empty where there is none.
+    """What the run in the folder began with, as `rounds.environment` wrote it; empty where there is none.
 
     Raises:
         InputError: it cannot be read.

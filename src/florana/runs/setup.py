@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from florana.recipe import schema as r
-from florana.runs.rounds import Result, Show, conduct, settled
+from florana.runs.rounds import Result, Show, execute_rounds, settled
 from florana.federation.local_engine import LocalEngine
 from florana.lora.factors import Adapter
 from florana.federation.loop import Federation
@@ -29,7 +29,7 @@ from florana.train import lora_init
 from florana.train.client import ClientData, TrainingClients, steps_per_round
 from florana.train.data.sources import load_tables
 from florana.train.evaluate import evaluate
-from florana.train.generation_eval import Exam, exam
+from florana.train.generation_eval import GenerationBenchmark, generation_benchmark
 from florana.train.model import Workbench
 from florana.train.examples import rows_of
 from florana.train.data.site_files import load_sites, site_files
@@ -49,7 +49,7 @@ class Setup:
         clients: client -> its rows.
         common: the common test set.
         partition: who holds what, as written to setup.json.
-        exam: the benchmark that the global model is scored on by what it generates, where the recipe asks for it.
+        benchmark: the benchmark that the global model is scored on by what it generates, where the recipe asks for it.
         more: further common test sets, by the ending of their figures' names.
     """
 
@@ -59,7 +59,7 @@ class Setup:
     clients: Mapping[str, ClientData]
     common: tuple[Example, ...]
     partition: Mapping[str, Any]
-    exam: Exam | None = None
+    benchmark: GenerationBenchmark | None = None
     more: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
 
     @property
@@ -94,7 +94,7 @@ def prepare(recipe: r.Recipe, files: Mapping[str, Path] | None = None) -> Setup:
         clients=rows.clients,
         common=rows.common,
         partition=rows.facts,
-        exam=exam(recipe, bench),
+        benchmark=generation_benchmark(recipe, bench),
         more=rows.more,
     )
 
@@ -128,7 +128,7 @@ def execute(
         here = setup or prepare(recipe)
         strategy = strategy_of(recipe, sorted(here.clients))
         begun = strategy.init(begin(recipe, here, strategy))
-        return conduct(
+        return execute_rounds(
             recipe,
             folder,
             strategy,
@@ -206,13 +206,13 @@ def federation_of(
     rounds, every = recipe.federation.rounds, recipe.evaluate.every
 
     def asked(round_: int) -> bool:
-        return setup is not None and setup.exam is not None and setup.exam.due(round_, rounds)
+        return setup is not None and setup.benchmark is not None and setup.benchmark.due(round_, rounds)
 
     def scores(state: State) -> Mapping[str, float]:
         assert setup is not None
         figures = global_scores(setup, state.adapter, state.residual, recipe.evaluate.batch_size)
         # global_scores has left the state's model on the bench
-        return figures | setup.exam.sit(setup.bench) if setup.exam is not None and asked(state.round) else figures
+        return figures | setup.benchmark.run(setup.bench) if setup.benchmark is not None and asked(state.round) else figures
 
     personal: dict[str, Callable[[int], bool]] = {
         "never": lambda round_: False,

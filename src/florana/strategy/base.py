@@ -15,7 +15,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from florana.aggregate.factorization import alive
+from florana.aggregate.factorization import revive
 from florana.lora.factors import Adapter, Contribution
 from florana.strategy.facts import Facts
 
@@ -160,7 +160,7 @@ broadcast = sending(PAIR)
 
 def advance(state: State, adapter: Adapter, residual: Adapter | None = None) -> State:
     """The state after one more round; terms of the adapter that no gradient could reach are made trainable again."""
-    return State(state.round + 1, alive(adapter, state.adapter), residual, state.memory)
+    return State(state.round + 1, revive(adapter, state.adapter), residual, state.memory)
 
 
 def ranks_of(adapter: Adapter) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Which of the equivalent factors go back, for any strategy that returns a pair: the same product, another start.
 
-    as-averaged   what the rule gives               balanced, orthonormal, aligned   see `aggregate.gauge`
+    as-averaged   what the rule gives               balanced, orthonormal, aligned   see `aggregate.factorization`
 
 So a method's product and the factors it comes in can be told apart: FedIT's own product in balanced factors is another
 start for the clients than FedIT's means, at r x r cost.
@@ -64,4 +64,4 @@ class _Step:
             whole = linalg.kept(linalg.decompose(linalg.stack([pair], [1.0])), pair.rank)
             modules[name] = linalg.balanced(whole, pair.scaling, pair.A.dtype)
         turned = self.gauge(Adapter(modules, given.extra), state.adapter)
-        return replace(outcome, state=replace(outcome.state, adapter=gauge.alive(turned, state.adapter)))
+        return replace(outcome, state=replace(outcome.state, adapter=gauge.revive(turned, state.adapter)))

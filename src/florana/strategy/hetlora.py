@@ -5,7 +5,7 @@
     q = floor(gamma r_u), at least 1;   r_u <- q  where local training made the tail smaller
 
 Each client gets the first r_u columns and rows back; the server remembers r_u. Where no client of a round held a row of
-A, the row stays as it was beside a zero column of B (`aggregate.gauge.alive`): the product is that of padding.
+A, the row stays as it was beside a zero column of B (`aggregate.factorization.revive`): the product is that of padding.
 
 Self-pruning is off by default (`gamma = 1`), since its details are assumptions, written from the abstract and notes:
 the tail as a product of norms, summed over modules without their scaling; one decision for all modules; the comparison

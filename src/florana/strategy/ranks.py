@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from florana.aggregate.factorization import alive
+from florana.aggregate.factorization import revive
 from florana.aggregate.heterogeneous import leading
 from florana.aggregate.stack import concatenate
 from florana.errors import RecipeError
@@ -52,7 +52,7 @@ def best_and_rest(payload: Payload, rank: int, scaling: float) -> Payload:
             rest.append(linalg.balanced(left, 1.0, pair.A.dtype))
         if rest:
             frozen[name] = concatenate(rest, [1.0] * len(rest))
-    adapter = alive(Adapter(modules, payload.adapter.extra), payload.adapter)
+    adapter = revive(Adapter(modules, payload.adapter.extra), payload.adapter)
     return replace(payload, adapter=adapter, residual=Adapter(frozen) if frozen else None)
 
 

@@ -19,7 +19,7 @@ from florana.train.model import Workbench
 
 
 @dataclass(frozen=True, eq=False)
-class Exam:
+class GenerationBenchmark:
     """The problems with their prompts, and the settings they are written under."""
 
     settings: r.Generation
@@ -32,7 +32,7 @@ class Exam:
         every = self.settings.every
         return round_ == rounds or (every is not None and round_ % every == 0)
 
-    def sit(self, bench: Workbench) -> dict[str, float]:
+    def run(self, bench: Workbench) -> dict[str, float]:
         """The figures of the model as it is on the bench; `cut_prompts` is the share of prompts that did not fit."""
         own = self.settings
         written = generate(
@@ -50,8 +50,8 @@ class Exam:
         return scores | {"cut_prompts": written.cut_prompts / len(self.prompts)}
 
 
-def exam(recipe: r.Recipe, bench: Workbench) -> Exam | None:
-    """The exam a recipe asks for; None without [generation]. What could refuse it after hours of training refuses here.
+def generation_benchmark(recipe: r.Recipe, bench: Workbench) -> GenerationBenchmark | None:
+    """The generation benchmark a recipe asks for; None without [generation]. What could refuse it after hours of training refuses here.
 
     Raises:
         InputError: a file cannot be read, a row lacks what the task needs, there are too few worked examples, the
@@ -68,7 +68,7 @@ def exam(recipe: r.Recipe, bench: Workbench) -> Exam | None:
         run_program("", "")
     examples = _examples(recipe, own, rows)
     asked = tuple(benchmarks.prompt(own.task, row, examples, own.prompt) for row in rows)
-    return Exam(own, tuple(rows), asked, derive(recipe.seed, "exam"))
+    return GenerationBenchmark(own, tuple(rows), asked, derive(recipe.seed, "exam"))
 
 
 def _examples(recipe: r.Recipe, own: r.Generation, rows: list[benchmarks.Row]) -> list[benchmarks.Row]:

@@ -21,11 +21,11 @@ from florana.flower.app.site_card import Card, Common, card_from, difference, di
 SAYS = 30.0
 """Seconds for a site to say who it is: its model is loaded."""
 ANEW = 10.0
-"""Seconds until a site that did not fit is asked once more: it may have been mended."""
+"""Seconds until a site that did not fit is asked once more: it may have been repaired."""
 
 
 @dataclass(eq=False)
-class Roll:
+class Registration:
     """Who takes part. The one thing that changes while a run goes on: nodes come and go.
 
     Args:

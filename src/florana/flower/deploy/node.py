@@ -119,7 +119,7 @@ def attend(
 
 
 def _judge(error: httpx.HTTPStatusError, invitation: Invitation) -> None:
-    """Raise what cannot be mended by trying again; the rest is a server that was started anew, or is about to be."""
+    """Raise what cannot be repaired by trying again; the rest is a server that was started anew, or is about to be."""
     status, path = error.response.status_code, error.request.url.path
     if not path.endswith("/activate-node"):
         return
