@@ -1,9 +1,9 @@
-"""What narrow uplinks cost on real training: float32, bfloat16, int8, with error feedback and without.
+"""What quantized uplinks cost on real training: float32, bfloat16, int8, with error feedback and without.
 
     python benchmarks/uplink.py [--seeds 3] [--recipe recipes/study-small.toml]
 
 For `fedit`, whose factors continue from round to round, feedback is the rule, and the control leaves it out. For
-`best-rank`, which chooses the pair anew, no feedback is the rule, and the control carries the remainders over all the
+`best-rank`, which choose the factors anew, no feedback is the rule, and the control carries the remainders over all the
 same. Both controls exist here only. One line per run: method, format, feedback, seed, the global model's figures, the
 mean error of the uplink and of the aggregation over the rounds, bytes up of the whole run.
 """

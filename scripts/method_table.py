@@ -68,9 +68,9 @@ def page(built: dict[str, Strategy]) -> str:
             "secure aggregation": facts.secure_aggregation,
             "robust rules": facts.robust,
             "added noise": facts.noise,
-            "narrow uplink": {
+            "quantized uplink": {
                 "stay": "with error feedback",
-                "move": "without error feedback for the factors: the pair that goes back is chosen anew",
+                "move": "without error feedback for the factors: those that go back are chosen anew",
             }[facts.coordinates],
             "begins at": {
                 "lora": "A random, B zero",

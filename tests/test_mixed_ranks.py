@@ -1,4 +1,4 @@
-"""Every method over rounds and with unlike ranks: what is exact stays exact, and no rank is lost for good."""
+"""Every method over rounds and with heterogeneous ranks: what is exact stays exact, and no rank is lost for good."""
 
 from __future__ import annotations
 

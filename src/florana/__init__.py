@@ -1,4 +1,4 @@
-"""florana: federated LoRA fine-tuning whose server step adds up.
+"""florana: federated LoRA fine-tuning whose server step is as exact as the rank allows.
 
 The names below are loaded when first used, so that `import florana` and `florana --help` stay fast.
 

@@ -79,7 +79,7 @@ def merge(
     if card.carried.get("ensure_weight_tying") and card.embeddings and method in ("fedit", "flora-na"):
         raise RecipeError(
             f"--method {method} cannot merge adapters with ensure_weight_tying",
-            why=f"the factors of '{card.embeddings[0]}' are the output layer's too, and would be averaged unlike there",
+            why=f"the factors of '{card.embeddings[0]}' are the output layer's too, and would be averaged apart there",
             fix="use best-rank or stack",
         )
     wanted = rank if rank is not None else max(m.rank for reader in readers for m in reader.modules.values())

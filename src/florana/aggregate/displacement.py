@@ -71,7 +71,7 @@ class Shortened:
 
 
 def shortened(stacks: Stacks, rank: Mapping[str, int] | None, dtype: torch.dtype) -> Shortened:
-    """The leading components of each product, as a balanced pair of scaling 1.
+    """The leading components of each product, as balanced factors of scaling 1.
 
     Args:
         stacks: module -> product.

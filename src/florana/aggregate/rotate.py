@@ -27,7 +27,7 @@ from florana.aggregate.mean import mean
 from florana.lora.factors import Adapter, Contribution, LoraFactors
 
 Turn = Callable[[LoraFactors, LoraFactors], Tensor]
-"""(a client's pair, the reference) -> the orthogonal O (r, r), float64."""
+"""(a client's factors, the reference) -> the orthogonal O (r, r), float64."""
 
 
 def jointly(pair: LoraFactors, reference: LoraFactors) -> Tensor:
@@ -67,7 +67,7 @@ def softened(turn: Tensor, strength: float) -> Tensor:
 
 
 def align(pair: LoraFactors, reference: LoraFactors, turn: Turn = jointly) -> LoraFactors:
-    """The pair turned towards the reference; same product.
+    """The factors turned towards the reference; same product.
 
     >>> quarter = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
     >>> here = LoraFactors(torch.eye(3)[:, :2], torch.eye(2), 1.0)

@@ -25,7 +25,7 @@ def compare(
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value over the recipe's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
 ) -> None:
-    """Compare methods over seeds on the same partitions, with controls, intervals, and the swap test.
+    """Compare methods over seeds on the same partitions, with controls, intervals, and the fixed-updates ablation.
 
     Example: florana compare recipes/study-small.toml --seeds 3
     """

@@ -186,7 +186,7 @@ def serve(
             resume=resume,
             limit=limit * 2**20,
             show=show,
-            opened=lambda door: typer.echo(f"the door is open on port {port}: sites can join", err=True),
+            opened=lambda door: typer.echo(f"gateway: listening on port {port}: sites can join", err=True),
         )
     report = write_report([folder], folder / "report.html")
     if console:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from florana.runs.setup import Setup
 
 app = typer.Typer(
-    help="Federated LoRA fine-tuning whose server step adds up.",
+    help="Federated LoRA fine-tuning whose server step is as exact as the rank allows.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

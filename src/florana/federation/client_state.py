@@ -1,4 +1,4 @@
-"""What a client keeps to itself between rounds, on its own disk: by run and round, so that a resumed run finds it.
+"""The client state, on its own disk: by run and round, so that a resumed run finds it.
 
     FOLDER/<run>/<client>/round-000007.safetensors      as it was after that round
 

@@ -41,8 +41,8 @@ class Expected:
         round: the round that is running.
         clients: client name -> what it was sent; its reply must bring the tensors that come up, in these shapes and
             dtypes (or of the lower rank that was allowed, in all modules), and what does not come up stays as it was.
-        examples: client name -> the size of its training share, where the server knows it.
-        uplink: the format of the replies, see `federation.wire`.
+        examples: client name -> the number of its training rows, where the server knows it.
+        uplink: the format of the replies, see `federation.quantize`.
         reach: training rows -> how far a round's training can have moved a number; None where clients train as they
             like.
     """
@@ -55,7 +55,8 @@ class Expected:
 
 
 Opened = Callable[[Payload], Mapping[str, Tensor]]
-"""(what the client was sent) -> the tensors of its reply, named as `federation.wire` has it. Raises RejectedUpdate."""
+"""(what the client was sent) -> the tensors of its reply, named as `federation.quantize` has it. Raises
+RejectedUpdate."""
 
 
 def validate(reply: Reply, expected: Expected, seen: Collection[str], opened: Opened | None = None) -> Update:
@@ -68,9 +69,9 @@ def validate(reply: Reply, expected: Expected, seen: Collection[str], opened: Op
         opened: how the tensors come out of the reply; the safetensors bytes of `reply.payload` where not given.
 
     Raises:
-        RejectedUpdate: wrong round, unknown or repeated client, senseless number of examples, oversize or damaged bytes, a
-            missing or foreign tensor, a wrong shape or dtype, a value or a product that is not finite, a scale below 0,
-            a number that no training of this recipe could have moved so far.
+        RejectedUpdate: wrong round, unknown or repeated client, senseless number of examples, oversize or damaged
+            bytes, a missing or foreign tensor, a wrong shape or dtype, a value or a product that is not finite, a scale
+            below 0, a number that no training of this recipe could have moved so far.
     """
     if reply.client not in expected.clients:
         raise RejectedUpdate("was not asked in this round")

@@ -39,7 +39,7 @@ KEPT_CHECKPOINTS = 2
 
 @dataclass(frozen=True, eq=False)
 class Committed:
-    """A round as it was committed: the state after it, its record, and what clients keep to themselves."""
+    """A round as it was committed: the state after it, its record, and the client state."""
 
     state: State
     record: RoundRecord

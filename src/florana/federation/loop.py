@@ -29,7 +29,8 @@ Scores = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Event:
-    """Something to show while a run goes on: `kind` is joined, resumed, repaired, round, reply, refused or committed."""
+    """Something to show while a run goes on: `kind` is joined, resumed, repaired, round, reply, refused or
+    committed."""
 
     kind: str
     round: int
@@ -233,7 +234,7 @@ def _scores(
     state: State, updates: Sequence[Update], federation: Federation, *, one_model: bool
 ) -> dict[str, dict[str, float]]:
     """`global`: the server's model on the common test set. `personal`: the mean over this round's clients of a
-    client's own model on its own test share. `clients_on_common`: the same models on the common test set, averaged.
+    client's own model on its local test split. `clients_on_common`: the same models on the common test set, averaged.
     `gap` = personal - global."""
     scores: dict[str, dict[str, float]] = {}
     if one_model and federation.measured(state.round) and federation.evaluate is not None:

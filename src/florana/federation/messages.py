@@ -87,7 +87,7 @@ class Engine(Protocol):
         ...
 
     def memories(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """What clients keep to themselves between rounds, where the engine holds it: committed with the round."""
+        """The client state, where the engine holds it: committed with the round."""
         ...
 
 

@@ -32,7 +32,7 @@ BETAS = (0.9, 0.999)
 """Those of torch's AdamW, with which clients train."""
 
 SLACK = 1.05
-"""For float32 and for narrow uplinks: two roundings of an int8 block are one part in 127."""
+"""For float32 and for quantized uplinks: two roundings of an int8 block are one part in 127."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from florana.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class LoraFactors:
-    """One module's pair: the update is `scaling * B @ A`.
+    """One module's LoRA factors: the update is `scaling * B @ A`.
 
     Args:
         B: (out, r), floating point.
@@ -116,7 +116,7 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the adapter holds, the extra tensors included."""
+        """How many parameters the adapter holds, the extra tensors included."""
         return sum(tensor.numel() for tensor in self.tensors().values())
 
 
@@ -160,7 +160,7 @@ class Contribution:
 class Update:
     """What one client sent in a round, after the gate let it through.
 
-    `examples` is the number of examples of its training share, `metrics` what it measured while training.
+    `examples` is the number of its training rows, `metrics` what it measured while training.
     """
 
     client: str

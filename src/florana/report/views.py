@@ -96,7 +96,7 @@ class RunView:
 
     @property
     def uplink_errors(self) -> list[tuple[int, float]]:
-        """(round, what the format of the uplink changed of the clients' updates, relative), where it is narrow."""
+        """(round, what the format of the uplink changed of the clients' updates, relative), where it is quantized."""
         return [(r.round, r.error["uplink"]) for r in self.records if r.error.get("uplink") is not None]
 
     @property

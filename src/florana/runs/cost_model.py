@@ -1,7 +1,7 @@
 """`florana plan`: what a federation of a model would send and hold, for every method, before anything is loaded.
 
-Numbers are exact counts from the module shapes and the methods' own declarations; bytes are four per number (float32),
-without the messages' headers (about a hundred bytes per tensor); a recipe's `federation.uplink` may
+Numbers are exact counts from the module shapes and the methods' own declarations; bytes are four per parameter
+(float32), without the messages' headers (about a hundred bytes per tensor); a recipe's `federation.uplink` may
 make them fewer. Heads that are trained whole are not counted.
 """
 

@@ -161,7 +161,7 @@ def _writing(recipe: r.Recipe, setup: Setup, measured: int = 4) -> Writing | Non
 
 
 def _traffic(recipe: r.Recipe, setup: Setup) -> tuple[float, float, int]:
-    """The first round's bytes down and up, the mean over clients, and the most numbers a client trains."""
+    """The first round's bytes down and up, the mean over clients, and the most parameters a client trains."""
     strategy = strategy_of(recipe, sorted(setup.clients))
     state = strategy.init(begin(recipe, setup, strategy))
     setup.bench.load(setup.start)
@@ -173,7 +173,7 @@ def _traffic(recipe: r.Recipe, setup: Setup) -> tuple[float, float, int]:
 
 
 def _trained(payload: Payload) -> int:
-    """How many numbers a client trains: factors or cores, one scale per block of a core, tensors trained whole."""
+    """How many parameters a client trains: factors or cores, one scale per block of a core, tensors trained whole."""
     tensors = travelling(payload.adapter, payload.work.trains, payload.blocks)
     scales = [len(t) for name, t in tensors.items() if kind_of(name) == "core" and "scale" in payload.work.trains]
     return sum(t.numel() for t in tensors.values()) + sum(scales)

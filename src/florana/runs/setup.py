@@ -178,7 +178,8 @@ def strategy_of(recipe: r.Recipe, clients: Sequence[str]) -> Strategy:
 
 
 def begin(recipe: r.Recipe, setup: Setup, strategy: Strategy) -> Adapter:
-    """What the strategy's first state is made from: PEFT's start, or pairs from the base weights or their gradient."""
+    """What the strategy's first state is made from: PEFT's start, or factors from the base weights or their
+    gradient."""
     if strategy.begin == "principal":
         return lora_init.principal(setup.bench, setup.start)
     if strategy.begin == "gradient":

@@ -1,4 +1,4 @@
-"""Programs that a model wrote, run against their tests in a process of their own: shut in, limited, ended in time.
+"""Programs that a model wrote, run against their tests in a process of their own: sandboxed, limited, ended in time.
 
 What always holds: a fresh folder, an environment without the caller's variables, limits on time, memory, file size,
 open files and processes, and nothing of a program's output kept. What the kernel adds, each verdict names: no network;

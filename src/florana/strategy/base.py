@@ -29,7 +29,7 @@ class State:
 
     Args:
         round: rounds committed so far.
-        adapter: the pair the clients train on from next round's start, and the averaged extra tensors.
+        adapter: the LoRA factors the clients train on from next round's start, and the averaged extra tensors.
         residual: a frozen part in factored form that every client adds to its model, or None.
         memory: a strategy's own tensors, by name.
     """
@@ -68,7 +68,7 @@ PAIR = work(["A", "B"], up=["A", "B"], down=["A", "B"])
 
 @dataclass(frozen=True)
 class Pruning:
-    """One client's leave to lower its rank after training, to `rank` and to no other.
+    """One client's permission to prune: to lower its rank after training to `rank` and to no other.
 
     Its loss gets `penalty` times the size of what lies beyond that rank (`aggregate.pad.tail`); where training made
     that smaller, it answers with the first `rank` columns of B and rows of A, in every module.
@@ -159,7 +159,8 @@ broadcast = sending(PAIR)
 
 
 def advance(state: State, adapter: Adapter, residual: Adapter | None = None) -> State:
-    """The state after one more round; terms of the adapter that no gradient could reach are made trainable again."""
+    """The state after one more round; components of the adapter that no gradient could reach are made trainable
+    again."""
     return State(state.round + 1, revive(adapter, state.adapter), residual, state.memory)
 
 

@@ -1,13 +1,13 @@
 """best-rank: the adapter of the clients' rank nearest to the true average of their updates (Eckart-Young).
 
-Trains A and B; r (out + in) numbers up and down per module, as FedIT; the base stays; no adapter of that rank has a
+Trains A and B; r (out + in) parameters up and down per module, as FedIT; the base stays; no adapter of that rank has a
 smaller aggregation error. FlexLoRA (arXiv 2402.11505) gives the same product from a dense target; here it is never
 dense. Beyond the published methods, each an option:
 
-    gauge       which of the equivalent pairs goes back (see aggregate/factorization.py)
-    memory      what rank r could not carry is kept at the server, in at most so many terms, for the next target
-    broadcast_* the terms after the first r go out too, as a frozen part beside the pair: so many, or as many as an
-                error asks for, or as a budget allows
+    gauge       which of the equivalent factors goes back (see aggregate/factorization.py)
+    memory      what rank r could not carry is kept at the server, in at most so many components, for the next target
+    broadcast_* the components after the first r go out too, as a frozen part: so many, or as many as an error
+                asks for, or as a budget allows
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ WIDE = replace(
     FACTS,
     down=facts.PAIR_AND_RESIDUAL,
     exact="the optimum of rank r + k",
-    base="a frozen part beside the pair, new in every round",
-    mixed_ranks="the best adapter of its own rank; the terms beyond it frozen beside it",
+    base="a frozen part beside the LoRA factors, new in every round",
+    mixed_ranks="the best adapter of its own rank; the components beyond it frozen beside it",
 )
 GAUGES: dict[str, gauges.Gauge] = {
     "balanced": gauges.balanced,
@@ -68,9 +68,9 @@ def build(
 
     Args:
         gauge: balanced factors, orthonormal rows of A, or balanced and turned to the last broadcast.
-        memory: the most terms per module that are kept for the next round.
-        broadcast_rank: r + k, how many terms of every module go out.
-        broadcast_error: the relative error per module at which the terms that go out are enough.
+        memory: the most components per module that are kept for the next round.
+        broadcast_rank: r + k, how many components of every module go out.
+        broadcast_error: the relative error per module at which the components that go out are enough.
         broadcast_bytes: float32 bytes of a whole broadcast, spent where they take away most error.
     """
     wide = _chooser(broadcast_rank, broadcast_error, broadcast_bytes)
@@ -82,7 +82,7 @@ def build(
 
 
 def _chooser(rank: int | None, error: float | None, budget: int | None) -> Callable[[Rank], Choose] | None:
-    """The clients' rank -> how many terms go out; None where only that many do."""
+    """The clients' rank -> how many components go out; None where only that many do."""
     given = {"broadcast_rank": rank, "broadcast_error": error, "broadcast_bytes": budget}
     named = [f"strategy.{name}" for name, value in given.items() if value is not None]
     if len(named) > 1:

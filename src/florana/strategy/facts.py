@@ -1,6 +1,6 @@
 """What every method says of itself: what travels, what it can be combined with. The README's table is made from this.
 
-Counts are numbers (parameters) per module, client and round, without the tensors trained whole (heads). A test holds
+Counts are parameters per module, client and round, without the tensors trained whole (heads). A test holds
 them against the messages really sent.
 """
 
@@ -18,7 +18,7 @@ class Size:
     Args:
         out: rows of the module's weight.
         into: columns of the module's weight.
-        rank: r, of the pair a client trains.
+        rank: r, of the LoRA factors a client trains.
         round: counted from 1.
         residual: k, the rank of the frozen part sent along.
         blocks: h, the blocks of its core.
@@ -34,7 +34,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Count:
-    """A number of parameters: as a formula for people, and as the same formula to compute.
+    """A count of parameters: as a formula for people, and as the same formula to compute.
 
     >>> PAIR.text, PAIR.of(Size(out=4, into=6, rank=2))
     ('r (out + in)', 20)

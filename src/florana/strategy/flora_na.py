@@ -1,6 +1,6 @@
 """FLoRA-NA: nearly accurate aggregation by fitted coefficients (arXiv 2509.26399, Equation 6 of the submission).
 
-Trains A and B; r (out + in) numbers up and down per module, as FedIT; the base stays; the coefficients never leave
+Trains A and B; r (out + in) parameters up and down per module, as FedIT; the base stays; the coefficients never leave
 the server. The server must see every client's factors, so secure aggregation is excluded. The paper does not settle
 what is combined and how widely the coefficients are shared: both are options. `scope = "component"` goes beyond it, to
 one coefficient per client and rank component (`aggregate.component`): of the way from FedIT to the best rank it went

@@ -1,4 +1,4 @@
-"""Clients of unlike ranks: each gets the part of the broadcast that its method gives to a client of its rank."""
+"""Clients of heterogeneous ranks: each gets the part of the broadcast that its method gives to a client of its rank."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def best_and_rest(payload: Payload, rank: int, scaling: float) -> Payload:
     before = payload.residual.modules if payload.residual is not None else {}
     for name, pair in payload.adapter.modules.items():
         whole = linalg.decompose(linalg.stack([pair], [1.0]))
-        own = min(rank, pair.rank)  # a broadcast may have fewer terms than the client's rank
+        own = min(rank, pair.rank)  # a broadcast may have fewer components than the client's rank
         modules[name] = linalg.balanced(linalg.kept(whole, own), scaling, pair.A.dtype)
         rest = [before[name]] if name in before else []
         if own < len(whole.values) and bool(whole.values[own] > 0):

@@ -25,7 +25,7 @@ from florana.train.model import Workbench
 
 @dataclass(frozen=True, eq=False)
 class ClientData:
-    """What one client holds: rows to train on, and its own test share (may be empty)."""
+    """What one client holds: rows to train on, and its local test split (may be empty)."""
 
     train: Sequence[Example]
     test: Sequence[Example]

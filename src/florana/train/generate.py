@@ -83,7 +83,7 @@ def room_for_prompts(bench: Workbench, new: int) -> int:
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    """As in training (`tasks.encode_language`): a beginning token where there is one, then the text's own tokens."""
+    """As in training (`tokenize.encode_language`): a beginning token where there is one, then the text's own tokens."""
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     ids = begin + list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return ids or ([] if not text else [tokenizer.pad_token_id])

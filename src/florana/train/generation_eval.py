@@ -51,7 +51,8 @@ class GenerationBenchmark:
 
 
 def generation_benchmark(recipe: r.Recipe, bench: Workbench) -> GenerationBenchmark | None:
-    """The generation benchmark a recipe asks for; None without [generation]. What could refuse it after hours of training refuses here.
+    """The generation benchmark a recipe asks for; None without [generation]. What could refuse it after hours of
+    training refuses here.
 
     Raises:
         InputError: a file cannot be read, a row lacks what the task needs, there are too few worked examples, the

@@ -1,6 +1,6 @@
 """FLoRA-NA's objective in inner products: everything a solver needs to know of a module, and its error as a quadratic.
 
-With directions D_0 = B_0, D_u = B_u - B_0 and F_0 = A_0, F_u = A_u - A_0, the mixed pair is B_hat = sum_i x_i D_i,
+With directions D_0 = B_0, D_u = B_u - B_0 and F_0 = A_0, F_u = A_u - A_0, the mixed factors are B_hat = sum_i x_i D_i,
 A_hat = sum_i y_i F_i, x = (1, p), y = (1, q); the target is sum_u w_u (D_0 + D_u)(F_0 + F_u).
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """The inner products of one module's directions, float64; index 0 is the base pair, 1..U the clients.
+    """The inner products of one module's directions, float64; index 0 is the base, 1..U the clients.
 
     Args:
         G: (U+1, U+1, r, r), G[i, j] = D_i^T D_j.

@@ -48,7 +48,7 @@ def read_reply(frame: Frame, client: str, nonce: str) -> Reply | Failure:
     if frame.kind == "changed":
         return Failure(
             client,
-            "is not as it was at the roll call (another recipe, data, model or number of threads): it is asked anew",
+            "is not as it was at registration (another recipe, data, model or number of threads): it is asked anew",
         )
     if frame.kind != "reply":
         return Failure(client, f"answered with a message of kind '{frame.kind[:40]}'")

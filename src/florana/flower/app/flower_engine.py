@@ -40,7 +40,7 @@ class Nodes(Protocol):
 
 @dataclass(frozen=True)
 class Seat:
-    """Where a client is reached, and the digest of what it said of itself at the roll call (`card.digest`)."""
+    """Where a client is reached, and the digest of what it said of itself at registration (`site_card.digest`)."""
 
     node: int
     card: str
@@ -66,7 +66,7 @@ class FlowerEngine:
     deadline: float
 
     def memories(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """Nothing: what clients keep lies with them, see `federation.keeping`."""
+        """Nothing: the client state lies with the clients, see `federation.client_state`."""
         return {}
 
     def fit(self, briefs: Sequence[Brief]) -> Iterator[Reply | Failure]:

@@ -1,4 +1,4 @@
-"""The roll call: who is connected, is each who it says, and do all hold the same recipe and the same base model."""
+"""Registration: who is connected, is each who it says, and do all hold the same recipe and the same base model."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def lead(grid: Nodes, recipe: r.Recipe, settings: Settings, folder: Path, show: Show) -> None:
-    """Call the registration, then run every round that the folder does not hold yet.
+    """Register the clients, then run every round that the folder does not hold yet.
 
     Raises:
         FederationError: too few clients, at the start or in a round.

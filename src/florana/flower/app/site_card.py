@@ -1,4 +1,4 @@
-"""What a site says of itself at the roll call: checked whole before anything believes it."""
+"""What a site says of itself at registration: checked whole before anything believes it."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ LOG_BYTES = 2**20
 class Link:
     """The server's way to its nodes: puts requests where the fleet API finds them, takes the answers from there.
 
-    It has the methods of a Flower Grid that `engine.exchange` and `registration.Registration` use.
+    It has the methods of a Flower Grid that `flower_engine.exchange` and `registration.Registration` use.
 
     Args:
         state: Flower's state.

@@ -1,4 +1,4 @@
-"""The server's front door: the one port that the network sees.
+"""The server's gateway: the one port that the network sees.
 
 It passes the nodes' requests on to Flower's fleet API, which runs in this process (`link.py`), and nothing else; it
 counts their bytes, and cuts off a node that sends more than an update can hold.

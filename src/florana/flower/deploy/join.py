@@ -54,7 +54,7 @@ def join(
     Args:
         recipe: `invitation.site_recipe`.
         invitation: the operator's.
-        keys: the site's folder, with its private key; what the client keeps between rounds is written below it.
+        keys: the site's folder, with its private key; the client state is written below it.
         data: this site's rows; None where the recipe deals out one data set to all.
         done: set by whoever wants to leave.
         say: told of what happens.

@@ -140,7 +140,7 @@ class LoraStrategy(FedAvg):
         self._names = Names({})
         self._current: ArrayRecord | None = None  # the record that stands for `state`
         self._asked = _NOBODY
-        self._rank = 0  # of the initial arrays: a broadcast may have fewer terms
+        self._rank = 0  # of the initial arrays: a broadcast may have fewer components
 
     @property
     def adapter(self) -> Adapter:
@@ -194,7 +194,7 @@ class LoraStrategy(FedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As `configure_train`: the pair, and the frozen part where there is one."""
+        """As `configure_train`: the LoRA factors, and the frozen part where there is one."""
         chosen = list(super().configure_evaluate(server_round, arrays, config, grid))
         if not chosen:
             return []
@@ -218,7 +218,7 @@ class LoraStrategy(FedAvg):
         adapter = names.adapter(unpack(arrays), self._scaling_of)
         if len({pair.rank for pair in adapter.modules.values()}) > 1:
             raise RecipeError(
-                "the modules of the initial arrays have unlike ranks", why="florana's methods have one rank per client"
+                "the initial arrays have heterogeneous ranks", why="florana's methods have one rank per client"
             )
         if self.state is None or server_round == 1:
             begun, self._rank = self.method.init(adapter), rank_of(adapter)
@@ -234,7 +234,7 @@ class LoraStrategy(FedAvg):
         return begun
 
     def _own(self, node: int) -> int:
-        """The rank of a node's model, which it may be sent fewer terms than."""
+        """The rank of a node's model, which it may be sent fewer components than."""
         if self._ranks is None:
             return self._rank
         rank: object = self._ranks(node) if callable(self._ranks) else self._ranks.get(node)

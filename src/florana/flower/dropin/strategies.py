@@ -5,8 +5,8 @@ Every class takes the method's own options and those of `Common`, by name. Which
     any PEFT client    FedIT FloraNA BestRank FlexLora HetLora LoraFair FedRot
     receive and reply  Oracle FedExLora Florist Flora FfaLora RoLora FedSVD FedSALora, BestRank with `broadcast_*`
 
-The second line's methods send a frozen part beside the pair, or train one factor, or leave one with its client; a
-client that does not use `florana.flower.receive` and `florana.flower.reply` is refused, with that as the reason.
+The second line's methods send a frozen part beside the LoRA factors, or train one factor, or leave one with its client;
+a client that does not use `florana.flower.receive` and `florana.flower.reply` is refused, with that as the reason.
 
 Three methods have no class. Fed-SB and RAVAN train small matrices inside the layers, which a PEFT model does not have;
 FRLoRA (and Fed-SB) begin at singular vectors of the base weights, which the server of a plain app does not hold. They
@@ -77,7 +77,7 @@ class BestRank(LoraStrategy):
 
 
 class Oracle(LoraStrategy):
-    """The exact average: the best pair, and all the rest frozen beside it. See `florana.strategy.oracle`."""
+    """The exact average: the best adapter, and all the rest frozen beside it. See `florana.strategy.oracle`."""
 
     def __init__(self, **common: Unpack[Common]) -> None:
         super().__init__(_built("oracle"), **common)
@@ -126,7 +126,7 @@ class FlexLora(LoraStrategy):
 
 
 class Florist(LoraStrategy):
-    """As many singular terms as hold a share of the energy. See `florana.strategy.florist`."""
+    """As many singular components as hold a share of the energy. See `florana.strategy.florist`."""
 
     def __init__(self, *, energy: float = 0.99, **common: Unpack[Common]) -> None:
         super().__init__(_built("florist", energy=energy), **common)

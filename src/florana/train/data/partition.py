@@ -1,4 +1,4 @@
-"""Who holds what: the training rows dealt out by Flower Datasets' partitioners, then a test share set apart."""
+"""Who holds what: the training rows dealt out by Flower Datasets' partitioners, then a local test split set apart."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SITE = "florana_site"
 
 @dataclass(frozen=True)
 class Share:
-    """One client's rows, as indices into the training table: to train on, and its own test share."""
+    """One client's rows, as indices into the training table: to train on, and its local test split."""
 
     train: tuple[int, ...]
     test: tuple[int, ...]

@@ -140,7 +140,7 @@ def _with_classes(train: datasets.Dataset, test: datasets.Dataset, settings: r.D
 
 
 def _alike(train: datasets.Dataset, test: datasets.Dataset, column: str) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """The tables as they are; with labels as text where the two files have them in unlike types (0 and "0")."""
+    """The tables as they are; with labels as text where the two files have them in different types (0 and "0")."""
     if len({type(value) for table in (train, test) for value in table[column]}) == 1:
         return train, test
 
