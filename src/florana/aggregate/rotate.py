@@ -69,6 +69,11 @@ def softened(turn: Tensor, strength: float) -> Tensor:
 def align(pair: LoraFactors, reference: LoraFactors, turn: Turn = jointly) -> LoraFactors:
     """The factors turned towards the reference; same product.
 
+    Args:
+        pair: the client's factors, B (out, r) and A (r, in).
+        reference: the factors of the last broadcast, of the same shapes.
+        turn: `jointly`, `by_A(strength)` or `by_B(strength)`.
+
     >>> quarter = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
     >>> here = LoraFactors(torch.eye(3)[:, :2], torch.eye(2), 1.0)
     >>> away = LoraFactors(here.B @ quarter, quarter.T @ here.A, 1.0)

@@ -25,6 +25,12 @@ KEPT_ROUNDS = 2
 def recall(folder: Path, run: str, client: str, round_: int) -> dict[str, Tensor]:
     """What the client kept when it last took part before `round_`; empty where it kept nothing.
 
+    Args:
+        folder: the site's folder.
+        run: the name of the run.
+        client: the client's name.
+        round_: the round that is asked for, counted from 1.
+
     Raises:
         InputError: the file cannot be read.
     """

@@ -196,6 +196,11 @@ def oversized(updates: Sequence[Update], sent: Mapping[str, Payload], factor: fl
     A finite number of any size can be honest; only beside the others' can it be told. So three updates are the fewest
     that say anything, and of an even number the lower median counts. What one or two updates may be at most, and what
     any number of them that lie together, is said by `reach`.
+
+    Args:
+        updates: the round's usable updates.
+        sent: client -> what it was sent.
+        factor: how many times the round's median change an update may have.
     """
     found = {u.client: sizes((u.adapter, sent[u.client].adapter), sent[u.client].work.up) for u in updates}
     wrong: dict[str, str] = {}

@@ -39,7 +39,13 @@ KEPT_CHECKPOINTS = 2
 
 @dataclass(frozen=True, eq=False)
 class Committed:
-    """A round as it was committed: the state after it, its record, and the client state."""
+    """A round as it was committed: the state after it, its record, and the client state.
+
+    Args:
+        state: the state after the round.
+        record: what happened in it.
+        memories: client -> its client state.
+    """
 
     state: State
     record: RoundRecord

@@ -29,8 +29,15 @@ Scores = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Event:
-    """Something to show while a run goes on: `kind` is joined, resumed, repaired, round, reply, refused or
-    committed."""
+    """Something to show while a run goes on.
+
+    Args:
+        kind: joined, resumed, repaired, round, reply, refused or committed.
+        round: counted from 1.
+        client: whom it is about, where it is one client.
+        detail: what happened, in words.
+        record: the round's record, of a committed round.
+    """
 
     kind: str
     round: int
@@ -83,6 +90,14 @@ def run_rounds(
     show: Callable[[Event], None],
 ) -> State:
     """All rounds after `state.round`, each committed before the next begins; returns the last state.
+
+    Args:
+        strategy: the method.
+        state: where to go on from.
+        engine: reaches the clients.
+        federation: the fixed facts of the run.
+        journal: where rounds are committed.
+        show: told of what happens.
 
     Raises:
         FederationError: fewer usable updates than the minimum; the rounds before stand.

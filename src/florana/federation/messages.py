@@ -58,7 +58,16 @@ class Brief:
 
 @dataclass(frozen=True)
 class Reply:
-    """A client's answer, unchecked: see `gate.validate`. `seconds` is the client's own training time."""
+    """A client's answer, unchecked: see `gate.validate`.
+
+    Args:
+        client: who answers.
+        round: the round that it answers.
+        examples: how many training rows the client says it has.
+        metrics: what it measured, by name.
+        payload: safetensors bytes, untrusted.
+        seconds: the client's own training time.
+    """
 
     client: str
     round: int
@@ -94,7 +103,10 @@ class Engine(Protocol):
 def travelling(adapter: Adapter, kinds: Collection[str], blocks: Collection[int] | None = None) -> dict[str, Tensor]:
     """The adapter's tensors of those kinds, and its extra tensors: what a message holds of it.
 
-    Of a core (h, k, k), the `blocks` alone, in ascending order; all of them where None.
+    Args:
+        adapter: the adapter.
+        kinds: of `A`, `B`, `core` and `scale`.
+        blocks: the blocks of each core (h, k, k) to take, in ascending order; None for all.
     """
     kept = {name: t for name, t in adapter.tensors().items() if kind_of(name) in kinds or kind_of(name) == "extra"}
     if blocks is None:
@@ -103,7 +115,13 @@ def travelling(adapter: Adapter, kinds: Collection[str], blocks: Collection[int]
 
 
 def completed(adapter: Adapter, tensors: Mapping[str, Tensor], blocks: Collection[int] | None = None) -> Adapter:
-    """The adapter with what travelled in the place of its own tensors: what `travelling` left out stays."""
+    """The adapter with what travelled in the place of its own tensors: what `travelling` left out stays.
+
+    Args:
+        adapter: the adapter before.
+        tensors: name -> what travelled.
+        blocks: the blocks of the cores that travelled; None for all.
+    """
     known = adapter.tensors()
     for name, tensor in tensors.items():
         if blocks is not None and kind_of(name) == "core":
@@ -123,7 +141,11 @@ def pack(
 ) -> bytes:
     """The tensors of those kinds (see `travelling`), and a frozen residual where there is one, as safetensors bytes.
 
-    The residual's scalings must be 1: they are not sent.
+    Args:
+        adapter: the adapter.
+        kinds: of `A`, `B`, `core` and `scale`.
+        residual: the frozen part that goes along; its scalings must be 1, since they are not sent.
+        blocks: as in `travelling`.
     """
     tensors = travelling(adapter, kinds, blocks)
     if residual is not None:

@@ -47,6 +47,11 @@ class Reach:
 
         A core that is sent with a trained factor s multiplied in (`scale` in `trains`), s_0 = 1, allows
         |s H - H_0| <= (1 + R_s) R_H + R_s |H_0|.
+
+        Args:
+            name: the tensor's name, as in `Adapter.tensors`.
+            before: its values as they were sent.
+            trains: the kinds of tensors that the client trains.
         """
         size = before.double().abs()
         own = self.moves + self.decay * size

@@ -63,6 +63,11 @@ def uniformly(updates: Sequence[Update]) -> dict[str, float]:
 def weigh(updates: Sequence[Update], sent: Mapping[str, Payload], how: Weighing) -> Weighed:
     """The updates with their weights.
 
+    Args:
+        updates: the round's usable updates.
+        sent: client -> what it was sent.
+        how: shares, cap and robust rule.
+
     Raises:
         FederationError: fewer updates than the rule needs.
     """

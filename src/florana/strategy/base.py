@@ -45,7 +45,12 @@ class Work:
     """Which kinds of tensors (`A`, `B`, `core`, `scale`) a client trains, sends up and is sent.
 
     Extra tensors (heads) are not meant here: they follow the recipe's head policy. `scale` is one factor per block of
-    a core; it is multiplied into the core before it is sent. What is trained and not sent up stays with the client.
+    a core; it is multiplied into the core before it is sent.
+
+    Args:
+        trains: kinds that the client trains; what is trained and not sent up stays with the client.
+        up: kinds that it sends.
+        down: kinds that it is sent.
     """
 
     trains: frozenset[str]
@@ -82,8 +87,12 @@ class Pruning:
 class Payload:
     """What the server sends to one client: where to start, what to add unchanged, and what to do.
 
-    `adapter` is complete, as the server knows it; of it, `work.down` travels: the client holds the rest. `blocks` are
-    the blocks of its cores that the client trains and sends, in any order (None: all); all of them go down.
+    Args:
+        adapter: complete, as the server knows it; of it, `work.down` travels and the client holds the rest.
+        residual: the frozen part to add unchanged.
+        work: what to train and send.
+        blocks: the blocks of its cores that the client trains and sends, in any order (None: all); all of them go down.
+        pruning: the permission to prune, where the client has it.
     """
 
     adapter: Adapter

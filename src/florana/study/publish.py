@@ -32,7 +32,13 @@ from florana.study.table import (
 
 
 def publish(plan: Plan, out: Path, failures: Mapping[str, str]) -> tuple[Comparison, dict[str, Any], Path]:
-    """Write every file of the study; returns the comparison, the fixed-updates ablation's summary, and the page."""
+    """Write every file of the study; returns the comparison, the fixed-updates ablation's summary, and the page.
+
+    Args:
+        plan: the study.
+        out: its folder.
+        failures: cell id -> why it failed.
+    """
     comparison = compare(plan, out)
     rows = swap_rows(plan, out)
     swapped = summarise(rows, comparison.metric)

@@ -48,6 +48,12 @@ class Group:
 def execute_study(plan: Plan, out: Path, jobs: int | None, advance: Callable[[int, str], None]) -> dict[str, str]:
     """Run every cell that is not finished; `advance` is told of committed rounds (how many, of what).
 
+    Args:
+        plan: the study.
+        out: its folder; finished runs in it are kept.
+        jobs: groups of runs at once; None: by cores and memory.
+        advance: told of committed rounds (how many, of what).
+
     Returns:
         cell id -> why it failed, for those that did. The rest of the study goes on.
     """

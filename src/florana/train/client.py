@@ -114,10 +114,16 @@ def train_locally(
 ) -> float:
     """AdamW on the bench's adapter for the wanted steps or epochs; returns the mean loss over the steps.
 
-    `term` is added to what is minimised, not to the loss that is reported.
-
     Rows are visited in passes of a seeded random order; dropout draws from the same seed. A fresh optimizer each round:
     its moments belong to parameters that the server has since replaced.
+
+    Args:
+        bench: the model, with the adapter to train.
+        examples: the client's rows.
+        settings: the recipe's section.
+        seed: of the rows' order and of dropout.
+        stepped: called after every optimizer step.
+        term: added to what is minimised, not to the loss that is reported.
 
     Raises:
         FloranaError: the loss is no longer finite.

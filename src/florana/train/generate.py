@@ -43,6 +43,16 @@ def generate(
     rule: argmax(logits / temperature + Gumbel noise) is a draw from the softmax. So it does not depend on what else is
     in its batch. A prompt too long for the model's context loses its beginning, as in lm-eval.
 
+    Args:
+        bench: the model, with the adapter to use.
+        prompts: the texts to continue.
+        max_new_tokens: the most tokens of a completion.
+        stops: sequences that end a completion.
+        temperature: 0 is greedy.
+        samples: completions per prompt.
+        seed: of the draws.
+        batch_size: prompts at once.
+
     Raises:
         InputError: `max_new_tokens` leaves no room for a prompt.
     """

@@ -44,6 +44,11 @@ class Coefficients:
     """A solver's answer: p and q, (U,) or (U, r), and the summed squared error at the start and after every step kept.
 
     Where the solver cannot know the error, only its falls, the history is the error less that of the start.
+
+    Args:
+        p: coefficients of B, (U,) or (U, r).
+        q: coefficients of A, (U,) or (U, r).
+        history: the summed squared error at the start and after every step kept.
     """
 
     p: Tensor

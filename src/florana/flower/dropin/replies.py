@@ -49,7 +49,13 @@ class Rules:
 
 @dataclass(frozen=True, eq=False)
 class Collected:
-    """The usable updates and what each brought along, in one order; client -> why, for the others."""
+    """The usable updates and what each brought along, in one order; client -> why, for the others.
+
+    Args:
+        updates: the usable updates.
+        contents: what each of them brought, in the same order.
+        refused: node id in decimal -> why its reply was left out.
+    """
 
     updates: Sequence[Update]
     contents: Sequence[RecordDict]
@@ -61,6 +67,11 @@ def collect(replies: Iterable[Message], expected: Expected, rules: Rules) -> Col
 
     The order of the usable ones is that of their own content, so it depends neither on who was faster nor on node ids,
     which Flower draws anew in every simulation: the same updates give the same bytes.
+
+    Args:
+        replies: the round's messages; untrusted.
+        expected: what was asked, by node id in decimal.
+        rules: how names, types and counts are read.
     """
     updates: dict[str, Update] = {}
     contents: dict[str, RecordDict] = {}
@@ -68,7 +79,7 @@ def collect(replies: Iterable[Message], expected: Expected, rules: Rules) -> Col
     for message in replies:
         client = str(message.metadata.src_node_id)
         try:
-            updates[client] = _admitted(client, message, expected, rules, updates)
+            updates[client] = _validated(client, message, expected, rules, updates)
             contents[client] = message.content
         except RejectedUpdate as reason:
             refused[client] = str(reason)
@@ -83,7 +94,7 @@ def collect(replies: Iterable[Message], expected: Expected, rules: Rules) -> Col
     return Collected([updates[c] for c in order], [contents[c] for c in order], dict(sorted(refused.items())))
 
 
-def _admitted(client: str, message: Message, expected: Expected, rules: Rules, seen: Mapping[str, Update]) -> Update:
+def _validated(client: str, message: Message, expected: Expected, rules: Rules, seen: Mapping[str, Update]) -> Update:
     if message.has_error():
         raise RejectedUpdate(f"failed: {str(message.error.reason)[:300]}")
     content = message.content

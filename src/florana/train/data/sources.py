@@ -23,9 +23,14 @@ DOCSTRINGS = "stdlib-docstrings"
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """Training and common test rows. `target` is the column of class indices or scores, None for language.
+    """Training and common test rows.
 
-    `labels` are the classes' names; `more` are further test sets, by the ending of their figures' names.
+    Args:
+        train: the training rows.
+        test: the common test rows.
+        labels: the classes' names.
+        target: the column of class indices or scores, None for language.
+        more: further test sets, by the ending of their figures' names.
     """
 
     train: datasets.Dataset
@@ -37,6 +42,11 @@ class Tables:
 
 def load_tables(settings: r.Data, task: str, seed: int) -> Tables:
     """The rows of a recipe.
+
+    Args:
+        settings: the recipe's data section.
+        task: the recipe's task.
+        seed: of the rows that a limit draws, and of a test set that is set apart.
 
     Raises:
         InputError: a file or hub name that cannot be read, a column that is not there, an empty text column, a test
