@@ -30,7 +30,7 @@ class Sheet:
     Args:
         name: a short name of the folder.
         base_model: the base model as the adapter names it.
-        variant: LoRA or a variant that merges as it does.
+        variant: `LoRA` or `rsLoRA`, and whether `with bias`.
         ranks: the ranks that occur, over all modules.
         scalings: the scalings that occur.
         dtypes: the types that occur.

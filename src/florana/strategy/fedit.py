@@ -17,7 +17,7 @@ FACTS = facts.Facts(
     trains="A, B",
     up=facts.PAIR,
     down=facts.PAIR,
-    exact="no: the covariance of the factors across clients",
+    exact="inexact: the cross-client covariance of A and B",
     secure_aggregation="yes: sums of A and of B",
     optimizer=("factors", "products"),
 )

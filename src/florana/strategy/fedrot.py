@@ -27,7 +27,7 @@ FACTS = facts.Facts(
     trains="A, B",
     up=facts.PAIR,
     down=facts.PAIR,
-    exact="no: what rotation explains of `fedit`'s error goes away",
+    exact="inexact: what rotation explains of `fedit`'s error goes away",
     optimizer=("factors", "products"),
 )
 _IN_TURN = MARK + "in-turn"

@@ -40,7 +40,7 @@ FACTS = facts.Facts(
     trains="A, B",
     up=facts.PAIR,
     down=facts.PAIR,
-    exact="no: never above `fedit` in the fit, never below `best-rank`",
+    exact="inexact: never above `fedit` in the fit, never below `best-rank`",
     mixed_ranks="with `combine = factors`: zero-padded, the first r_u columns of B and rows of A",
     differs="weights are the federation's (published: 1 / U); the default solver is alternating least squares; "
     "`scope = component` is not in the paper (its step solves dense systems of U r unknowns, of at most 4096)",

@@ -22,7 +22,7 @@ FACTS = facts.Facts(
     trains="A, B",
     up=facts.PAIR,
     down=facts.PAIR,
-    exact="no: between `best-rank` and `fedit`",
+    exact="inexact: between `best-rank` and `fedit`",
     optimizer=("factors", "products"),
     differs="the ridge form with its closed solution; published: a similarity and the penalty, by gradient descent",
 )
