@@ -1,4 +1,4 @@
-"""How unlike honest clients' changes are: the largest, as a multiple of the round's median, kind by kind.
+"""How different honest clients' changes are: the largest, as a multiple of the round's median, kind by kind.
 
     python benchmarks/changes.py [--rounds 10] [--seeds 2] [--out changes.json]
 

@@ -3,7 +3,8 @@
     python benchmarks/findings.py STUDY [--rows ROWS.json ...]
 
 STUDY is a folder of `florana compare`; ROWS are what `benchmarks/distance.py --score --out` kept. Printed as Markdown:
-rank correlation of error and score (swap test and full runs), local against global, score per byte, server time.
+rank correlation of error and score (fixed-updates ablation and full runs), local against global, score per byte, server
+time.
 
     rho = Spearman's over rules, of one seed and round; +1 means: the lower the error, the better the score
 
@@ -195,7 +196,7 @@ def main() -> None:
     for setting in settings:
         for one in (metric, "loss"):
             print(full_runs(runs, setting, one))
-    print("\nThe swap test: one rule for another on the same updates")
+    print("\nThe fixed-updates ablation: one rule for another on the same updates")
     for name, rows, metrics in tests:
         for one in metrics:
             print(f"\n{name}, {one}\n\n{exchanged(rows, one, 4)}")

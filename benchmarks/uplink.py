@@ -1,9 +1,9 @@
-"""What narrow uplinks cost on real training: float32, bfloat16, int8, with error feedback and without.
+"""What quantized uplinks cost on real training: float32, bfloat16, int8, with error feedback and without.
 
     python benchmarks/uplink.py [--seeds 3] [--recipe recipes/study-small.toml]
 
 For `fedit`, whose factors continue from round to round, feedback is the rule, and the control leaves it out. For
-`best-rank`, which chooses the pair anew, no feedback is the rule, and the control carries the remainders over all the
+`best-rank`, which choose the factors anew, no feedback is the rule, and the control carries the remainders over all the
 same. Both controls exist here only. One line per run: method, format, feedback, seed, the global model's figures, the
 mean error of the uplink and of the aggregation over the rounds, bytes up of the whole run.
 """
@@ -22,7 +22,7 @@ import torch
 from florana.federation.quantize import Format
 from florana.recipe.load import read_recipe
 from florana.recipe.schema import Recipe
-from florana.runs.rounds import Result, conduct
+from florana.runs.rounds import Result, execute_rounds
 from florana.runs.setup import Setup, begin, engine_of, federation_of, prepare, strategy_of
 
 RUNS: list[tuple[str, Format, Literal["stay", "move"]]] = [
@@ -42,7 +42,7 @@ def run(recipe: Recipe, setup: Setup, coordinates: Literal["stay", "move"], fold
     plain = strategy_of(recipe, sorted(setup.clients))
     strategy = replace(plain, facts=replace(plain.facts, coordinates=coordinates))
     begun = strategy.init(begin(recipe, setup, strategy))
-    return conduct(
+    return execute_rounds(
         recipe,
         folder,
         strategy,

@@ -20,7 +20,8 @@ BEGIN, END = "<!-- methods: written by scripts/method_table.py -->", "<!-- end o
 def short_table(built: dict[str, Strategy]) -> str:
     """One row per method: what a reader compares first."""
     lines = [
-        "| method | the server | trains | up | down | step | base | mixed ranks | needs sums only |",
+        "| method | the server | trains | up | down | server step | base | heterogeneous ranks "
+        "| compatible with secure aggregation |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, strategy in built.items():
@@ -46,7 +47,7 @@ def page(built: dict[str, Strategy]) -> str:
         "# Methods",
         "",
         "Written by `scripts/method_table.py` from what each strategy declares; `tests/test_methods.py` holds the",
-        "counts against the messages really sent. Counts are numbers per adapted module, client and round: r is the",
+        "counts against the messages really sent. Counts are parameters per adapted module, client and round: r is the",
         "rank a client trains, k the rank of the frozen part sent along (complete in every broadcast), h the blocks",
         "of a core. Heads that are trained whole come on top, by the recipe's `model.head`.",
         "",
@@ -59,20 +60,20 @@ def page(built: dict[str, Strategy]) -> str:
             "clients train": facts.trains,
             "up": facts.up.text,
             "down": facts.down.text,
-            "step": facts.exact,
+            "server step": facts.exact,
             "differs from the paper": facts.differs,
             "base": facts.base,
             "after absence": facts.absent,
-            "client keeps": facts.client_state,
-            "mixed ranks": facts.mixed_ranks,
+            "client state": facts.client_state,
+            "heterogeneous ranks": facts.mixed_ranks,
             "secure aggregation": facts.secure_aggregation,
             "robust rules": facts.robust,
             "added noise": facts.noise,
-            "narrow uplink": {
+            "quantized uplink": {
                 "stay": "with error feedback",
-                "move": "without error feedback for the factors: the pair that goes back is chosen anew",
+                "move": "without error feedback for the factors: those that go back are chosen anew",
             }[facts.coordinates],
-            "begins at": {
+            "LoRA initialisation": {
                 "lora": "A random, B zero",
                 "principal": "the singular vectors of the base weights",
                 "gradient": "the first gradient",

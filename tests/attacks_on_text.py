@@ -16,7 +16,7 @@ from florana.federation.local_engine import LocalEngine
 from florana.federation.messages import Brief, Reply, pack, unpack
 from florana.lora.factors import adapter_from_tensors
 from florana.recipe.load import check, read_recipe
-from florana.runs.rounds import conduct
+from florana.runs.rounds import execute_rounds
 from florana.runs.setup import begin, clients_of, federation_of, prepare, strategy_of
 from tests.attacks import rule_of
 from tests.conftest import ROOT
@@ -70,7 +70,7 @@ def accuracy(rule: str, hostile: int, factor: float, out: Path, strategy: str = 
         payload = pack(adapter_from_tensors(far, brief.scalings), brief.returns)
         return replace(reply, payload=payload), kept
 
-    result = conduct(
+    result = execute_rounds(
         recipe,
         out,
         method,

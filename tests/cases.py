@@ -70,7 +70,7 @@ def make_case(
 
 
 def cases(**fixed: object) -> st.SearchStrategy[Case]:
-    """Cases of 1 to 6 clients, rank 1 to 4, one to three modules of unlike shapes."""
+    """Cases of 1 to 6 clients, rank 1 to 4, one to three modules of different shapes."""
     return st.builds(
         lambda seed, clients, rank, shapes, drift: make_case(seed, clients, rank, shapes, drift=drift, **fixed),  # type: ignore[arg-type]
         seed=st.integers(0, 2**31),

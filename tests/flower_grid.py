@@ -1,6 +1,6 @@
 """A Grid without a network: messages go straight to sites of this process, or to resident trainers by their sockets.
 
-Everything else is the real thing: records, roll call, engine, gate, journal, trainer.
+Everything else is the real thing: records, registration, engine, gate, journal, trainer.
 """
 
 from __future__ import annotations

@@ -199,7 +199,7 @@ def test_florist_with_fewer_terms_than_a_clients_rank() -> None:
 
 
 def test_a_florist_run_begun_before_goes_on() -> None:
-    """Its state has r terms in every pair, and no ranks in its memory."""
+    """Its state has r components in every adapter, and no ranks in its memory."""
     strategy = STRATEGIES["florist"](energy=0.5)
     old = replace(strategy.init(start_of(rank=4)), round=3, memory={})
     after = strategy.step(old, near_rank_one(old, 0, 3, 0.01)).state

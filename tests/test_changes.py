@@ -1,4 +1,5 @@
-"""Changes of clients as products: against dense matrices, at unlike ranks, cores, heads; drawn back along a line."""
+"""Changes of clients as products: against dense matrices, at heterogeneous ranks, cores, heads; drawn back along a
+line."""
 
 from __future__ import annotations
 

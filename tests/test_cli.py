@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from florana import Adapter, AdapterCard, LoraFactors, read_adapter, write_adapter
+from florana.cli.main import app
 from florana.recipe.load import check
 from tests.program import florana, started
 
@@ -192,6 +195,27 @@ def test_help_shows_an_example_and_loads_nothing_heavy(verb: list[str]) -> None:
     done = florana(*verb, "--help")
     assert done.returncode == 0
     assert "Example" in done.stdout or verb == []
+
+
+def verbs(command: Any, name: str = "") -> dict[str, Any]:
+    """The commands that can be called, by what is typed for them."""
+    found = {} if hasattr(command, "commands") else {name: command}
+    for word, inner in getattr(command, "commands", {}).items():
+        found |= verbs(inner, f"{name} {word}".strip())
+    return found
+
+
+VERBS = verbs(typer.main.get_command(app))
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_help_shows_the_text_of_every_argument_and_option(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 300)
+    shown = CliRunner().invoke(app, [*name.split(), "--help"]).stdout
+    words = "".join(shown.replace("│", "").split())
+    told = {param.name: getattr(param, "help", None) for param in VERBS[name].params}
+    assert [parameter for parameter, text in told.items() if not text] == []
+    assert [text for text in told.values() if "".join(text.replace("\\[", "[").split()) not in words] == []
 
 
 def test_the_version() -> None:

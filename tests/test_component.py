@@ -159,7 +159,7 @@ def test_modules_can_share_coefficients_where_their_ranks_are_equal() -> None:
     assert sum(ours.values()) <= sum(fedit.values()) * (1 + 1e-9)
     two, three = (make_case(0, 3, rank, [(7, 12)]).parts[0].adapter.modules["layer.0.q"] for rank in (2, 3))
     parts = [Contribution(f"c{u}", Adapter({"a": two, "b": three}), 1.0) for u in range(2)]
-    with pytest.raises(InputError, match="unlike ranks"):
+    with pytest.raises(InputError, match="heterogeneous ranks"):
         mix(parts, solver=component.solve, fit=per_model)
 
 

@@ -54,7 +54,7 @@ class Place:
             with (self.folder / f"{who}.log").open("ab") as log:
                 self.left.append((who, subprocess.Popen([*PROGRAM, *words[1:]], stdout=log, stderr=log, **arguments)))
             if words[1] == "serve":
-                assert wait_for(lambda: "the door is open" in self.said(who)), self.said(who)
+                assert wait_for(lambda: "listening on port" in self.said(who)), self.said(who)
             return
         done = subprocess.run(
             [*PROGRAM, *words[1:]], capture_output=True, text=True, timeout=HANGS, check=False, **arguments

@@ -1,4 +1,4 @@
-"""The roll call: who takes part, who is refused and why, and that one who differs ends nothing for the others."""
+"""Registration: who takes part, who is refused and why, and that one who differs ends nothing for the others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 
 
 def saying(who: int, change: Callable[[dict[str, Any]], object]) -> Callable[..., RecordDict]:
-    """A node that says something else at the roll call than it should."""
+    """A node that says something else at registration than it should."""
 
     def tamper(node: int, asked: Frame, content: RecordDict) -> RecordDict:
         if node != who or asked.kind != "hello" or asked.fields:
@@ -182,7 +182,7 @@ def test_a_site_that_was_started_anew_with_other_rows_is_asked_anew(pooled: Reci
     led(recipe, grid, roster_of(members, tmp_path), tmp_path / "run")
     refused = [record.refused.get("client-2", "") for record in read_records(tmp_path / "run" / "rounds.jsonl")]
     # in round 1 it was started anew before it was asked
-    assert "is not as it was at the roll call" in refused[0]
+    assert "is not as it was at registration" in refused[0]
     assert "were approved or counted before" in refused[1], "it says one row more"
     hellos = [number for number, (node, frame) in enumerate(grid.sent) if node == 3 and frame.kind == "hello"]
     assert len(hellos) == 2, "once at the start, once in doubt"
@@ -196,7 +196,7 @@ def test_a_site_that_was_started_anew_with_another_model_is_refused(pooled: Reci
     grid.tamper = in_round(1, grid, lambda: grid.nodes.update({3: (b"client-2", other)}))
     led(pooled, grid, roster_of(members, tmp_path), tmp_path / "run")
     first, second = (record.refused["client-2"] for record in read_records(tmp_path / "run" / "rounds.jsonl"))
-    assert "is not as it was at the roll call" in first
+    assert "is not as it was at registration" in first
     assert second.startswith("differs from 'client-0' in its base model")
 
 

@@ -106,7 +106,7 @@ def test_a_second_join_of_a_sites_folder_is_refused(recipe: Recipe, fed: Certifi
 
 def test_a_resumed_run_that_is_not_there_begins_and_says_so(recipe: Recipe, fed: Certificates, tmp_path: Path) -> None:
     events = begin(recipe, fed, tmp_path / "deep" / "run", resume=True)
-    assert events[0].kind == "mended"
+    assert events[0].kind == "repaired"
     assert "holds no committed round: the run begins with the first" in events[0].detail
     assert "0 clients were there after 0.1 seconds" in events[-1].detail
 

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from florana.aggregate.cores import mean_cores
 from florana.aggregate.error import measure
 from florana.errors import InputError
-from florana.federation.gate import Expected, Refused, admit
+from florana.federation.gate import Expected, RejectedUpdate, validate
 from florana.federation.journal import read_records
 from florana.federation.messages import Reply, completed, travelling
 from florana.lora.factors import Adapter, Contribution, LoraFactors
@@ -150,14 +150,14 @@ def test_only_the_chosen_heads_travel_up_and_the_gate_holds_the_reply_to_them(tm
     full = {n: torch.full_like(t, 3.0) for n, t in travelling(payload.adapter, payload.work.up).items()}
     one = {n: t[[k]] if n.startswith("core/") else t for n, t in full.items()}
     expected = Expected(1, {"c": payload})
-    update = admit(Reply("c", 1, 5, {}, save(one), 0.0), expected, set())
+    update = validate(Reply("c", 1, 5, {}, save(one), 0.0), expected, set())
     for name, core in update.adapter.cores.items():
         assert bool((core[k] == 3).all())
         assert torch.equal(core[1 - k], state.adapter.cores[name][1 - k])
         assert not payload.adapter.cores[name].any(), "the server's own copy was changed"
     for wrong in (full, {n: t[[]] if n.startswith("core/") else t for n, t in full.items()}):
-        with pytest.raises(Refused, match="has shape"):
-            admit(Reply("c", 1, 5, {}, save(wrong), 0.0), expected, set())
+        with pytest.raises(RejectedUpdate, match="has shape"):
+            validate(Reply("c", 1, 5, {}, save(wrong), 0.0), expected, set())
     run(tmp_path / "one", "ravan one head", 1)
     run(tmp_path / "all", "ravan", 1)
     (one_record,), (all_record,) = (read_records(tmp_path / name / "rounds.jsonl") for name in ("one", "all"))

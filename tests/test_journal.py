@@ -33,9 +33,9 @@ def test_a_run_in_two_sittings_is_the_run_in_one(strategy: str, tmp_path: Path) 
 
 def test_memories_of_clients_are_committed_with_the_round(tmp_path: Path) -> None:
     run(tmp_path, "fedit", 4)
-    last, mended = Journal(tmp_path, CARD).recover()
+    last, repaired = Journal(tmp_path, CARD).recover()
     assert last is not None
-    assert mended == []
+    assert repaired == []
     asked = [record.clients for record in read_records(tmp_path / "rounds.jsonl")]
     for client, memory in last.memories.items():
         assert float(memory["rounds"]) == sum(client in clients for clients in asked)
@@ -46,10 +46,10 @@ def test_a_torn_last_line_is_mended_from_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "rounds.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole[:-40])
-    last, mended = Journal(tmp_path, CARD).recover()
+    last, repaired = Journal(tmp_path, CARD).recover()
     assert last is not None
     assert last.state.round == 3
-    assert len(mended) == 1
+    assert len(repaired) == 1
     assert path.read_bytes() == whole
 
 
@@ -60,10 +60,10 @@ def test_a_damaged_checkpoint_is_set_aside_and_its_round_done_again(tmp_path: Pa
     content = bytearray(target.read_bytes())
     content[-3] ^= 1
     target.write_bytes(bytes(content))
-    last, mended = Journal(tmp_path / "hurt", CARD).recover()
+    last, repaired = Journal(tmp_path / "hurt", CARD).recover()
     assert last is not None
     assert last.state.round == 2
-    assert "round 3 is damaged" in mended[0]
+    assert "round 3 is damaged" in repaired[0]
     run(tmp_path / "hurt", "best-rank", 4)
     assert digest(tmp_path / "hurt") == digest(tmp_path / "clean")
 
@@ -77,10 +77,10 @@ def test_every_flipped_byte_of_a_checkpoint_is_noticed(victim: str, tmp_path: Pa
         changed = bytearray(whole)
         changed[place] ^= 0x20
         path.write_bytes(bytes(changed))
-        last, mended = Journal(tmp_path, CARD).recover()
+        last, repaired = Journal(tmp_path, CARD).recover()
         assert last is not None
         assert last.state.round == 1, place
-        assert mended
+        assert repaired
         damaged = path.parent.with_name(path.parent.name + ".damaged")
         damaged.rename(path.parent)
         (tmp_path / "rounds.jsonl").unlink()

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 
 from florana.adapters.adapter_folder import read_adapter
 from florana.errors import FederationError
-from florana.federation.gate import Expected, Refused, admit
+from florana.federation.gate import Expected, RejectedUpdate, validate
 from florana.federation.journal import read_records
 from florana.federation.messages import Brief, Failure, Reply, pack
 from florana.federation.sampling import sample
@@ -223,16 +223,16 @@ def test_factors_whose_product_alone_overflows_are_refused() -> None:
     payload = Payload(first_adapter())
     huge = {n: torch.full_like(t, 1e25) for n, t in payload.adapter.tensors().items() if not n.startswith("extra")}
     reply = Reply("c", 1, 5, {}, save(huge | {"extra/head.weight": torch.zeros(3, 4)}), 0.0)
-    with pytest.raises(Refused, match=r"the product of module 'layer\.0\.q' overflows"):
-        admit(reply, Expected(1, {"c": payload}), set())
+    with pytest.raises(RejectedUpdate, match=r"the product of module 'layer\.0\.q' overflows"):
+        validate(reply, Expected(1, {"c": payload}), set())
 
 
 def test_the_gate_knows_the_number_of_examples_where_the_server_does() -> None:
     brief = Brief(1, "client-1", 0, b"", False, ["A", "B"], ["A", "B"], first_adapter().scalings)
     reply = dataclasses.replace(_answer(brief), examples=11)
     expected = Expected(1, {"client-1": Payload(first_adapter())}, {"client-1": 20})
-    with pytest.raises(Refused, match="reports 11 training examples, but has 20"):
-        admit(reply, expected, set())
+    with pytest.raises(RejectedUpdate, match="reports 11 training examples, but has 20"):
+        validate(reply, expected, set())
 
 
 def _answer(brief: Brief) -> Reply:

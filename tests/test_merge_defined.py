@@ -59,7 +59,7 @@ def assert_close(kind: str, folder: Path, wanted: Tensor) -> None:
 OTHER_MODULES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "fewer": ("llama", [PLAIN, {**PLAIN, "targets": [0]}]),
     "none in common": ("llama", [{**PLAIN, "targets": [1]}, {**PLAIN, "targets": [0]}]),
-    "unlike ranks": ("gpt2", [{"r": 2, "lora_alpha": 5}, {"r": 4, "lora_alpha": 3, "targets": [1]}]),
+    "heterogeneous ranks": ("gpt2", [{"r": 2, "lora_alpha": 5}, {"r": 4, "lora_alpha": 3, "targets": [1]}]),
     "embedding in one": ("llama", [{**PLAIN, "targets": [0, 2]}, PLAIN]),
     "embedding in the second": ("gpt2", [PLAIN, {**PLAIN, "targets": [0, 2]}]),
     "bias in one, of fewer": ("bert", [{**PLAIN, "lora_bias": True, "targets": [0]}, PLAIN]),
@@ -77,7 +77,7 @@ def test_a_module_that_an_adapter_lacks_is_a_zero_update(name: str, method: str,
     folders, models = saved(kind, configs, tmp_path)
     weights = [0.3, 0.7] if len(configs) == 2 else [0.2, 0.5, 0.3]
     rank = sum(config["r"] for config in configs) if method == "best-rank" else None
-    if name == "unlike ranks" and method in ("fedit", "flora-na"):
+    if name == "heterogeneous ranks" and method in ("fedit", "flora-na"):
         with pytest.raises(InputError, match="needs one rank"):
             merge(folders, tmp_path / "out", method=method)
         return

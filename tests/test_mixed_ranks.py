@@ -1,4 +1,4 @@
-"""Every method over rounds and with unlike ranks: what is exact stays exact, and no rank is lost for good."""
+"""Every method over rounds and with heterogeneous ranks: what is exact stays exact, and no rank is lost for good."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from florana.aggregate.factorization import alive
+from florana.aggregate.factorization import revive
 from florana.errors import RecipeError
 from florana.lora.factors import Adapter, LoraFactors
 from florana.strategy import STRATEGIES
@@ -122,7 +122,7 @@ def test_dead_terms_come_alive_and_no_product_changes(seed: int, rank: int, nois
             n: LoraFactors(p.B * keep_b * (half if halved else 1), p.A * keep_a[:, None], p.scaling)
             for n, p in case.modules.items()
         }
-        again = alive(Adapter(modules, case.extra), last)
+        again = revive(Adapter(modules, case.extra), last)
         for name, pair in again.modules.items():
             size = max(np.linalg.norm(dense(Adapter(modules), name)), 1e-9)
             assert np.linalg.norm(dense(again, name) - dense(Adapter(modules), name)) <= 1e-11 * size

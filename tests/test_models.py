@@ -43,7 +43,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_texts(folder: Path) -> Path:
-    """Twelve rows to train on and ten to measure on, of unlike lengths, in two classes."""
+    """Twelve rows to train on and ten to measure on, of different lengths, in two classes."""
     draw = random.Random(0)
     for name, count in (("train", 12), ("test", 10)):
         words = [[draw.choice(WORDS) for _ in range(draw.randint(3, 9))] for _ in range(count)]

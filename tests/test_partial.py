@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from florana.federation.gate import Expected, admit
+from florana.federation.gate import Expected, validate
 from florana.federation.messages import Brief, pack, unpack
 from florana.lora.factors import Adapter, LoraFactors
 from florana.recipe.load import check
@@ -101,7 +101,7 @@ def test_a_client_prunes_where_its_tail_became_smaller_and_is_measured_as_it_sen
     setup.bench.load(answer)
     scores = evaluate(setup.bench, setup.common, 64)
     assert reply.metrics["clients_on_common/loss"] == pytest.approx(scores["loss"], rel=1e-6)
-    assert admit(reply, Expected(2, {"client-0": Payload(start, pruning=brief.pruning)}), set())
+    assert validate(reply, Expected(2, {"client-0": Payload(start, pruning=brief.pruning)}), set())
     first = dataclasses.replace(brief, payload=pack(Adapter(setup.start.modules, setup.head)))  # B = 0: no tail yet
     for asked in (first, dataclasses.replace(brief, pruning=None)):
         whole, _ = unpack(clients.fit(asked, {})[0].payload, start, {}, start.scalings)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from florana.aggregate.heterogeneous import leading, tail
-from florana.federation.gate import Expected, Refused, admit
+from florana.federation.gate import Expected, RejectedUpdate, validate
 from florana.federation.journal import read_records
 from florana.federation.messages import Brief, Failure, Reply, pack, unpack
 from florana.lora.factors import Adapter, LoraFactors
@@ -123,7 +123,7 @@ def answer_of(adapter: Adapter) -> Reply:
 
 def test_the_gate_lets_the_allowed_rank_through_and_the_full_one() -> None:
     for rank in (1, 2):
-        update = admit(answer_of(leading(first_adapter(), rank)), Expected(1, {"c": SENT}), set())
+        update = validate(answer_of(leading(first_adapter(), rank)), Expected(1, {"c": SENT}), set())
         assert {pair.rank for pair in update.adapter.modules.values()} == {rank}
 
 
@@ -144,8 +144,8 @@ def test_the_gate_refuses_every_other_rank(case: str) -> None:
     }[case]
     sent = dataclasses.replace(sent, pruning=None) if case == "not allowed" else sent
     reply = dataclasses.replace(answer_of(wide), payload=save({n: t.contiguous() for n, t in tensors.items()}))
-    with pytest.raises(Refused, match="has shape"):
-        admit(reply, Expected(1, {"c": sent}), set())
+    with pytest.raises(RejectedUpdate, match="has shape"):
+        validate(reply, Expected(1, {"c": sent}), set())
 
 
 def pruning(brief: Brief) -> list[Reply | Failure]:

@@ -115,8 +115,8 @@ def test_the_papers_generation_recipes_are_whole_but_for_the_weights(
         assert [row["task_id"] for row in rows[600:974]] == list(range(601, 975))
         assert [row["task_id"] for row in rows[510:600]] == list(range(511, 601))
     if name != "humaneval":
-        assert setup.exam is not None
-        assert setup.exam.prompts
+        assert setup.benchmark is not None
+        assert setup.benchmark.prompts
 
 
 @pytest.mark.shared

@@ -1,4 +1,5 @@
-"""Studies: the grid, cells that share what they must, resume, gaps, figures against hand arithmetic, the swap test."""
+"""Studies: the grid, cells that share what they must, resume, gaps, figures against hand arithmetic, the fixed-updates
+ablation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The swap test: the same updates for every rule, asked anew when the question changes, its correlation by hand."""
+"""The fixed-updates ablation: the same updates for every rule, asked anew when the question changes, its correlation by
+hand."""
 
 from __future__ import annotations
 

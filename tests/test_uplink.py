@@ -1,4 +1,4 @@
-"""Whole runs with a narrow uplink: every strategy, the same bytes after a kill, the plan, the report."""
+"""Whole runs with a quantized uplink: every strategy, the same bytes after a kill, the plan, the report."""
 
 from __future__ import annotations
 

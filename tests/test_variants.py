@@ -49,7 +49,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 
 SHORT: dict[str, Any] = {"federation": {"rounds": 2, "clients_per_round": 2}, "evaluate": {"personal_limit": 8}}
 MOVES = {"flora", "fedex-lora", "frlora", "florist", "oracle"}
-"""Methods that add a frozen part beside the pair: none goes with DoRA."""
+"""Methods that add a frozen part beside the LoRA factors: none goes with DoRA."""
 
 
 def made(table: dict[str, Any], **sections: Any) -> Recipe:

@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from florana.errors import RecipeError
-from florana.federation.gate import Expected, Refused, admit
+from florana.federation.gate import Expected, RejectedUpdate, validate
 from florana.federation.journal import read_records
 from florana.federation.messages import Brief, Failure, Reply, pack
 from florana.federation.step_bounds import reach_of
@@ -78,9 +78,9 @@ def reply_with(change: float, kind: str = "A") -> tuple[Reply, Expected]:
 def test_a_number_beyond_the_reach_of_the_recipe_is_refused_whoever_else_is_there(kind: str) -> None:
     reach = reach_of(0.01, 0.0, 8).moves
     assert 0.08 < reach < 0.083
-    assert admit(*reply_with(reach, kind), ()).client == "a"
-    with pytest.raises(Refused, match=rf"tensor '{kind}/.*' was changed 1\.9 times as much as any training"):
-        admit(*reply_with(2 * reach, kind), ())
+    assert validate(*reply_with(reach, kind), ()).client == "a"
+    with pytest.raises(RejectedUpdate, match=rf"tensor '{kind}/.*' was changed 1\.9 times as much as any training"):
+        validate(*reply_with(2 * reach, kind), ())
 
 
 def test_a_core_with_its_scale_multiplied_in_reaches_further() -> None:

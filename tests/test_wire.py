@@ -16,7 +16,7 @@ from florana.aggregate.heterogeneous import leading
 from florana.errors import InputError
 from florana.federation import quantize
 from florana.federation.error_feedback import FEEDBACK, outgoing, packed_size, uplink_error
-from florana.federation.gate import Expected, Refused, admit
+from florana.federation.gate import Expected, RejectedUpdate, validate
 from florana.federation.messages import Brief, Reply, pack, travelling
 from florana.lora.factors import Adapter, LoraFactors, adapter_from_tensors
 from florana.strategy.base import Payload, Pruning, work
@@ -210,7 +210,9 @@ def test_what_is_left_over_is_float32_and_what_the_server_lacks() -> None:
     for seed in (1, 2):
         after = moved(start, seed)
         out = outgoing(after, start, brief_of(start, "int8"), memory)
-        update = admit(Reply("c", 1, 5, {}, out.content, 0.0), Expected(1, {"c": Payload(start)}, uplink="int8"), set())
+        update = validate(
+            Reply("c", 1, 5, {}, out.content, 0.0), Expected(1, {"c": Payload(start)}, uplink="int8"), set()
+        )
         for name, tensor in update.adapter.tensors().items():
             assert tensor.equal(out.arrives.tensors()[name]), "client and server do not agree"
             before = memory.get(FEEDBACK + name, torch.zeros_like(tensor))
@@ -239,7 +241,7 @@ def test_blocks_of_a_core_keep_their_own_remainders() -> None:
     assert second.feedback[f"{FEEDBACK}core/q"][2].equal(kept[2])
     assert second.feedback[f"{FEEDBACK}core/q"][1].any()
     sent = Payload(start, work=work(["core"], up=["core"], down=["core"]), blocks=(2, 0))
-    update = admit(Reply("c", 1, 5, {}, first.content, 0.0), Expected(1, {"c": sent}, uplink="int8"), set())
+    update = validate(Reply("c", 1, 5, {}, first.content, 0.0), Expected(1, {"c": sent}, uplink="int8"), set())
     assert update.adapter.cores["q"][[0, 2]].equal(first.arrives.cores["q"][[0, 2]])
     assert update.adapter.cores["q"][1].equal(start.cores["q"][1])
 
@@ -252,7 +254,7 @@ def test_a_pruned_client_drops_what_lies_beyond_its_rank() -> None:
     out = outgoing(pruned, start, brief, whole.feedback)
     assert out.feedback[f"{FEEDBACK}A/layer.0.q"].shape == (1, 9)
     payload = Payload(start, pruning=brief.pruning)
-    update = admit(Reply("c", 1, 5, {}, out.content, 0.0), Expected(1, {"c": payload}, uplink="int8"), set())
+    update = validate(Reply("c", 1, 5, {}, out.content, 0.0), Expected(1, {"c": payload}, uplink="int8"), set())
     assert update.adapter.modules["layer.0.q"].B.equal(out.arrives.modules["layer.0.q"].B)
     # refused after all: the server sends rank 2 again, and what is left fits
     back = outgoing(moved(start, 8), start, brief_of(start, "int8"), out.feedback)
@@ -265,11 +267,13 @@ def test_a_value_that_cannot_be_sent_does_not_spoil_later_rounds() -> None:
     broken.modules["layer.0.q"].B[0, 0] = float("nan")
     for form in NARROW:
         out = outgoing(broken, start, brief_of(start, form), {})
-        with pytest.raises(Refused, match="not finite"):
-            admit(Reply("c", 1, 5, {}, out.content, 0.0), Expected(1, {"c": Payload(start)}, uplink=form), set())  # type: ignore[arg-type]
+        with pytest.raises(RejectedUpdate, match="not finite"):
+            validate(Reply("c", 1, 5, {}, out.content, 0.0), Expected(1, {"c": Payload(start)}, uplink=form), set())  # type: ignore[arg-type]
         assert all(bool(torch.isfinite(t).all()) for t in out.feedback.values())
         later = outgoing(moved(start, 2), start, brief_of(start, form), out.feedback)
-        assert admit(Reply("c", 1, 5, {}, later.content, 0.0), Expected(1, {"c": Payload(start)}, uplink=form), set())  # type: ignore[arg-type]
+        assert validate(
+            Reply("c", 1, 5, {}, later.content, 0.0), Expected(1, {"c": Payload(start)}, uplink=form), set()
+        )  # type: ignore[arg-type]
 
 
 # the error that is reported
@@ -314,7 +318,7 @@ def tensors_of(form: str) -> dict[str, torch.Tensor]:
 
 def answered(form: str, tensors: dict[str, torch.Tensor]) -> Any:
     reply = Reply("c", 1, 5, {}, save(tensors), 0.0)
-    return admit(reply, Expected(1, {"c": Payload(first_adapter())}, uplink=form), set())  # type: ignore[arg-type]
+    return validate(reply, Expected(1, {"c": Payload(first_adapter())}, uplink=form), set())  # type: ignore[arg-type]
 
 
 A, SCALE = "A/layer.0.q", "scale/A/layer.0.q"
@@ -348,13 +352,13 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 def test_a_badly_encoded_reply_is_refused(form: str, change: dict[str, Any], says: str) -> None:
     good = tensors_of(form)
     assert answered(form, good)
-    with pytest.raises(Refused, match=says):
+    with pytest.raises(RejectedUpdate, match=says):
         answered(form, {name: t for name, t in (good | change).items() if t is not None})
 
 
 @pytest.mark.parametrize(("asked", "sent"), [("float32", "int8"), ("int8", "float32"), ("bfloat16", "int8")])
 def test_a_reply_in_another_format_than_the_one_asked_for_is_refused(asked: str, sent: str) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(RejectedUpdate):
         answered(asked, tensors_of(sent))
 
 
@@ -363,8 +367,8 @@ def test_the_limit_of_a_message_follows_its_format() -> None:
     payload, ballast = Payload(Adapter({"q": big})), {"A/x": torch.zeros(60_000)}
     for form, refused in (("float32", "foreign"), ("int8", "bytes, the limit is 133536")):  # 2 * 34000 + 65536
         reply = Reply("c", 1, 5, {}, save(ballast), 0.0)
-        with pytest.raises(Refused, match="lacks" if form == "float32" else refused):
-            admit(reply, Expected(1, {"c": payload}, uplink=form), set())  # type: ignore[arg-type]
+        with pytest.raises(RejectedUpdate, match="lacks" if form == "float32" else refused):
+            validate(reply, Expected(1, {"c": payload}, uplink=form), set())  # type: ignore[arg-type]
 
 
 def test_a_brief_keeps_its_format_over_flower() -> None:

@@ -49,6 +49,12 @@ def write_adapter(folder: Path, adapter: Adapter, card: AdapterCard, readme: str
     The bytes depend on the adapter and the card alone. Module ranks that differ go into `rank_pattern`, with an
     `alpha_pattern` that keeps each scaling.
 
+    Args:
+        folder: the adapter's folder; made where it is not there.
+        adapter: the adapter; the factors in the types they have.
+        card: what the configuration says.
+        readme: the text of README.md; none is written where it is empty.
+
     Raises:
         InputError: a tensor has nothing in it, or the card carries a setting that PEFT has not or that is not carried.
     """

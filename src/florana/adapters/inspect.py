@@ -25,7 +25,21 @@ from florana.lora.factors import LoraFactors
 
 @dataclass(frozen=True)
 class Sheet:
-    """One adapter: what it says of itself, its sizes, and the Frobenius norm of its whole update."""
+    """One adapter: what it says of itself, its sizes, and the Frobenius norm of its whole update.
+
+    Args:
+        name: a short name of the folder.
+        base_model: the base model as the adapter names it.
+        variant: `LoRA` or `rsLoRA`, and whether `with bias`.
+        ranks: the ranks that occur, over all modules.
+        scalings: the scalings that occur.
+        dtypes: the types that occur.
+        modules: how many modules it adapts.
+        extra: the names of tensors trained whole.
+        parameters: how many parameters its LoRA factors have.
+        bytes: the size of its files, in bytes.
+        norm: the Frobenius norm of its whole update.
+    """
 
     name: str
     base_model: str
@@ -42,7 +56,14 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Choice:
-    """A merge that could be made: its relative error over all modules, and the bytes of the result in float32."""
+    """A merge that could be made: its relative error over all modules, and the bytes of the result in float32.
+
+    Args:
+        method: a name in `RULES`.
+        rank: the rank of the result.
+        error: the relative error over all modules.
+        bytes: the size of the result in float32, in bytes.
+    """
 
     method: str
     rank: int
@@ -81,10 +102,12 @@ def inspect(
 
     Args:
         folders: PEFT LoRA folders; with more than one, on one base model.
-        weights, normalize: of the sum that `energy` and `choices` speak of, as in `merge`; equal where not given.
+        weights: one per adapter, of the sum that `energy` and `choices` speak of, as in `merge`; equal where not given.
+        normalize: as in `merge`.
 
     Raises:
-        RecipeError: as many weights as folders are needed. InputError: a folder cannot be read or does not fit.
+        RecipeError: as many weights as folders are needed.
+        InputError: a folder cannot be read or does not fit.
     """
     shares = coefficients(weights, len(folders), normalize)
     readers = open_together(folders)

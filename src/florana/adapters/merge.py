@@ -54,7 +54,8 @@ def merge(
     Args:
         folders: PEFT LoRA folders on one base model; ranks, alphas and rsLoRA may differ.
         out: a folder that does not exist yet, or is empty.
-        method: a name in `RULES`. rank: for `best-rank`; the largest of the inputs where it is not given.
+        method: a name in `RULES`.
+        rank: of the result, for `best-rank`; the largest of the inputs' where not given.
         weights: one per folder, finite; equal where not given. Tensors trained whole (heads) are averaged with them,
             which needs weights of sum 1.
         normalize: `on`, the weights are divided by their sum; `off`, they stand as they are. Where it is not given, on,
@@ -65,8 +66,9 @@ def merge(
         done: told of each finished module.
 
     Raises:
-        RecipeError: an argument makes no sense, or `out` is taken. InputError: an adapter cannot be read or does not
-            fit the others; the message names the folder, the module and both shapes.
+        RecipeError: an argument makes no sense, or `out` is taken.
+        InputError: an adapter cannot be read or does not fit the others; the message names the folder, the module and
+            both shapes.
     """
     _check(folders, out, method, rank, dtype)
     rule = rule_of(method, scope)
@@ -76,7 +78,7 @@ def merge(
     if card.carried.get("ensure_weight_tying") and card.embeddings and method in ("fedit", "flora-na"):
         raise RecipeError(
             f"--method {method} cannot merge adapters with ensure_weight_tying",
-            why=f"the factors of '{card.embeddings[0]}' are the output layer's too, and would be averaged unlike there",
+            why=f"the factors of '{card.embeddings[0]}' are the output layer's too, and would be averaged apart there",
             fix="use best-rank or stack",
         )
     wanted = rank if rank is not None else max(m.rank for reader in readers for m in reader.modules.values())

@@ -15,7 +15,15 @@ from florana.errors import RecipeError
 
 @dataclass(frozen=True)
 class Source:
-    """One merged adapter: its folder's name, its factor in the sum, its ranks, how many modules it adapts, digests."""
+    """One merged adapter.
+
+    Args:
+        name: the folder's short name.
+        weight: its factor in the sum.
+        ranks: the ranks of its modules.
+        modules: how many modules it adapts.
+        sha256: file -> digest.
+    """
 
     name: str
     weight: float
@@ -26,9 +34,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge did. `error` and `optimum` are relative, over all modules; `modules` holds each one's.
+    """What a merge did.
 
-    `notes` are sentences on inputs that are fine but may not be what was meant.
+    Args:
+        method: the name of the rule.
+        rank: the rank of the result.
+        error: relative, over all modules.
+        optimum: the least error that the rank allows, relative.
+        modules: module -> its errors.
+        sources: the merged adapters.
+        notes: sentences on inputs that are fine but may not be what was meant.
     """
 
     method: str
@@ -99,7 +114,8 @@ def coefficients(weights: Sequence[float] | None, adapters: int, normalize: str 
     """The factor of each adapter in the sum.
 
     Args:
-        weights: finite; 1 each where None. adapters: how many.
+        weights: finite; 1 each where None.
+        adapters: how many adapters there are.
         normalize: `on`: divided by their sum. `off`: as they are. None: `on`, where no weight is negative.
 
     Raises:

@@ -1,4 +1,5 @@
-"""The rules that `florana merge` knows, by the names of its option: one module of all adapters in, one pair out."""
+"""The rules that `florana merge` knows, by the names of its option: one module of all adapters in, its merged factors
+out."""
 
 from __future__ import annotations
 

@@ -42,8 +42,11 @@ def by_pattern(
     """Module name -> the value of the first key that, as a regular expression, ends its name at a dot; else `default`.
 
     Args:
-        patterns: key -> value, in PEFT's order. modules: names.
-        path, setting: where the patterns stand, for messages.
+        patterns: key -> value, in PEFT's order.
+        modules: module names.
+        default: the value of a module that no key matches.
+        path: the file that the patterns stand in, for messages.
+        setting: the key that they stand under, for messages.
 
     Raises:
         InputError: a key is no regular expression, one that cannot be matched in bounded time, or too long; a module

@@ -81,8 +81,10 @@ class AdapterReader:
     """An opened adapter folder: what it holds is known, no value has been read, no file is open.
 
     Args:
-        folder: where. card: what the configuration says.
-        modules: module name -> its entry, sorted. extra: name -> key of the tensors trained whole, sorted.
+        folder: the adapter's folder.
+        card: what the configuration says.
+        modules: module name -> its entry, sorted.
+        extra: name -> key of the tensors trained whole, sorted.
         places: key -> where its values lie.
     """
 

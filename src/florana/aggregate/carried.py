@@ -1,7 +1,8 @@
 """Sums of factored parts, recompressed: the frozen residual of the methods whose base moves.
 
-The dense matrix that these methods add to the base weights is kept as a product of two thin factors of as few terms as
-it takes, complete at all times, so that quantised bases keep working and a client that was absent needs nothing else.
+The dense matrix that these methods add to the base weights is kept as a product of two thin factors of as few
+components as it takes, complete at all times, so that quantised bases keep working and a client that was absent needs
+nothing else.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from florana.lora.factors import Adapter, LoraFactors
 
 
 def recompressed(sums: Mapping[str, linalg.Stack], rank: int | None, dtype: torch.dtype) -> Adapter | None:
-    """The sums in as few terms as float32 resolves, at most `rank`; None where all of them are zero. Scaling 1."""
+    """The sums in as few components as float32 resolves, at most `rank`; None where all of them are zero. Scaling 1."""
     modules: dict[str, LoraFactors] = {}
     for name, product in sums.items():
         whole = linalg.decompose(product)

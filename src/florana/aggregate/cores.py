@@ -22,7 +22,7 @@ from florana.lora.factors import Adapter, Contribution, LoraFactors
 
 
 def fold(pair: LoraFactors, core: Tensor) -> LoraFactors:
-    """The plain pair with the same update: B blockdiag(core) in the place of B.
+    """The plain LoRA factors with the same update: B blockdiag(core) in the place of B.
 
     >>> pair = LoraFactors(torch.ones(3, 2), torch.ones(2, 4), 0.5)
     >>> fold(pair, torch.tensor([[[2.0]], [[3.0]]])).B[0]
@@ -69,7 +69,7 @@ def mean_cores(parts: Sequence[Contribution]) -> Adapter:
             if not (torch.equal(own.A, pair.A) and torch.equal(own.B, pair.B) and own.scaling == pair.scaling):
                 raise InputError(
                     f"module '{name}': the fixed factors of client '{part.client}' are not those of '{first.client}'",
-                    why="cores only add up between the same factors",
+                    why="cores can only be summed between the same factors",
                 )
         if part.adapter.cores.keys() != first.adapter.cores.keys():
             raise InputError(f"client '{part.client}' has cores for other modules than client '{first.client}'")

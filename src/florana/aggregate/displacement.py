@@ -71,7 +71,7 @@ class Shortened:
 
 
 def shortened(stacks: Stacks, rank: Mapping[str, int] | None, dtype: torch.dtype) -> Shortened:
-    """The leading components of each product, as a balanced pair of scaling 1.
+    """The leading components of each product, as balanced factors of scaling 1.
 
     Args:
         stacks: module -> product.
@@ -98,7 +98,8 @@ def extrapolation(parts: Sequence[Contribution], adapter: Adapter, frozen: Adapt
 
     Args:
         parts: one contribution per client, weights on any scale.
-        adapter: what was broadcast. frozen: its frozen part.
+        adapter: what was broadcast.
+        frozen: the frozen part of the broadcast; None where there is none.
 
     >>> def client(name, value):
     ...     return Contribution(name, Adapter({"q": LoraFactors(torch.eye(4)[:, value:value + 1],

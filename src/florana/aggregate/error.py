@@ -21,7 +21,13 @@ from florana.lora.factors import Adapter, Contribution
 
 @dataclass(frozen=True)
 class ModuleError:
-    """Relative figures of one module; `weight` is its share of the squared norm of all targets."""
+    """Relative figures of one module.
+
+    Args:
+        error: || target - result ||_F / || target ||_F of the module.
+        optimum: the least error that the rank allows, on the same scale.
+        weight: the module's share of the squared norm of all targets.
+    """
 
     error: float
     optimum: float
@@ -30,9 +36,13 @@ class ModuleError:
 
 @dataclass(frozen=True)
 class AggregationError:
-    """`error` and `optimum` over all modules (roots of summed squares, divided), and each module's.
+    """How far a result is from the exact weighted sum, in all and module by module.
 
-    `norm` is the Frobenius norm of all targets together.
+    Args:
+        error: over all modules: the root of the summed squares, divided by that of the targets.
+        optimum: the least error that the rank allows, likewise.
+        norm: the Frobenius norm of all targets together.
+        modules: module -> its figures.
     """
 
     error: float

@@ -1,4 +1,4 @@
-"""Which of the equivalent pairs (B G, G^-1 A) goes back: the same product, another start for the next round.
+"""Which of the equivalent factors (B G, G^-1 A) goes back: the same product, another start for the next round.
 
     balanced      B = L sqrt(S / s),   A = sqrt(S / s) V^T        equal norms
     orthonormal   B = L S / s,         A = V^T                    rows of A orthonormal
@@ -19,7 +19,7 @@ from florana.aggregate.rotate import align
 from florana.lora import linalg
 from florana.lora.factors import Adapter, LoraFactors
 
-DEAD = 1e-6
+DEAD_BELOW = 1e-6
 """A column of B and a row of A both this small beside the largest are rounding: 1e-12 of the product."""
 
 Factorization = Callable[[Adapter, Adapter], Adapter]
@@ -45,7 +45,8 @@ def orthonormal(adapter: Adapter, last: Adapter) -> Adapter:
 
 
 def aligned(adapter: Adapter, last: Adapter) -> Adapter:
-    """Every pair turned as near as it gets to the last broadcast's, where the ranks are equal; else as it is."""
+    """Every pair of factors turned as near as it gets to the last broadcast's, where the ranks are equal; else as it
+    is."""
     modules = {}
     for name, pair in adapter.modules.items():
         reference = last.modules[name]
@@ -53,17 +54,17 @@ def aligned(adapter: Adapter, last: Adapter) -> Adapter:
     return Adapter(modules, adapter.extra)
 
 
-def alive(adapter: Adapter, last: Adapter) -> Adapter:
-    """The adapter with every term that is zero in both factors made trainable: the last row of A, beside B = 0.
+def revive(adapter: Adapter, last: Adapter) -> Adapter:
+    """The adapter with every component that is zero in both factors made trainable: the last row of A, beside B = 0.
 
-    Such terms come from a target of fewer terms than r (only clients of low ranks took part), in balanced factors; no
-    gradient reaches them, in this round or ever. The product stays as it is; a term counts as zero where its column and
-    its row are both below `DEAD` of the module's largest ones.
+    Such components come from a target of fewer components than r (only clients of low ranks took part), in balanced
+    factors; no gradient reaches them, in this round or ever. The product stays as it is; a component counts as zero
+    where its column and its row are both below `DEAD_BELOW` of the module's largest ones.
 
     >>> import torch
     >>> pair = LoraFactors(torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0], [0.0]]), 1.0)
     >>> last = LoraFactors(torch.tensor([[7.0, 8.0]]), torch.tensor([[5.0], [6.0]]), 1.0)
-    >>> again = alive(Adapter({"q": pair}), Adapter({"q": last})).modules["q"]
+    >>> again = revive(Adapter({"q": pair}), Adapter({"q": last})).modules["q"]
     >>> again.B, again.A
     (tensor([[2., 0.]]), tensor([[3.],
             [6.]]))
@@ -74,7 +75,7 @@ def alive(adapter: Adapter, last: Adapter) -> Adapter:
 
 def _alive_pair(pair: LoraFactors, rows: Tensor) -> LoraFactors:
     columns, own = pair.B.float().norm(dim=0), pair.A.float().norm(dim=1)  # (r,) each
-    dead = (columns <= DEAD * columns.max()) & (own <= DEAD * own.max())
+    dead = (columns <= DEAD_BELOW * columns.max()) & (own <= DEAD_BELOW * own.max())
     if len(rows) < pair.rank or not bool(dead.any()):
         return pair
     B = torch.where(dead[None, :], torch.zeros_like(pair.B), pair.B)
@@ -82,7 +83,7 @@ def _alive_pair(pair: LoraFactors, rows: Tensor) -> LoraFactors:
 
 
 def orthonormal_pair(pair: LoraFactors) -> LoraFactors:
-    """One pair with orthonormal rows of A (as many as its rank and `in` allow), same product."""
+    """Factors with orthonormal rows of A (as many as its rank and `in` allow), same product."""
     whole = linalg.kept(linalg.decompose(linalg.stack([pair], [1.0 / pair.scaling])), pair.rank)
     return LoraFactors(
         B=(whole.left * whole.values).to(pair.B.dtype), A=whole.right.to(pair.A.dtype), scaling=pair.scaling

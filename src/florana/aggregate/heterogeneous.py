@@ -55,7 +55,7 @@ def padded(adapter: Adapter, rank: validate.Rank) -> Adapter:
 def leading(adapter: Adapter, rank: int, scaling: float | None = None) -> Adapter:
     """The first `rank` columns of B and rows of A, as a client of that rank and scaling trains them.
 
-    B is rescaled so that the first terms of the product stay what they were: s_u B_u A_u = s B[:, :r_u] A[:r_u].
+    B is rescaled so that the first components of the product stay what they were: s_u B_u A_u = s B[:, :r_u] A[:r_u].
     Without a scaling, every module keeps its own.
     """
     modules = {}

@@ -49,6 +49,11 @@ def mean(parts: Sequence[Contribution]) -> Adapter:
 def mean_of_b(pairs: Sequence[LoraFactors], weights: Sequence[float], scaling: float) -> Tensor:
     """sum_u w_u (s_u / s) B_u in at least float32, each factor read once; lower ranks are padded with zeros.
 
+    Args:
+        pairs: LoRA factors, one per client: B (out, r_u), A (r_u, in).
+        weights: w_u, one per client.
+        scaling: s, that of the result.
+
     >>> low, high = (LoraFactors(torch.ones(1, r), torch.ones(r, 1), scaling=float(r)) for r in (1, 2))
     >>> mean_of_b([low, high], [0.5, 0.5], scaling=2.0)
     tensor([[0.7500, 0.5000]])

@@ -32,7 +32,8 @@ def mean_and_remainder(parts: Sequence[Contribution], rank: int | None = None) -
 
     Args:
         parts: one contribution per client; equal ranks; weights on any scale.
-        rank: keep only the leading terms of the remainder; None keeps it exact to the rounding of float32.
+        rank: keep only the leading singular components of the remainder; None keeps it exact to the rounding of
+            float32.
 
     Raises:
         InputError: the contributions do not fit together (client, module and shapes named).

@@ -27,7 +27,7 @@ from florana.aggregate.mean import mean
 from florana.lora.factors import Adapter, Contribution, LoraFactors
 
 Turn = Callable[[LoraFactors, LoraFactors], Tensor]
-"""(a client's pair, the reference) -> the orthogonal O (r, r), float64."""
+"""(a client's factors, the reference) -> the orthogonal O (r, r), float64."""
 
 
 def jointly(pair: LoraFactors, reference: LoraFactors) -> Tensor:
@@ -67,7 +67,12 @@ def softened(turn: Tensor, strength: float) -> Tensor:
 
 
 def align(pair: LoraFactors, reference: LoraFactors, turn: Turn = jointly) -> LoraFactors:
-    """The pair turned towards the reference; same product.
+    """The factors turned towards the reference; same product.
+
+    Args:
+        pair: the client's factors, B (out, r) and A (r, in).
+        reference: the factors of the last broadcast, of the same shapes.
+        turn: `jointly`, `by_A(strength)` or `by_B(strength)`.
 
     >>> quarter = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
     >>> here = LoraFactors(torch.eye(3)[:, :2], torch.eye(2), 1.0)
@@ -84,6 +89,8 @@ def rotated_mean(parts: Sequence[Contribution], reference: Adapter, turn: Turn =
     """The factor means after aligning every client to `reference` (the last broadcast).
 
     Args:
+        parts: one contribution per client.
+        reference: the last broadcast.
         turn: `jointly`, `by_A(strength)` or `by_B(strength)`.
 
     Raises:

@@ -17,7 +17,7 @@ from florana.lora.factors import Adapter, Contribution, LoraFactors
 
 
 def concatenate(pairs: Sequence[LoraFactors], coefficients: Sequence[float]) -> LoraFactors:
-    """sum_u coefficient_u s_u B_u A_u as one pair of rank sum r_u, scaled by the largest s_u."""
+    """sum_u coefficient_u s_u B_u A_u as LoRA factors of rank sum r_u, scaled by the largest s_u."""
     scaling = validate.output_scaling(pairs)
     Bs, As = validate.unscaled(pairs, scaling)
     B = torch.cat([c * B_u for c, B_u in zip(coefficients, Bs, strict=True)], dim=1)

@@ -47,8 +47,8 @@ def columns(parts: Sequence[Contribution]) -> dict[str, list[LoraFactors]]:
     """Module name -> the factors of every contribution, in their order.
 
     Raises:
-        InputError: a client lacks a module, brings a foreign one, has another (out, in) shape, another dtype, or
-            a value that is not finite; the message names the client, the module and both shapes.
+        InputError: a client lacks a module, brings a foreign one, has another (out, in) shape, another dtype, or a
+            value that is not finite; the message names the client, the module and both shapes.
     """
     result = matched(parts)
     for name, pairs in result.items():
@@ -109,7 +109,7 @@ def same_rank(parts: Sequence[Contribution], name: str, pairs: Sequence[LoraFact
                 f"module '{name}': B is {tuple(pair.B.shape)} in client '{part.client}' but "
                 f"{tuple(pairs[0].B.shape)} in client '{parts[0].client}'",
                 why=f"{rule} combines the factors entry by entry and needs one rank",
-                fix="use a rule that works on products (best-rank, oracle) for mixed ranks",
+                fix="use a rule that works on products (best-rank, oracle) for heterogeneous ranks",
             )
     return pairs[0].rank
 

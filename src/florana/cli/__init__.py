@@ -1,1 +1,1 @@
-"""The command line: verbs that parse and call one function each, and what a person sees."""
+"""The command line: verbs that parse and call one function each, progress and tables."""

@@ -12,7 +12,7 @@ from florana.errors import RecipeError
 
 
 def compare(
-    recipe: Annotated[Path, typer.Argument(help="A recipe; its [study] section may name methods, alphas and ranks.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe; its study section may name methods, alphas and ranks.")],
     methods: Annotated[
         str | None,
         typer.Option(help="Like fedit,flora-na,best-rank[carry_rank=8],my_file.py:my_rule. Default: the recipe's."),
@@ -25,7 +25,7 @@ def compare(
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value over the recipe's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
 ) -> None:
-    """Compare methods over seeds on the same partitions, with controls, intervals, and the swap test.
+    """Compare methods over seeds on the same partitions, with controls, intervals, and the fixed-updates ablation.
 
     Example: florana compare recipes/study-small.toml --seeds 3
     """

@@ -29,7 +29,7 @@ Assign = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 
 
-@flower.command()
+@flower.command(cls=Verb)
 def keys(
     name: Annotated[str, typer.Argument(help="The site's name, or with --server the host's name or address.")],
     out: Annotated[Path, typer.Option(help="The folder to write into.")],
@@ -52,7 +52,7 @@ def keys(
     say(f"private key: {private} (stays here)\npublic key:  {public} (send it to the operator)")
 
 
-@flower.command()
+@flower.command(cls=Verb)
 def approve(
     fed: Annotated[Path, typer.Argument(help="The operator's folder.")],
     public: Annotated[list[Path], typer.Argument(help="The sites' .pub files.")],
@@ -85,13 +85,13 @@ def _count(text: str) -> tuple[str, int]:
     return name, int(count)
 
 
-@flower.command()
+@flower.command(cls=Verb)
 def invite(
     recipe: Annotated[Path, typer.Argument(help="The recipe of the run.")],
     out: Annotated[Path, typer.Option(help="A new folder for the invitation.")],
     fed: Fed = Path("fed"),
     host: Annotated[str | None, typer.Option(help="The server, as the sites reach it.")] = None,
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8443,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port that sites connect to.")] = 8443,
     no_base: Annotated[bool, typer.Option("--no-base", help="The operator has no base model to compare with.")] = False,
 ) -> None:
     """Write the folder that every site gets: address, authority, recipe, and the base model's digest.
@@ -117,7 +117,7 @@ def invite(
     say(f"invitation: {out} (send the whole folder to every site; nothing in it is secret)")
 
 
-@flower.command()
+@flower.command(cls=Verb)
 def export(
     out: Annotated[Path, typer.Argument(help="A new folder for the app.")],
     recipe: Annotated[Path, typer.Option(help="The recipe that the app runs.")],

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from florana.runs.setup import Setup
 
 app = typer.Typer(
-    help="Federated LoRA fine-tuning whose server step adds up.",
+    help="Federated LoRA fine-tuning whose server step is as exact as the rank allows.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
 
 for _verb in (merge, inspect, compare, plan, serve, join, doctor):
-    app.command()(_verb)
+    app.command(cls=Verb)(_verb)
 app.add_typer(flower, name="flower")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
@@ -54,7 +54,7 @@ def _top(
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=Verb)
 def demo(
     out: Annotated[Path, typer.Option(help="A new folder for the runs and the report.")] = Path("florana-demo"),
     rounds: Annotated[int, typer.Option(min=1, help="Rounds per strategy.")] = 7,
@@ -92,7 +92,7 @@ def demo(
         )
 
 
-@app.command()
+@app.command(cls=Verb)
 def run(
     recipe: Annotated[Path, typer.Argument(help="A TOML file; recipes/ has examples.")],
     out: Annotated[Path | None, typer.Option(help="A new folder for the run. Default: runs/<recipe's name>.")] = None,
@@ -150,7 +150,7 @@ def run(
         )
 
 
-@app.command()
+@app.command(cls=Verb)
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),

@@ -20,7 +20,7 @@ def plan(
         str | None, typer.Option(help="sequence-classification or causal-lm. Default: the first that the model has.")
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Like fedit,flora-na. Default: all.")] = None,
-    base_bits: Annotated[int, typer.Option(help="Bits per number of the frozen base: 32, 16, 8, 4.")] = 16,
+    base_bits: Annotated[int, typer.Option(help="Bits per parameter of the frozen base: 32, 16, 8, 4.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
 ) -> None:
     """Count parameters, bytes and memory of every method for a model, from its configuration alone.

@@ -61,7 +61,11 @@ def run_demo(
     """Run every strategy into a folder below `out` and write `out/report.html`.
 
     Args:
-        show: strategy name -> who is told of its rounds. step: told of every optimizer step.
+        out: the folder of the runs.
+        rounds: rounds per strategy.
+        show: strategy name -> who is told of its rounds.
+        step: told of every optimizer step.
+        strategies: the names of the strategies.
     """
     setup: Setup = prepare(demo_recipe(strategies[0], rounds))
     results: list[Result] = []

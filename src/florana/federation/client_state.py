@@ -1,4 +1,4 @@
-"""What a client keeps to itself between rounds, on its own disk: by run and round, so that a resumed run finds it.
+"""The client state, on its own disk: by run and round, so that a resumed run finds it.
 
     FOLDER/<run>/<client>/round-000007.safetensors      as it was after that round
 
@@ -24,6 +24,12 @@ KEPT_ROUNDS = 2
 
 def recall(folder: Path, run: str, client: str, round_: int) -> dict[str, Tensor]:
     """What the client kept when it last took part before `round_`; empty where it kept nothing.
+
+    Args:
+        folder: the site's folder.
+        run: the name of the run.
+        client: the client's name.
+        round_: the round that is asked for, counted from 1.
 
     Raises:
         InputError: the file cannot be read.

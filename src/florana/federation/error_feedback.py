@@ -1,11 +1,11 @@
-"""What a client sends in a narrow format, and what it keeps so that rounding does not add up over the rounds.
+"""What a client sends in a quantized format, and what it keeps so that rounding does not accumulate over the rounds.
 
     sent:  Q(d + e)        d = trained - received        next  e <- (trained + e) - (what the server then holds)
 
 This is error feedback (Seide et al., Interspeech 2014; Karimireddy et al., arXiv 1901.09847): what rounding left out of
 this round's update joins the next one. So the sum of all decoded updates stays within one rounding of the sum of all
-true ones. It holds where the factors that come back continue those that were sent; methods that choose the pair anew in
-every round (`strategy.facts.Facts.coordinates`) carry nothing over, since a remainder of the old factors would be
+true ones. It holds where the factors that come back continue those that were sent; methods that choose the factors anew
+in every round (`strategy.facts.Facts.coordinates`) carry nothing over, since a remainder of the old factors would be
 multiplied with new ones. Tensors trained whole always carry it over.
 
 An update that the server refuses is lost, whatever the format: the remainder does not bring it back.
@@ -39,7 +39,8 @@ class Outgoing:
     """A client's update on its way.
 
     Args:
-        content: the safetensors bytes. arrives: the adapter that the server makes of them.
+        content: the safetensors bytes.
+        arrives: the adapter that the server makes of them.
         feedback: what the client keeps for its next update, by names that begin with `feedback/`.
     """
 
@@ -54,6 +55,7 @@ def outgoing(trained: Adapter, received: Adapter, brief: Brief, memory: Mapping[
     Args:
         trained: what training made of it; without the tensors that stay with the client. Of a lower rank where pruned.
         received: what the client started from.
+        brief: the server's request; it names the format and the kinds of tensors that carry feedback.
         memory: what it kept from earlier rounds; names that do not begin with `feedback/` do not matter here.
 
     Raises:

@@ -29,7 +29,7 @@ MAX_CHANGE = 10.0
 """An update that moved the model more than this many times as far as the round's median update is refused."""
 
 
-class Refused(Exception):  # noqa: N818  (a verdict, not a fault)
+class RejectedUpdate(Exception):  # noqa: N818  (a verdict, not a fault)
     """Why a reply was not let through; the text is what the journal records."""
 
 
@@ -41,8 +41,8 @@ class Expected:
         round: the round that is running.
         clients: client name -> what it was sent; its reply must bring the tensors that come up, in these shapes and
             dtypes (or of the lower rank that was allowed, in all modules), and what does not come up stays as it was.
-        examples: client name -> the size of its training share, where the server knows it.
-        uplink: the format of the replies, see `federation.wire`.
+        examples: client name -> the number of its training rows, where the server knows it.
+        uplink: the format of the replies, see `federation.quantize`.
         reach: training rows -> how far a round's training can have moved a number; None where clients train as they
             like.
     """
@@ -55,27 +55,30 @@ class Expected:
 
 
 Opened = Callable[[Payload], Mapping[str, Tensor]]
-"""(what the client was sent) -> the tensors of its reply, named as `federation.wire` has it. Raises Refused."""
+"""(what the client was sent) -> the tensors of its reply, named as `federation.quantize` has it. Raises
+RejectedUpdate."""
 
 
-def admit(reply: Reply, expected: Expected, seen: Collection[str], opened: Opened | None = None) -> Update:
+def validate(reply: Reply, expected: Expected, seen: Collection[str], opened: Opened | None = None) -> Update:
     """The reply as an Update.
 
     Args:
+        reply: what came from the client; untrusted.
+        expected: what the server asked for.
         seen: the clients whose reply of this round was already let through.
         opened: how the tensors come out of the reply; the safetensors bytes of `reply.payload` where not given.
 
     Raises:
-        Refused: wrong round, unknown or repeated client, senseless number of examples, oversize or damaged bytes, a
-            missing or foreign tensor, a wrong shape or dtype, a value or a product that is not finite, a scale below 0,
-            a number that no training of this recipe could have moved so far.
+        RejectedUpdate: wrong round, unknown or repeated client, senseless number of examples, oversize or damaged
+            bytes, a missing or foreign tensor, a wrong shape or dtype, a value or a product that is not finite, a scale
+            below 0, a number that no training of this recipe could have moved so far.
     """
     if reply.client not in expected.clients:
-        raise Refused("was not asked in this round")
+        raise RejectedUpdate("was not asked in this round")
     if reply.round != expected.round:
-        raise Refused(f"answers round {reply.round}, but round {expected.round} is running")
+        raise RejectedUpdate(f"answers round {reply.round}, but round {expected.round} is running")
     if reply.client in seen:
-        raise Refused("has already answered in this round")
+        raise RejectedUpdate("has already answered in this round")
     _check_examples(reply, expected.examples.get(reply.client))
     sent = expected.clients[reply.client]
     tensors = opened(sent) if opened else _from_bytes(reply.payload, sent, expected.uplink)
@@ -84,23 +87,25 @@ def admit(reply: Reply, expected: Expected, seen: Collection[str], opened: Opene
         _check_reach(adapter, sent, expected.reach(reply.examples))
     bad = [name for name, value in reply.metrics.items() if not math.isfinite(value)]
     if bad:
-        raise Refused(f"the metric '{bad[0]}' is not finite")
+        raise RejectedUpdate(f"the metric '{bad[0]}' is not finite")
     return Update(reply.client, reply.round, adapter, reply.examples, dict(reply.metrics))
 
 
 def _check_examples(reply: Reply, known: int | None) -> None:
     count: object = reply.examples
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_EXAMPLES:
-        raise Refused(f"reports {count!r} training examples; a whole number from 1 to {MAX_EXAMPLES} makes sense")
+        raise RejectedUpdate(
+            f"reports {count!r} training examples; a whole number from 1 to {MAX_EXAMPLES} makes sense"
+        )
     if known is not None and count != known:
-        raise Refused(f"reports {count} training examples, but has {known}")
+        raise RejectedUpdate(f"reports {count} training examples, but has {known}")
 
 
 def check_size(size: int, template: Mapping[str, Tensor]) -> None:
-    """Raise Refused where a reply is more than twice as large as its tensors are."""
+    """Raise RejectedUpdate where a reply is more than twice as large as its tensors are."""
     limit = 2 * sum(t.numel() * t.element_size() for t in template.values()) + 65_536
     if size > limit:
-        raise Refused(f"sent {size} bytes, the limit is {limit}")
+        raise RejectedUpdate(f"sent {size} bytes, the limit is {limit}")
 
 
 def _from_bytes(content: bytes, sent: Payload, uplink: quantize.Format) -> Mapping[str, Tensor]:
@@ -108,15 +113,15 @@ def _from_bytes(content: bytes, sent: Payload, uplink: quantize.Format) -> Mappi
     try:
         return load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise Refused(f"sent bytes that are not a safetensors file ({type(error).__name__})") from None
+        raise RejectedUpdate(f"sent bytes that are not a safetensors file ({type(error).__name__})") from None
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], sent: Payload, uplink: quantize.Format) -> Adapter:
     template = quantize.form_of(travelling(sent.adapter, sent.work.up, sent.blocks), uplink)
     for name in sorted(template.keys() - tensors.keys()):
-        raise Refused(f"lacks the tensor '{name}'")
+        raise RejectedUpdate(f"lacks the tensor '{name}'")
     for name in sorted(tensors.keys() - template.keys()):
-        raise Refused(f"brings the foreign tensor '{name[:80]}'")
+        raise RejectedUpdate(f"brings the foreign tensor '{name[:80]}'")
     like = _form(sent, tensors)
     before = travelling(like, sent.work.up, sent.blocks)
     for name, expected in quantize.form_of(before, uplink).items():
@@ -131,7 +136,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], sent: Payload, uplink: quantiz
     for name, pair in folded(adapter).modules.items():
         size = linalg.norm(linalg.stack([pair], [1.0]))
         if not size <= torch.finfo(torch.float32).max:
-            raise Refused(f"the product of module '{name}' overflows (norm {size:.1e})")
+            raise RejectedUpdate(f"the product of module '{name}' overflows (norm {size:.1e})")
     return adapter
 
 
@@ -149,15 +154,15 @@ def _form(sent: Payload, tensors: Mapping[str, Tensor]) -> Adapter:
 
 def _check_tensor(name: str, tensor: Tensor, expected: Tensor) -> None:
     if tensor.shape != expected.shape:
-        raise Refused(f"tensor '{name}' has shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
+        raise RejectedUpdate(f"tensor '{name}' has shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
     if tensor.dtype != expected.dtype:
-        raise Refused(f"tensor '{name}' is {tensor.dtype}, expected {expected.dtype}")
+        raise RejectedUpdate(f"tensor '{name}' is {tensor.dtype}, expected {expected.dtype}")
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
-        raise Refused(f"tensor '{name}' has {bad} values that are not finite (NaN or infinite)")
+        raise RejectedUpdate(f"tensor '{name}' has {bad} values that are not finite (NaN or infinite)")
     size = float(torch.linalg.vector_norm(tensor.double()))
     if not size <= torch.finfo(torch.float32).max:
-        raise Refused(f"tensor '{name}' overflows (norm {size:.1e})")
+        raise RejectedUpdate(f"tensor '{name}' overflows (norm {size:.1e})")
 
 
 def _check_reach(adapter: Adapter, sent: Payload, reach: Reach) -> None:
@@ -167,7 +172,7 @@ def _check_reach(adapter: Adapter, sent: Payload, reach: Reach) -> None:
         allowed = reach.of(name, start, sent.work.trains)
         beyond = ((tensor.double() - start.double()).abs() / allowed.clamp_min(1e-300)).max()
         if beyond > 1:
-            raise Refused(
+            raise RejectedUpdate(
                 f"tensor '{name}' was changed {float(beyond):.1f} times as much as any training of this recipe can"
             )
 
@@ -176,9 +181,9 @@ def _check_levels(name: str, tensor: Tensor) -> None:
     """What the type of int8 and of its scales does not say."""
     if name.startswith(quantize.SCALE):
         if bool((tensor < 0).any()):
-            raise Refused(f"tensor '{name}' has a negative scale")
+            raise RejectedUpdate(f"tensor '{name}' has a negative scale")
     elif bool((tensor < -quantize.LEVELS).any()):
-        raise Refused(f"tensor '{name}' has a level below -{quantize.LEVELS}")
+        raise RejectedUpdate(f"tensor '{name}' has a level below -{quantize.LEVELS}")
 
 
 def oversized(updates: Sequence[Update], sent: Mapping[str, Payload], factor: float) -> dict[str, str]:
@@ -191,6 +196,11 @@ def oversized(updates: Sequence[Update], sent: Mapping[str, Payload], factor: fl
     A finite number of any size can be honest; only beside the others' can it be told. So three updates are the fewest
     that say anything, and of an even number the lower median counts. What one or two updates may be at most, and what
     any number of them that lie together, is said by `reach`.
+
+    Args:
+        updates: the round's usable updates.
+        sent: client -> what it was sent.
+        factor: how many times the round's median change an update may have.
     """
     found = {u.client: sizes((u.adapter, sent[u.client].adapter), sent[u.client].work.up) for u in updates}
     wrong: dict[str, str] = {}

@@ -39,7 +39,13 @@ KEPT_CHECKPOINTS = 2
 
 @dataclass(frozen=True, eq=False)
 class Committed:
-    """A round as it was committed: the state after it, its record, and what clients keep to themselves."""
+    """A round as it was committed: the state after it, its record, and the client state.
+
+    Args:
+        state: the state after the round.
+        record: what happened in it.
+        memories: client -> its client state.
+    """
 
     state: State
     record: RoundRecord
@@ -88,30 +94,30 @@ class Journal:
         """The last round whose checkpoint is whole, with rounds.jsonl and adapter/ brought in line with it.
 
         Returns:
-            The round, or None when none was committed, and what had to be mended, in words.
+            The round, or None when none was committed, and what had to be repaired, in words.
         """
-        mended: list[str] = []
+        repaired: list[str] = []
         for leftover in sorted((self.folder / "checkpoint").glob("*.tmp")):
             shutil.rmtree(leftover)
         for round_ in reversed(self._rounds()):
             try:
                 last = _read_checkpoint(self._checkpoint(round_))
             except InputError as error:
-                mended.append(f"the checkpoint of round {round_} is damaged and was set aside: {error.why}")
+                repaired.append(f"the checkpoint of round {round_} is damaged and was set aside: {error.why}")
                 damaged = self._checkpoint(round_)
                 damaged.replace(damaged.with_name(damaged.name + ".damaged"))
                 continue
             with explained(self.folder, "the run could not be brought in order"):
-                mended += self._mend_rounds(last.record)
+                repaired += self._mend_rounds(last.record)
                 self.export(last.state)
-            return last, mended
+            return last, repaired
         if read_records(self.folder / "rounds.jsonl"):
             raise InputError(
                 f"{self.folder}: no checkpoint can be read, though rounds were committed",
-                why="; ".join(mended) or "the folder checkpoint/ is empty",
+                why="; ".join(repaired) or "the folder checkpoint/ is empty",
                 fix="adapter/ still holds the last adapter; start the run anew in another folder",
             )
-        return None, mended
+        return None, repaired
 
     def _mend_rounds(self, last: RoundRecord) -> list[str]:
         path = self.folder / "rounds.jsonl"

@@ -11,7 +11,7 @@ from florana.errors import FloranaError
 from florana.federation.messages import Brief, Failure, Reply
 
 Memory = Mapping[str, Tensor]
-"""What one client keeps to itself between rounds."""
+"""The state of one client."""
 
 Fit = Callable[[Brief, Memory], tuple[Reply, Memory]]
 """One client's round: the brief and its own memory in, the reply and the next memory out."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from florana.aggregate.error import AggregationError, measure
 from florana.displayable import displayable
 from florana.errors import FederationError
-from florana.federation.gate import MAX_CHANGE, Expected, Refused, admit, oversized
+from florana.federation.gate import MAX_CHANGE, Expected, RejectedUpdate, oversized, validate
 from florana.federation.journal import Journal, first_rows
 from florana.federation.messages import Brief, Engine, Failure, Reply, pack
 from florana.federation.quantize import Format
@@ -30,7 +30,15 @@ Scores = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Event:
-    """Something to show while a run goes on: `kind` is joined, resumed, mended, round, reply, refused or committed."""
+    """Something to show while a run goes on.
+
+    Args:
+        kind: joined, resumed, repaired, round, reply, refused or committed.
+        round: counted from 1.
+        client: whom it is about, where it is one client.
+        detail: what happened, in words.
+        record: the round's record, of a committed round.
+    """
 
     kind: str
     round: int
@@ -44,15 +52,19 @@ class Federation:
     """The fixed facts of a run.
 
     Args:
-        clients: all client names. examples: their training share sizes, where the server knows them.
-        rounds: how many rounds in all. per_round: how many clients each. minimum: the fewest usable updates.
+        clients: all client names.
+        rounds: how many rounds there are in all.
+        per_round: how many clients take part in each round.
         seed: of sampling and of the clients' training.
         weighing: how much each update counts.
         evaluate: scores of a state's global model, or None where the server cannot measure.
         measured: whether a round is one that is measured.
         personal: whether a round is one in which clients measure their own models.
-        uplink: how clients write what they send, see `federation.wire`.
-        max_change: see `gate.oversized`. reach: training rows -> see `federation.reach`; None where nobody knows.
+        minimum: the fewest usable updates.
+        examples: client -> its training rows, where the server knows them.
+        uplink: how clients write what they send, see `federation.quantize`.
+        max_change: see `gate.oversized`.
+        reach: training rows -> see `federation.step_bounds`; None where nobody knows.
     """
 
     clients: Sequence[str]
@@ -79,6 +91,14 @@ def run_rounds(
     show: Callable[[Event], None],
 ) -> State:
     """All rounds after `state.round`, each committed before the next begins; returns the last state.
+
+    Args:
+        strategy: the method.
+        state: where to go on from.
+        engine: reaches the clients.
+        federation: the fixed facts of the run.
+        journal: where rounds are committed.
+        show: told of what happens.
 
     Raises:
         FederationError: fewer usable updates than the minimum; the rounds before stand.
@@ -211,8 +231,8 @@ def _collect(
         bytes_up[answer.client] = bytes_up.get(answer.client, 0) + len(answer.payload)
         seconds += answer.seconds
         try:
-            updates[answer.client] = admit(answer, expected, updates.keys())
-        except Refused as reason:
+            updates[answer.client] = validate(answer, expected, updates.keys())
+        except RejectedUpdate as reason:
             # A repeated answer does not undo the first one; the refusal is noted all the same.
             refuse(answer.client, str(reason))
         else:
@@ -235,7 +255,7 @@ def _scores(
     state: State, updates: Sequence[Update], federation: Federation, *, one_model: bool
 ) -> dict[str, dict[str, float]]:
     """`global`: the server's model on the common test set. `personal`: the mean over this round's clients of a
-    client's own model on its own test share. `clients_on_common`: the same models on the common test set, averaged.
+    client's own model on its local test split. `clients_on_common`: the same models on the common test set, averaged.
     `gap` = personal - global."""
     scores: dict[str, dict[str, float]] = {}
     if one_model and federation.measured(state.round) and federation.evaluate is not None:

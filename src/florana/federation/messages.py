@@ -32,12 +32,14 @@ class Brief:
         seed: for everything random in this client's round.
         payload: the `pack`ed part of the adapter that travels, and the residual.
         evaluate: whether the client should also measure its own model.
-        trains, returns: kinds of tensors to train, and to send back (see `strategy.base.Work`).
+        trains: kinds of tensors to train (see `strategy.base.Work`).
+        returns: kinds of tensors to send back.
         scalings: module -> scaling of the adapter to train.
         blocks: the blocks of the cores to train and send back; None for all.
         pruning: the lower rank that the client may answer with, if any.
-        uplink: how the tensors of the answer are written, see `federation.wire`.
-        feedback: kinds of tensors of which the client carries over what rounding left out, see `federation.uplink`.
+        uplink: how the tensors of the answer are written, see `federation.quantize`.
+        feedback: kinds of tensors of which the client carries over what rounding left out, see
+            `federation.error_feedback`.
     """
 
     round: int
@@ -56,7 +58,16 @@ class Brief:
 
 @dataclass(frozen=True)
 class Reply:
-    """A client's answer, unchecked: see `gate.admit`. `seconds` is the client's own training time."""
+    """A client's answer, unchecked: see `gate.validate`.
+
+    Args:
+        client: who answers.
+        round: the round that it answers.
+        examples: how many training rows the client says it has.
+        metrics: what it measured, by name.
+        payload: safetensors bytes, untrusted.
+        seconds: the client's own training time.
+    """
 
     client: str
     round: int
@@ -80,17 +91,22 @@ class Engine(Protocol):
     The iterator ends when nothing more will come; ending it by a deadline is the engine's business.
     """
 
-    def fit(self, briefs: Sequence[Brief]) -> Iterator[Reply | Failure]: ...
+    def fit(self, briefs: Sequence[Brief]) -> Iterator[Reply | Failure]:
+        """Send each client its instructions; yield what comes back."""
+        ...
 
     def memories(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """What clients keep to themselves between rounds, where the engine holds it: committed with the round."""
+        """The client state, where the engine holds it: committed with the round."""
         ...
 
 
 def travelling(adapter: Adapter, kinds: Collection[str], blocks: Collection[int] | None = None) -> dict[str, Tensor]:
     """The adapter's tensors of those kinds, and its extra tensors: what a message holds of it.
 
-    Of a core (h, k, k), the `blocks` alone, in ascending order; all of them where None.
+    Args:
+        adapter: the adapter.
+        kinds: of `A`, `B`, `core` and `scale`.
+        blocks: the blocks of each core (h, k, k) to take, in ascending order; None for all.
     """
     kept = {name: t for name, t in adapter.tensors().items() if kind_of(name) in kinds or kind_of(name) == "extra"}
     if blocks is None:
@@ -99,7 +115,13 @@ def travelling(adapter: Adapter, kinds: Collection[str], blocks: Collection[int]
 
 
 def completed(adapter: Adapter, tensors: Mapping[str, Tensor], blocks: Collection[int] | None = None) -> Adapter:
-    """The adapter with what travelled in the place of its own tensors: what `travelling` left out stays."""
+    """The adapter with what travelled in the place of its own tensors: what `travelling` left out stays.
+
+    Args:
+        adapter: the adapter before.
+        tensors: name -> what travelled.
+        blocks: the blocks of the cores that travelled; None for all.
+    """
     known = adapter.tensors()
     for name, tensor in tensors.items():
         if blocks is not None and kind_of(name) == "core":
@@ -119,7 +141,11 @@ def pack(
 ) -> bytes:
     """The tensors of those kinds (see `travelling`), and a frozen residual where there is one, as safetensors bytes.
 
-    The residual's scalings must be 1: they are not sent.
+    Args:
+        adapter: the adapter.
+        kinds: of `A`, `B`, `core` and `scale`.
+        residual: the frozen part that goes along; its scalings must be 1, since they are not sent.
+        blocks: as in `travelling`.
     """
     tensors = travelling(adapter, kinds, blocks)
     if residual is not None:
@@ -145,6 +171,7 @@ def unpack(
     """The adapter to train and the residual, from bytes of a trusted side.
 
     Args:
+        content: the safetensors bytes.
         first: the adapter before the first round, which every client knows from the recipe.
         own: tensors the client kept from earlier rounds, by the names of `Adapter.tensors`.
         scalings: of the adapter to train.

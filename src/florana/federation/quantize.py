@@ -1,10 +1,10 @@
-"""How the numbers of a client's update are written on the way up: float32, bfloat16 or int8 with a scale per block.
+"""How the values of a client's update are written on the way up: float32, bfloat16 or int8 with a scale per block.
 
     float32     the trained values themselves                                     4 bytes per number
     bfloat16    d rounded to nearest, ties to even                                2 bytes per number
     int8        q = round(d / s), s = max |d| / 127 over each block of 64         1 + 4/64 bytes per number
 
-The narrow formats write the change d = trained - received, in the place of the trained values: the server knows
+The quantized formats write the change d = trained - received, in the place of the trained values: the server knows
 exactly what it sent, and the change is much smaller. Everything stays one safetensors file: `A/<module>` in bfloat16;
 or `A/<module>` in int8, in its own shape, beside `scale/A/<module>`, float32, one for each block of the flattened
 tensor (the last block may be shorter). Block-wise scales as in Dettmers et al., "8-bit optimizers via block-wise
@@ -26,7 +26,7 @@ from torch import Tensor
 Format = Literal["float32", "bfloat16", "int8"]
 
 BLOCK = 64
-"""Numbers that share a scale in int8."""
+"""Values that share a scale in int8."""
 
 LEVELS = 127
 """The largest whole number that int8 writes; -128 is left out, so that both signs reach equally far."""
@@ -121,10 +121,12 @@ FORMATS: tuple[str, ...] = ("float32", *_NARROW)
 
 
 def written(trained: Mapping[str, Tensor], received: Mapping[str, Tensor], form: Format) -> dict[str, Tensor]:
-    """The tensors that go up: the trained ones as they are, or the change from what was received in a narrow format.
+    """The tensors that go up: the trained ones as they are, or the change from what was received in a quantized format.
 
     Args:
-        trained: name -> values, float32 or wider. received: the same names and shapes, as the server sent them.
+        trained: name -> values, float32 or wider.
+        received: the same names and shapes, as the server sent them.
+        form: the format of the quantized values.
 
     >>> up = written({"A/q": torch.ones(2, 3)}, {"A/q": torch.zeros(2, 3)}, "int8")
     >>> [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in up.items()]
@@ -139,7 +141,9 @@ def read(encoded: Mapping[str, Tensor], received: Mapping[str, Tensor], form: Fo
     """What the server makes of the tensors that came: received + decoded change, summed in float64, rounded once.
 
     Args:
-        encoded: as `written` gives them (see `form_of`). received: name -> what the client was sent.
+        encoded: as `written` gives them (see `form_of`).
+        received: name -> what the client was sent.
+        form: the format that the client was asked for.
 
     Returns:
         Name -> values in the type of what was sent.
@@ -155,7 +159,8 @@ def read(encoded: Mapping[str, Tensor], received: Mapping[str, Tensor], form: Fo
 
 
 def form_of(tensors: Mapping[str, Tensor], form: Format) -> dict[str, Tensor]:
-    """Names, shapes and types of what `written` gives for tensors like these; no values (device `meta`) where narrow.
+    """Names, shapes and types of what `written` gives for tensors like these; no values (device `meta`) where
+    quantized.
 
     >>> {name: tuple(t.shape) for name, t in form_of({"A/q": torch.ones(2, 100)}, "int8").items()}
     {'A/q': (2, 100), 'scale/A/q': (4,)}

@@ -12,15 +12,20 @@ class RoundRecord:
     """What happened in one round.
 
     Args:
-        round: counted from 1. strategy: its name.
-        clients: whose updates were aggregated, sorted. refused: client -> reason.
-        examples: client -> training examples. weights: client -> share in the aggregation, summing to 1.
+        round: counted from 1.
+        strategy: the strategy's name.
+        clients: whose updates were aggregated, sorted.
+        refused: client -> reason.
+        examples: client -> training examples.
+        weights: client -> share in the aggregation, summing to 1.
         train_loss: mean of the clients' losses, with those weights; None when none was reported.
         eval: {"global": {...}, "personal": {...}, "clients_on_common": {...}, "gap": {...}}; empty when not measured.
-        bytes_up, bytes_down: what was sent to and from all clients of the round, in bytes.
-        server_seconds: the strategy's step alone. client_seconds: the clients' training, summed.
-        error: {"overall", "optimum", "per_module": {name: {"error", "optimum"}}}; with a narrow uplink also "uplink":
-            the mean of the clients' `federation.uplink.uplink_error`, with those weights.
+        bytes_up: what all clients of the round sent, in bytes.
+        bytes_down: what was sent to all clients of the round, in bytes.
+        server_seconds: the time of the strategy's step alone, in seconds.
+        client_seconds: the time of the clients' training, summed, in seconds.
+        error: {"overall", "optimum", "per_module": {name: {"error", "optimum"}}}; with a quantized uplink also
+            "uplink": the mean of the clients' `federation.error_feedback.uplink_error`, with those weights.
         notes: what the strategy says of its step.
         traffic: client -> {"up", "down"}, its part of the bytes.
     """

@@ -21,6 +21,12 @@ def derive(seed: int, *purpose: str | int) -> int:
 def sample(clients: Sequence[str], count: int, seed: int, round_: int) -> list[str]:
     """`count` of the clients for one round, without replacement, sorted; the order of `clients` does not matter.
 
+    Args:
+        clients: all clients' names.
+        count: how many take part.
+        seed: the run's.
+        round_: counted from 1.
+
     >>> sample(["c", "a", "b"], 2, seed=0, round_=1) == sample(["a", "b", "c"], 2, seed=0, round_=1)
     True
     """

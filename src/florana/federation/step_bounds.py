@@ -32,7 +32,7 @@ BETAS = (0.9, 0.999)
 """Those of torch's AdamW, with which clients train."""
 
 SLACK = 1.05
-"""For float32 and for narrow uplinks: two roundings of an int8 block are one part in 127."""
+"""For float32 and for quantized uplinks: two roundings of an int8 block are one part in 127."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ class Reach:
 
         A core that is sent with a trained factor s multiplied in (`scale` in `trains`), s_0 = 1, allows
         |s H - H_0| <= (1 + R_s) R_H + R_s |H_0|.
+
+        Args:
+            name: the tensor's name, as in `Adapter.tensors`.
+            before: its values as they were sent.
+            trains: the kinds of tensors that the client trains.
         """
         size = before.double().abs()
         own = self.moves + self.decay * size

@@ -24,7 +24,8 @@ class Weighing:
     Args:
         shares: `by_examples` or `uniformly`.
         most: the largest share of one client; None for `robust.cap.usual`, or `usual_under_a_rule`.
-        rule, name: the robust rule, and how the notes call it; None for none.
+        rule: the robust rule; None for none.
+        name: how the notes call the rule.
     """
 
     shares: Shares
@@ -39,7 +40,8 @@ class Weighed:
 
     Args:
         updates: those that count, in the order they were given; drawn back where the rule says so.
-        weights: client -> weight, of those. notes: what the journal says of it.
+        weights: client -> weight, of those updates.
+        notes: what the journal says of it.
     """
 
     updates: Sequence[Update]
@@ -60,6 +62,11 @@ def uniformly(updates: Sequence[Update]) -> dict[str, float]:
 
 def weigh(updates: Sequence[Update], sent: Mapping[str, Payload], how: Weighing) -> Weighed:
     """The updates with their weights.
+
+    Args:
+        updates: the round's usable updates.
+        sent: client -> what it was sent.
+        how: shares, cap and robust rule.
 
     Raises:
         FederationError: fewer updates than the rule needs.

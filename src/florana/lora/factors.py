@@ -20,7 +20,7 @@ from florana.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class LoraFactors:
-    """One module's pair: the update is `scaling * B @ A`.
+    """One module's LoRA factors: the update is `scaling * B @ A`.
 
     Args:
         B: (out, r), floating point.
@@ -116,7 +116,7 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the adapter holds, the extra tensors included."""
+        """How many parameters the adapter holds, the extra tensors included."""
         return sum(tensor.numel() for tensor in self.tensors().values())
 
 
@@ -142,11 +142,14 @@ def kind_of(tensor: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Contribution:
-    """What one client brings to an aggregation: its name, its adapter, its weight (any positive scale; in
-    `aggregate.signed.weighted_sum` any finite number).
+    """What one client brings to an aggregation.
 
-    `residual` is the frozen part it carried unchanged beside the adapter: it belongs to what the client's model was.
-    `blocks` are the blocks of its cores that it trained, None for all; the others it holds as they were sent.
+    Args:
+        client: its name.
+        adapter: what it trained.
+        weight: any positive scale; in `aggregate.signed.weighted_sum` any finite number.
+        residual: the frozen part it carried unchanged beside the adapter: it belongs to what the client's model was.
+        blocks: the blocks of its cores that it trained, None for all; the others it holds as they were sent.
     """
 
     client: str
@@ -160,7 +163,12 @@ class Contribution:
 class Update:
     """What one client sent in a round, after the gate let it through.
 
-    `examples` is the number of examples of its training share, `metrics` what it measured while training.
+    Args:
+        client: its name.
+        round: counted from 1.
+        adapter: what it sent, completed by what it was sent.
+        examples: the number of its training rows.
+        metrics: what it measured while training.
     """
 
     client: str

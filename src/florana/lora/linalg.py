@@ -93,7 +93,7 @@ def balanced(part: Decomposition, scaling: float, dtype: torch.dtype) -> LoraFac
 
 
 def kept(whole: Decomposition, rank: int) -> Decomposition:
-    """The leading `rank` terms, padded with zeros where there are fewer: the best rank-r part (Eckart-Young)."""
+    """The leading `rank` components, padded with zeros where there are fewer: the best rank-r part (Eckart-Young)."""
     have = min(rank, len(whole.values))
     left, values, right = whole.left[:, :have], whole.values[:have], whole.right[:have]
     if have < rank:
@@ -104,5 +104,5 @@ def kept(whole: Decomposition, rank: int) -> Decomposition:
 
 
 def between(whole: Decomposition, begin: int, end: int) -> Decomposition:
-    """The terms from `begin` up to, not including, `end`."""
+    """The components from `begin` up to, not including, `end`."""
     return Decomposition(whole.left[:, begin:end], whole.values[begin:end], whole.right[begin:end])

@@ -101,7 +101,7 @@ class Partition(Section):
     smallest: int = Field(2, ge=1)
     """The fewest rows a client may get."""
     holdout: float = Field(0.1, ge=0, lt=1)
-    """The share of a client's rows kept as its own test share, for the personal score."""
+    """The share of a client's rows kept as its local test split, for the personal score."""
 
 
 class Generation(Section):
@@ -145,7 +145,7 @@ class Generation(Section):
             if not self.run_programs:
                 raise ValueError(
                     f"generation.task = '{self.task}' runs programs that a model wrote on this machine: set "
-                    "generation.run_programs = true if you want that (they are shut in, see florana.score.programs)"
+                    "generation.run_programs = true if you want that (they are sandboxed, see florana.score.programs)"
                 )
             if max(self.k) > self.samples:
                 raise ValueError(f"generation.k asks for pass@{max(self.k)}, but generation.samples = {self.samples}")

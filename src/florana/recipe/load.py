@@ -69,7 +69,7 @@ def _check_combinations(recipe: Recipe, strategy: Strategy) -> None:
     if recipe.model.variant == "dora" and strategy.facts.base != "stays":
         raise RecipeError(
             f"the strategy '{strategy.name}' does not go with model.variant = 'dora'",
-            why="it moves the base by a frozen part beside the pair; DoRA divides by the norm of W + scaling B A, in "
+            why="it moves the base by a part beside the factors; DoRA divides by the norm of W + scaling B A, in "
             "which that part would be missing",
             fix="set model.variant = 'lora', or choose another strategy (of a study: leave it out of the controls)",
         )
@@ -102,7 +102,7 @@ def _check_combinations(recipe: Recipe, strategy: Strategy) -> None:
     if recipe.robust.rule != "none" and recipe.model.client_ranks is not None and strategy.facts.up is facts.CORE:
         raise RecipeError(
             f"model.client_ranks does not go with robust.rule = '{recipe.robust.rule}' under '{strategy.name}'",
-            why="clients that train unlike blocks cannot be compared",
+            why="clients that train different blocks cannot be compared",
             fix="leave one of the two out",
         )
     if strategy.begin != "lora" and recipe.model.quantization != "none":

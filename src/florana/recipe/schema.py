@@ -134,7 +134,7 @@ class Rounds(Section):
     """Fewer usable updates than this end the run with exit code 4."""
     weighting: Literal["examples", "uniform"] = "examples"
     uplink: Literal["float32", "bfloat16", "int8"] = "float32"
-    """How clients write what they send; the narrow ones write the change since the broadcast, rounded."""
+    """How clients write what they send; the quantized ones write the change since the broadcast, rounded."""
     max_weight: float | None = Field(None, gt=0, le=1)
     """The most that one client weighs, as a share of the round; not given: one half of three clients or more, ten equal
     shares of more than twenty, no cap of two; under a [robust] rule a fifth above an equal share. What is above it
@@ -149,7 +149,7 @@ class Evaluate(Section):
     every: int = Field(1, ge=1)
     """The global model is measured every so many rounds, and after the last."""
     personal: Literal["never", "last", "every"] = "last"
-    """When clients measure their own models, on their own test share and on the common test set."""
+    """When clients measure their own models, on their local test split and on the common test set."""
     batch_size: int = Field(64, ge=1)
     personal_limit: int | None = Field(512, ge=1)
     """The most rows of the common test set each client is measured on."""

@@ -58,7 +58,7 @@ def write_comparison(
     for setting in dict.fromkeys(one.setting for one in swapped):
         pictures.append(
             Picture(
-                f"Swap test: {setting}",
+                f"Fixed-updates ablation: {setting}",
                 "The same clients' adapters given to every rule: error of the merge against the merged model's score.",
                 scatter([one for one in swapped if one.setting == setting], order, "error",
                         "relative error of the aggregation", metric, log=False),

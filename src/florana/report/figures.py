@@ -217,6 +217,7 @@ def _short(module: str) -> str:
 
 
 def svg_of(figure: Figure) -> str:
+    """The figure as an SVG element, the same bytes at any time."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

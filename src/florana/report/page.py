@@ -30,8 +30,14 @@ class Picture:
 def write_report(folders: Sequence[Path], out: Path, title: str = "") -> Path:
     """Write the report of the runs to `out`.
 
+    Args:
+        folders: run folders.
+        out: the HTML file.
+        title: the page's heading.
+
     Raises:
-        InputError: a folder is not a run, or has no committed round. FederationError: the file cannot be written.
+        InputError: a folder is not a run, or has no committed round.
+        FederationError: the file cannot be written.
     """
     runs = views(folders)
     page = render(runs, title or str(runs[0].recipe.get("title") or "florana report"))

@@ -53,7 +53,10 @@ class RunView:
     """One run, ready to draw.
 
     Args:
-        name: how the report calls it. recipe, setup: its files. records: its committed rounds.
+        name: how the report calls it. recipe, setup: its files.
+        recipe: the run's recipe, as its file has it.
+        setup: the run's setup.json.
+        records: the committed rounds.
         score: the metric that is drawn (see `headline`).
         written: (round, the first completions) of the last generation benchmark.
     """
@@ -99,7 +102,7 @@ class RunView:
 
     @property
     def uplink_errors(self) -> list[tuple[int, float]]:
-        """(round, what the format of the uplink changed of the clients' updates, relative), where it is narrow."""
+        """(round, what the format of the uplink changed of the clients' updates, relative), where it is quantized."""
         return [(r.round, r.error["uplink"]) for r in self.records if r.error.get("uplink") is not None]
 
     @property

@@ -6,7 +6,8 @@ A client's change of a module is that of its product, from what it was sent (B_0
     <D_u, D_v> = <L_u^T L_v, R_u R_v^T>                                               blocks of 2r x 2r, float64
 
 The middle form has no difference of large products, so small changes keep their digits. Cores are multiplied into B; a
-factor that did not move drops its half. A frozen part beside the pair is the same before and after, and cancels.
+factor that did not move drops its half. A frozen part beside the LoRA factors is the same before and after, and
+cancels.
 
 A product is all that a model sees, but not all that a rule sees: (B t, A / t) is the product of (B, A), and averaged
 entry by entry with others' factors it ruins them. So the factors' own changes are measured beside the product, and the
@@ -50,7 +51,8 @@ def grams(pairs: Sequence[Pair], travels: Collection[str]) -> dict[str, Tensor]:
     """The inner products of all clients' changes, (U, U) float64 each, by what changed.
 
     Args:
-        pairs: one per client; the same modules, any ranks. travels: the kinds of tensors that clients send.
+        pairs: one per client; the same modules, any ranks.
+        travels: the kinds of tensors that clients send.
     """
     found: dict[str, Tensor] = {}
     first = pairs[0][1]

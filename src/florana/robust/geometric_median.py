@@ -26,7 +26,8 @@ def geometric_median(gram: Tensor, weights: Sequence[float], smoothing: float = 
     """The weights beta of sum 1.
 
     Args:
-        gram: inner products (U, U) of the changes. weights: w, of sum 1.
+        gram: inner products (U, U) of the changes.
+        weights: w, of sum 1.
         smoothing: nu, in units of an honest client's distance from the others (`_unit`), above 0; so that nobody is
             divided by nothing.
 

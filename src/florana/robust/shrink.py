@@ -25,7 +25,8 @@ def drawn_back(pair: Pair, share: Mapping[str, float]) -> Adapter:
     is a quartic in t, whose root is found by bisection.
 
     Args:
-        pair: see `Pair`. share: kind (as of `sizes`) -> at most 1.
+        pair: see `Pair`.
+        share: kind (as of `sizes`) -> at most 1.
 
     >>> from florana.lora.factors import LoraFactors
     >>> sent = Adapter({"q": LoraFactors(torch.zeros(1, 1), torch.ones(1, 1), 1.0)})

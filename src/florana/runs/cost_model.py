@@ -1,7 +1,7 @@
 """`florana plan`: what a federation of a model would send and hold, for every method, before anything is loaded.
 
-Numbers are exact counts from the module shapes and the methods' own declarations; bytes are four per number (float32),
-without the messages' headers (about a hundred bytes per tensor); a recipe's `federation.uplink` may
+Numbers are exact counts from the module shapes and the methods' own declarations; bytes are four per parameter
+(float32), without the messages' headers (about a hundred bytes per tensor); a recipe's `federation.uplink` may
 make them fewer. Heads that are trained whole are not counted.
 """
 
@@ -27,9 +27,13 @@ class Line:
     """One method.
 
     Args:
-        up, down: numbers per client in round 2, the first with a frozen part. down_late: the most that a broadcast
-            can grow to. client: bytes at a client besides activations. server: bytes of the clients' factors
-            of one round and the state. against_fedit: all numbers up and down of a late round, as a ratio to FedIT's.
+        method: the method's name.
+        up: parameters that each client sends in round 2, the first with a frozen part.
+        down: parameters that each client is sent in round 2.
+        down_late: the parameters that a broadcast can grow to.
+        client: bytes at a client besides activations.
+        server: bytes of the clients' factors of one round and the state.
+        against_fedit: all parameters up and down of a late round, as a ratio to FedIT's.
     """
 
     method: str
@@ -71,7 +75,13 @@ def plan_model(
     """Count for every method, full fine-tuning as the last line.
 
     Args:
-        shapes: adapted module -> (out, in). parameters: of the base. base_bits: per number of the frozen base.
+        model: the model's name.
+        shapes: adapted module -> (out, in).
+        parameters: how many parameters the base model has.
+        rank: r of the LoRA factors.
+        clients: clients per round.
+        methods: names; all where empty.
+        base_bits: bits per parameter of the frozen base.
 
     Raises:
         RecipeError: an unknown method, a rank above a module's sides, or senseless numbers.

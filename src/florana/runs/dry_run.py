@@ -24,9 +24,13 @@ class Writing:
     """What the model will be asked to write.
 
     Args:
-        task, problems, samples: as the recipe has them. times: how often in the run.
+        task: the benchmark's name.
+        problems: how many problems there are.
+        samples: answers per problem.
+        times: how often in the run.
         cut_prompts: how many are too long for the model.
-        figures: their names. seconds: in all, from a few measured tokens; an upper bound, as answers may end early.
+        figures: the names of the figures.
+        seconds: in all, from a few measured tokens; an upper bound, as answers may end early.
     """
 
     task: str
@@ -43,14 +47,23 @@ class Plan:
     """The plan of a run.
 
     Args:
-        clients: client -> training rows. own_test: client -> rows of its own test share. common_test: rows.
-        per_round: clients asked each round. rounds: how many. steps: optimizer steps per client and round (the mean).
-        trainable_parameters, base_parameters: numbers that are trained; that are frozen.
-        bytes_up, bytes_down: in the first round, all clients; methods with a frozen part send more down as it grows.
+        strategy: the strategy's name.
+        clients: client -> training rows.
+        own_test: client -> rows of its local test split.
+        common_test: rows of the common test set.
+        per_round: clients asked each round.
+        rounds: how many rounds.
+        steps: optimizer steps per client and round (the mean).
+        trainable_parameters: how many parameters are trained.
+        base_parameters: how many parameters are frozen.
+        bytes_up: bytes from all clients in the first round.
+        bytes_down: bytes to all clients in the first round; methods with a frozen part send more as it grows.
         memory: peak of this process after one training step, bytes; None where the system does not tell.
+        seconds_per_step: one measured optimizer step.
+        seconds: the whole run, scoring included (an estimate).
         writing: what [generation] asks for, or None.
-        left_out, cut_responses: of instructions, rows without room for a response, and those that lost their end.
-        seconds_per_step, seconds: one measured step; the whole run, scoring included (an estimate from both).
+        left_out: `train` or `test` -> rows of instructions without room for a response.
+        cut_responses: `train` or `test` -> rows whose response lost its end.
     """
 
     strategy: str
@@ -121,11 +134,11 @@ def plan(recipe: r.Recipe, setup: Setup, *, timed_steps: int = 3) -> Plan:
 
 def _writing(recipe: r.Recipe, setup: Setup, measured: int = 4) -> Writing | None:
     """One batch writes a token, then a few more, and is taken for all: every batch, every token, every time."""
-    exam, own = setup.exam, recipe.generation
-    if exam is None or own is None:
+    benchmark, own = setup.benchmark, recipe.generation
+    if benchmark is None or own is None:
         return None
     rounds = recipe.federation.rounds
-    times = sum(exam.due(round_, rounds) for round_ in range(1, rounds + 1))
+    times = sum(benchmark.due(round_, rounds) for round_ in range(1, rounds + 1))
 
     def timed(tokens: int) -> float:
         started = time.perf_counter()
@@ -141,10 +154,10 @@ def _writing(recipe: r.Recipe, setup: Setup, measured: int = 4) -> Writing | Non
     timed(1)  # warm-up
     first = timed(1)
     per_token = max(0.0, timed(1 + measured) - first) / measured if own.max_new_tokens > measured else first
-    batches = -(-len(exam.prompts) * own.samples // own.batch_size)
+    batches = -(-len(benchmark.prompts) * own.samples // own.batch_size)
     return Writing(
         task=own.task,
-        problems=len(exam.rows),
+        problems=len(benchmark.rows),
         samples=own.samples,
         times=times,
         cut_prompts=cut_prompts(setup.bench, exam.prompts, own.max_new_tokens, exam.opening),
@@ -154,7 +167,7 @@ def _writing(recipe: r.Recipe, setup: Setup, measured: int = 4) -> Writing | Non
 
 
 def _traffic(recipe: r.Recipe, setup: Setup) -> tuple[float, float, int]:
-    """The first round's bytes down and up, the mean over clients, and the most numbers a client trains."""
+    """The first round's bytes down and up, the mean over clients, and the most parameters a client trains."""
     strategy = strategy_of(recipe, sorted(setup.clients))
     state = strategy.init(begin(recipe, setup, strategy))
     setup.bench.load(setup.start)
@@ -166,7 +179,7 @@ def _traffic(recipe: r.Recipe, setup: Setup) -> tuple[float, float, int]:
 
 
 def _trained(payload: Payload) -> int:
-    """How many numbers a client trains: factors or cores, one scale per block of a core, tensors trained whole."""
+    """How many parameters a client trains: factors or cores, one scale per block of a core, tensors trained whole."""
     tensors = travelling(payload.adapter, payload.work.trains, payload.blocks)
     scales = [len(t) for name, t in tensors.items() if kind_of(name) == "core" and "scale" in payload.work.trains]
     return sum(t.numel() for t in tensors.values()) + sum(scales)

@@ -46,6 +46,8 @@ def settled(recipe: r.Recipe, folder: Path, show: Show = lambda event: None) -> 
     or, of a new run, what this process takes.
 
     Args:
+        recipe: the recipe of the run.
+        folder: the run folder; it need not exist.
         show: told, as `resumed`, of all on which the last bits depend and in which a run goes on otherwise than it
             began: with another number of threads than this process would take, other versions, another processor.
 
@@ -63,7 +65,7 @@ def settled(recipe: r.Recipe, folder: Path, show: Show = lambda event: None) -> 
         yield recipe.model_copy(update={"threads": count})
 
 
-def conduct(
+def execute_rounds(
     recipe: r.Recipe,
     folder: Path,
     strategy: Strategy,
@@ -78,9 +80,14 @@ def conduct(
 
     Args:
         recipe: as `settled` gives it.
-        begun: the strategy's first state. card: what the exported adapter says of itself.
-        engine_with: the engine, given what clients kept according to the last checkpoint.
+        folder: the run folder.
+        strategy: the strategy, with its options.
+        begun: the strategy's first state.
+        card: what the exported adapter says of itself.
+        engine_with: the engine, given the client state of the last checkpoint.
+        federation: the fixed facts of the run.
         facts: what setup.json holds, made only for a new run.
+        show: told of rounds, replies, rejected updates and commits.
 
     Raises:
         FederationError: too few usable updates, or the disk refused; the rounds committed before stand.
@@ -89,9 +96,9 @@ def conduct(
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder), logged(folder):
         journal = Journal(folder, card)
-        last, mended = journal.recover()
-        for line in mended:
-            show(Event("mended", last.state.round if last else 0, detail=line))
+        last, repaired = journal.recover()
+        for line in repaired:
+            show(Event("repaired", last.state.round if last else 0, detail=line))
         with explained(folder, "the run folder could not be written"):
             if last is None:
                 _write(folder / "environment.json", environment(recipe))

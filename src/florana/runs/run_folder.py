@@ -78,7 +78,7 @@ def recorded_threads(folder: Path) -> int | None:
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
-    """What the run in the folder began with, as `conduct.environment` wrote it; empty where there is none.
+    """What the run in the folder began with, as `rounds.environment` wrote it; empty where there is none.
 
     Raises:
         InputError: it cannot be read.
@@ -136,6 +136,7 @@ def held(file: Path, taken: FederationError, seconds: float = 0.0) -> Iterator[N
 
 @contextmanager
 def logged(folder: Path) -> Iterator[None]:
+    """Write what florana logs meanwhile to `log.txt` in the folder."""
     handler = logging.FileHandler(folder / "log.txt", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)

@@ -45,11 +45,13 @@ class Setup:
     """Everything a run needs that does not depend on the strategy; strategies can be compared on one of it.
 
     Args:
-        bench: the one model. start: the initial adapter (without the head where heads are personal).
+        bench: the one model.
+        start: the initial adapter (without the head where heads are personal).
         head: the tensors trained whole as they are at the start.
-        clients: client -> its rows. common: the common test set.
+        clients: client -> its rows.
+        common: the common test set.
         partition: who holds what, as written to setup.json.
-        exam: the problems that the global model is scored on by what it writes, where the recipe asks for it.
+        benchmark: the benchmark that the global model is scored on by what it generates, where the recipe asks for it.
         more: further common test sets, by the ending of their figures' names.
     """
 
@@ -59,7 +61,7 @@ class Setup:
     clients: Mapping[str, ClientData]
     common: tuple[Example, ...]
     partition: Mapping[str, Any]
-    exam: Exam | None = None
+    benchmark: GenerationBenchmark | None = None
     more: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
 
     @property
@@ -72,6 +74,7 @@ def prepare(recipe: r.Recipe, files: Mapping[str, Path] | None = None) -> Setup:
     """Load the model and the data, deal out the rows, turn them into tokens. Writes nothing.
 
     Args:
+        recipe: the recipe of the run.
         files: client -> its own file, of the clients that are here (at a server none); None takes the recipe's.
 
     Raises:
@@ -93,7 +96,7 @@ def prepare(recipe: r.Recipe, files: Mapping[str, Path] | None = None) -> Setup:
         clients=rows.clients,
         common=rows.common,
         partition=rows.facts,
-        exam=exam(recipe, bench),
+        benchmark=generation_benchmark(recipe, bench),
         more=rows.more,
     )
 
@@ -110,12 +113,16 @@ def execute(
     """Run a recipe into a folder, or continue the run that the folder holds, with the number of threads it began with.
 
     Args:
+        recipe: the recipe of the run.
+        folder: the run folder.
         setup: a `prepare`d set-up to use; it must come from a recipe that differs in the strategy at most.
         resume: continue; a folder without a committed round starts anew. Without it the folder must not exist.
-        show: told of rounds, replies, refusals and commits. step: told of every optimizer step.
+        show: told of rounds, replies, rejected updates and commits.
+        step: told of every optimizer step.
 
     Raises:
-        RecipeError: the folder is taken, or was made by another recipe. InputError: model or data unusable.
+        RecipeError: the folder is taken, or was made by another recipe.
+        InputError: model or data unusable.
         FederationError: too few usable updates, or the disk refused; the rounds committed before stand.
     """
     check_folder(recipe, folder, resume)
@@ -123,7 +130,7 @@ def execute(
         here = setup or prepare(recipe)
         strategy = strategy_of(recipe, sorted(here.clients))
         begun = strategy.init(begin(recipe, here, strategy))
-        return conduct(
+        return execute_rounds(
             recipe,
             folder,
             strategy,
@@ -175,7 +182,8 @@ def strategy_of(recipe: r.Recipe, clients: Sequence[str]) -> Strategy:
 
 
 def begin(recipe: r.Recipe, setup: Setup, strategy: Strategy) -> Adapter:
-    """What the strategy's first state is made from: PEFT's start, or pairs from the base weights or their gradient."""
+    """What the strategy's first state is made from: PEFT's start, or factors from the base weights or their
+    gradient."""
     if strategy.begin == "principal":
         return lora_init.principal(setup.bench, setup.start)
     if strategy.begin == "gradient":
@@ -212,7 +220,7 @@ def federation_of(
     rounds, every = recipe.federation.rounds, recipe.evaluate.every
 
     def asked(round_: int) -> bool:
-        return setup is not None and setup.exam is not None and setup.exam.due(round_, rounds)
+        return setup is not None and setup.benchmark is not None and setup.benchmark.due(round_, rounds)
 
     def scores(state: State) -> Mapping[str, float]:
         assert setup is not None

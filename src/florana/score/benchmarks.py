@@ -29,8 +29,10 @@ class Task:
     """How one task asks and where an answer ends.
 
     Args:
-        columns: those a row must have. template: the prompt, with columns in braces.
-        stops: sequences that end an answer. solution: row -> what follows a prompt that is shown as an example.
+        columns: those a row must have.
+        template: the prompt, with columns in braces.
+        stops: sequences that end an answer.
+        solution: row -> what follows a prompt that is shown as an example.
         program: (row, completion) -> (program, tests), where answers are programs.
     """
 

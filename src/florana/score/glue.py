@@ -26,9 +26,12 @@ class GlueTask:
     """One task.
 
     Args:
-        columns: as the hub calls them. labels: the classes by index; none for STS-B, whose label is a score.
-        metrics: GLUE's own. tsv: the columns of GLUE's own files, where they differ.
-        test: the split with labels that is measured on; `mismatched` the second one, of MNLI.
+        columns: as the hub calls them.
+        labels: the classes by index; none for STS-B, whose label is a score.
+        metrics: GLUE's own.
+        tsv: the columns of GLUE's own files, where they differ.
+        test: the split with labels that is measured on.
+        mismatched: the second split that is measured on, of MNLI.
     """
 
     columns: Columns

@@ -1,4 +1,4 @@
-"""Programs that a model wrote, run against their tests in a process of their own: shut in, limited, ended in time.
+"""Programs that a model wrote, run against their tests in a process of their own: sandboxed, limited, ended in time.
 
 What always holds: a fresh folder, an environment without the caller's variables, limits on time, memory, file size,
 open files and processes, and nothing of a program's output kept. What the kernel adds, each verdict names: no network;
@@ -43,9 +43,11 @@ class Limits:
     """What one program may use.
 
     Args:
-        seconds: by the clock. cpu_seconds: of processor time, whole seconds.
-        memory_mib: address space. file_mib: of one file, and of all files where the folder is in memory.
-        open_files: at once, the interpreter's own among them.
+        seconds: by the clock.
+        cpu_seconds: of processor time, whole seconds.
+        memory_mib: address space.
+        file_mib: of one file, and of all files where the folder is in memory.
+        open_files: files open at once, the interpreter's own among them.
     """
 
     seconds: float = 15.0
@@ -63,7 +65,9 @@ class Verdict:
     """How a program did.
 
     Args:
-        passed: every test ran to its end. reason: why not, or `passed`. detail: the exception, signal or limit.
+        passed: every test ran to its end.
+        reason: why not, or `passed`.
+        detail: the exception, signal or limit.
         barriers: those of `BARRIERS` that the kernel held.
     """
 

@@ -40,7 +40,7 @@ BARRIERS = ("network", "processes", "files")
 
 
 def main(settings: dict[str, Any]) -> None:
-    """Shut in, run, report. The last thing written to the result pipe after the tests is the token."""
+    """Enter the sandbox, run, report. The last thing written to the result pipe after the tests is the token."""
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
     root = os.geteuid() == 0 and not settings["drop"]
     if settings["drop"]:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from florana.aggregate.factorization import alive
+from florana.aggregate.factorization import revive
 from florana.lora.factors import Adapter, Contribution
 from florana.strategy.facts import Facts
 
@@ -29,7 +29,7 @@ class State:
 
     Args:
         round: rounds committed so far.
-        adapter: the pair the clients train on from next round's start, and the averaged extra tensors.
+        adapter: the LoRA factors the clients train on from next round's start, and the averaged extra tensors.
         residual: a frozen part in factored form that every client adds to its model, or None.
         memory: a strategy's own tensors, by name.
     """
@@ -45,7 +45,12 @@ class Work:
     """Which kinds of tensors (`A`, `B`, `core`, `scale`) a client trains, sends up and is sent.
 
     Extra tensors (heads) are not meant here: they follow the recipe's head policy. `scale` is one factor per block of
-    a core; it is multiplied into the core before it is sent. What is trained and not sent up stays with the client.
+    a core; it is multiplied into the core before it is sent.
+
+    Args:
+        trains: kinds that the client trains; what is trained and not sent up stays with the client.
+        up: kinds that it sends.
+        down: kinds that it is sent.
     """
 
     trains: frozenset[str]
@@ -68,7 +73,7 @@ PAIR = work(["A", "B"], up=["A", "B"], down=["A", "B"])
 
 @dataclass(frozen=True)
 class Pruning:
-    """One client's leave to lower its rank after training, to `rank` and to no other.
+    """One client's permission to prune: to lower its rank after training to `rank` and to no other.
 
     Its loss gets `penalty` times the size of what lies beyond that rank (`aggregate.pad.tail`); where training made
     that smaller, it answers with the first `rank` columns of B and rows of A, in every module.
@@ -82,8 +87,12 @@ class Pruning:
 class Payload:
     """What the server sends to one client: where to start, what to add unchanged, and what to do.
 
-    `adapter` is complete, as the server knows it; of it, `work.down` travels: the client holds the rest. `blocks` are
-    the blocks of its cores that the client trains and sends, in any order (None: all); all of them go down.
+    Args:
+        adapter: complete, as the server knows it; of it, `work.down` travels and the client holds the rest.
+        residual: the frozen part to add unchanged.
+        work: what to train and send.
+        blocks: the blocks of its cores that the client trains and sends, in any order (None: all); all of them go down.
+        pruning: the permission to prune, where the client has it.
     """
 
     adapter: Adapter
@@ -121,9 +130,11 @@ class Strategy:
         name: as recipes and tables spell it.
         source: paper and equation.
         facts: what is trained and sent, and what the method can be combined with.
-        init, brief, step: the three functions above.
+        init: the first state, from the initial adapter.
+        brief: what one client is sent.
+        step: the next state, from the clients' contributions.
         cut: how a client of a lower rank gets its part; None where all clients must have one rank.
-        begin: what `init` is given: PEFT's usual start (`lora`), or pairs from the singular vectors of each base
+        begin: what `init` is given: PEFT's usual start (`lora`), or factors from the singular vectors of each base
             weight (`principal`) or of its first gradient (`gradient`).
     """
 
@@ -157,8 +168,9 @@ broadcast = sending(PAIR)
 
 
 def advance(state: State, adapter: Adapter, residual: Adapter | None = None) -> State:
-    """The state after one more round; terms of the adapter that no gradient could reach are made trainable again."""
-    return State(state.round + 1, alive(adapter, state.adapter), residual, state.memory)
+    """The state after one more round; components of the adapter that no gradient could reach are made trainable
+    again."""
+    return State(state.round + 1, revive(adapter, state.adapter), residual, state.memory)
 
 
 def ranks_of(adapter: Adapter) -> dict[str, int]:

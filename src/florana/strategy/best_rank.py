@@ -1,6 +1,6 @@
 """best-rank: the adapter of the clients' rank nearest to the true average of their updates (Eckart-Young).
 
-Trains A and B; r (out + in) numbers up and down per module, as FedIT; the base stays; no adapter of that rank has a
+Trains A and B; r (out + in) parameters up and down per module, as FedIT; the base stays; no adapter of that rank has a
 smaller aggregation error. FlexLoRA (arXiv 2402.11505) gives the same product from a dense target; here it is never
 dense. Beyond the published methods, each an option:
 
@@ -46,8 +46,8 @@ WIDE = replace(
     FACTS,
     down=facts.PAIR_AND_RESIDUAL,
     exact="the optimum of rank r + k",
-    base="a frozen part beside the pair, new in every round",
-    mixed_ranks="the best adapter of its own rank; the terms beyond it frozen beside it",
+    base="a frozen part beside the LoRA factors, new in every round",
+    mixed_ranks="the best adapter of its own rank; the components beyond it frozen beside it",
 )
 FACTORIZATIONS: dict[str, Factorization] = {"balanced": balanced, "orthonormal": orthonormal, "aligned": aligned}
 _MEMORY = "kept/"
@@ -78,7 +78,7 @@ def build(
 
 
 def _chooser(rank: int | None, error: float | None, budget: int | None) -> Callable[[Rank], Choose] | None:
-    """The clients' rank -> how many terms go out; None where only that many do."""
+    """The clients' rank -> how many components go out; None where only that many do."""
     given = {"broadcast_rank": rank, "broadcast_error": error, "broadcast_bytes": budget}
     named = [f"strategy.{name}" for name, value in given.items() if value is not None]
     if len(named) > 1:

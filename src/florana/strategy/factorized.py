@@ -1,4 +1,4 @@
-"""Which of the equivalent factors go back, for any strategy that returns a pair: the same product, another start.
+"""Which of the equivalent factors go back, for any strategy that returns LoRA factors: the same product, another start.
 
     as-averaged   what the rule gives               balanced, orthonormal, aligned   see `aggregate.factorization`
 
@@ -26,7 +26,7 @@ _WAYS = {"balanced": equivalent.balanced, "orthonormal": equivalent.orthonormal,
 
 
 def with_factorization(strategy: Strategy, factorization: Factorization) -> Strategy:
-    """The strategy, its pair given back in that factorization; the product is the same to rounding.
+    """The strategy, its factors given back in that factorization; the product is the same to rounding.
 
     Raises:
         RecipeError: the clients need the factors as they are (one of them is fixed, or begun anew in every round).

@@ -1,6 +1,6 @@
 """What every method says of itself: what travels, what it can be combined with. The README's table is made from this.
 
-Counts are numbers (parameters) per module, client and round, without the tensors trained whole (heads). A test holds
+Counts are parameters per module, client and round, without the tensors trained whole (heads). A test holds
 them against the messages really sent.
 """
 
@@ -16,8 +16,12 @@ class Size:
     """One module in one round.
 
     Args:
-        out, into: the shape of its weight. rank: r, of the pair a client trains. round: counted from 1.
-        residual: k, the rank of the frozen part sent along. blocks: h, the blocks of its core.
+        out: rows of the module's weight.
+        into: columns of the module's weight.
+        rank: r, of the LoRA factors a client trains.
+        round: counted from 1.
+        residual: k, the rank of the frozen part sent along.
+        blocks: h, the blocks of its core.
     """
 
     out: int
@@ -30,7 +34,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Count:
-    """A number of parameters: as a formula for people, and as the same formula to compute.
+    """A count of parameters: as a formula for people, and as the same formula to compute.
 
     >>> PAIR.text, PAIR.of(Size(out=4, into=6, rank=2))
     ('r (out + in)', 20)
@@ -57,21 +61,23 @@ class Facts:
     Args:
         does: what the server does, in a few words.
         trains: what a client trains.
-        up, down: parameters sent per module, client and round; k is the rank of the frozen part.
+        up: parameters sent per module, client and round.
+        down: parameters broadcast per module, client and round; k is the rank of the frozen part.
         exact: how near the server's step comes to the true average.
         differs: where florana departs from the publication, or where that could not be told; empty: nowhere known.
-        base: whether what clients add to the base model besides the trained pair changes over the rounds.
-        absent: what a client needs that missed rounds. client_state: what it keeps, and what its loss means.
+        base: whether what clients add to the base model besides the LoRA factors changes over the rounds.
+        absent: what a client needs that missed rounds.
+        client_state: what a client keeps between rounds, and what its loss means.
         mixed_ranks: what a client of a lower rank gets, or why all must have one rank.
         secure_aggregation: whether the server can work on sums alone; if not, why.
         noise: how noise added to what is sent (differential privacy) enters the result.
         robust: whether the rules of [robust] can stand before it, or `no: ` and why not.
-        trained: how many numbers a client trains per module.
-        residual: (clients, rank, rounds) -> the most terms the frozen part can have by then, before the module's own
-            sides bound it.
-        shape: the recipe's rank -> (the rank of the pair, the blocks of its core).
-        coordinates: `stay` where the pair that goes back continues the clients' pairs entry by entry; `move` where it
-            is chosen anew, so that what rounding left out of the last pair says nothing about the next.
+        trained: how many parameters a client trains per module.
+        residual: (clients, rank, rounds) -> the most singular components the frozen part can have by then, before the
+            module's own sides bound it.
+        shape: the recipe's rank -> (the rank of the LoRA factors, the blocks of its core).
+        coordinates: `stay` where the factors that go back continue the clients' factors entry by entry; `move` where
+            they are chosen anew, so that what rounding left out of the last factors says nothing about the next.
         most: the largest product of clients in a round and rank that the server's step takes on; None: any.
         one_model: False for methods without a global product; they have no global score and no aggregation error.
         optimizer: where a server optimizer can work (`strategy.server_optimizer`), the method's own place first: on the

@@ -2,9 +2,9 @@
 
     update_u = s B R_u A,   B (out x r) and A (r x in) fixed with orthonormal columns and rows;   R = sum_u w_u R_u
 
-r^2 numbers up and down. The fixed factors come from the first gradient G, as published (`begin = gradient`; pooled over
-clients, which only a simulation can do), from the base weights' singular vectors (`principal`, the default: no data
-needed), or are random (`random`). Give it a large rank: r = 200 costs what rank 5 of LoRA costs on 4096 x 4096.
+r^2 parameters up and down. The fixed factors come from the first gradient G, as published (`begin = gradient`; pooled
+over clients, which only a simulation can do), from the base weights' singular vectors (`principal`, the default: no
+data needed), or are random (`random`). Give it a large rank: r = 200 costs what rank 5 of LoRA costs on 4096 x 4096.
 
     begin = gradient:   L S V^T = -eta sign(G),   B = L_r,   A = V_r^T,   s R_0 = diag(S_1, ..., S_r)
 
@@ -55,7 +55,7 @@ def build(begin: Literal["principal", "gradient", "random"] = "principal") -> St
 
 
 def _spanned(adapter: Adapter) -> State:
-    """Orthonormal factors of the same spans as the pair's."""
+    """Orthonormal factors of the same spans as the adapter's."""
 
     def spanned(pair: LoraFactors) -> LoraFactors:
         return LoraFactors(orthonormal_rows(pair.B.T).T.contiguous(), orthonormal_rows(pair.A), pair.scaling)
@@ -64,7 +64,7 @@ def _spanned(adapter: Adapter) -> State:
 
 
 def _one_step_in(adapter: Adapter) -> State:
-    """The same factors, and between them the R_0 with the pair's own product: B^T (B_pair A_pair) A^T."""
+    """The same factors, and between them the R_0 with the adapter's own product: B^T (B_pair A_pair) A^T."""
     fixed = _spanned(adapter).adapter
     cores = {}
     for name, pair in adapter.modules.items():

@@ -1,7 +1,7 @@
 """FedEx-LoRA: factor means plus the exact remainder (Singhal et al., arXiv 2410.09432, ACL 2025).
 
-Trains A and B. Up r (out + in) numbers per module; down as many plus the remainder, of rank at most (U - 1) r a round
-and min(out, in) over the rounds. The paper moves the base by the dense remainder; here it travels as a frozen
+Trains A and B. Up r (out + in) parameters per module; down as many plus the remainder, of rank at most (U - 1) r a
+round and min(out, in) over the rounds. The paper moves the base by the dense remainder; here it travels as a frozen
 factored adapter, complete in every broadcast, so that a client that was absent needs nothing else. The server must
 see every client's factors. `residual_rank` bounds the remainder: 0 is no option, None keeps it exact.
 """
@@ -36,7 +36,7 @@ def build(residual_rank: int | None = None) -> Strategy:
     """The strategy.
 
     Args:
-        residual_rank: the most terms of the remainder that are kept; all of them where not given.
+        residual_rank: the most components of the remainder that are kept; all of them where not given.
     """
     check_residual_rank(residual_rank)
     return Strategy("fedex-lora", "arXiv 2410.09432", FACTS, start, broadcast, _Step(residual_rank))

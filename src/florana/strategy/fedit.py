@@ -1,6 +1,6 @@
 """FedIT: factors averaged apart (Zhang et al., "Towards Building the Federated GPT", arXiv 2305.05644).
 
-Trains A and B; r (out + in) numbers up and down per module; the base stays; the server's step is inexact.
+Trains A and B; r (out + in) parameters up and down per module; the base stays; the server's step is inexact.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FACTS = facts.Facts(
     trains="A, B",
     up=facts.PAIR,
     down=facts.PAIR,
-    exact="no: the covariance of the factors across clients",
+    exact="inexact: the cross-client covariance of A and B",
     secure_aggregation="yes: sums of A and of B",
     optimizer=("factors", "products"),
 )

@@ -1,6 +1,6 @@
 """FedRot-LoRA: clients' factors turned to the last broadcast before averaging (arXiv 2602.23638, ICML 2026).
 
-Trains A and B; r (out + in) numbers up and down per module, as FedIT; the base stays; U small SVDs of r x r at the
+Trains A and B; r (out + in) parameters up and down per module, as FedIT; the base stays; U small SVDs of r x r at the
 server, which must see every client's factors. As published (`align = "in-turn"`): the first round is FedIT's, from the
 second on A alone and B alone are aligned in turn, by rotations softened to `strength`. `align = "joint"` aligns both
 at once, from the first round, by any orthogonal matrix: a variant of florana's.
@@ -27,7 +27,7 @@ FACTS = facts.Facts(
     trains="A, B",
     up=facts.PAIR,
     down=facts.PAIR,
-    exact="no: what rotation explains of `fedit`'s error goes away",
+    exact="inexact: what rotation explains of `fedit`'s error goes away",
     optimizer=("factors", "products"),
 )
 _IN_TURN = MARK + "in-turn"

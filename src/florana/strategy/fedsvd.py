@@ -2,7 +2,7 @@
 
     B_avg = sum_u w_u B_u;   B_avg A = L S V^T (rank r);   A <- V^T,  B <- L S
 
-Exact, since A is the same for all clients; A has orthonormal rows, also at the start. B goes up, the new pair down.
+Exact, since A is the same for all clients; A has orthonormal rows, also at the start. B goes up, the new factors down.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""FlexLoRA: the true average, decomposed; every client gets its own number of terms (Bai et al., arXiv 2402.11505).
+"""FlexLoRA: the true average, decomposed; every client gets its own number of components (Bai et al., arXiv
+2402.11505).
 
     sum_u w_u s_u B_u A_u = L S V^T;    client u gets  B = L_r S_r / s_u,  A = V_r^T,  r = r_u
 
@@ -19,7 +20,7 @@ from florana.strategy.base import Outcome, Payload, State, Strategy, advance, br
 from florana.strategy.ranks import best_terms
 
 FACTS = facts.Facts(
-    does="decomposes the true average; each client gets the leading terms of its own rank",
+    does="decomposes the true average; each client gets the leading singular components of its own rank",
     trains="A, B",
     up=facts.PAIR,
     down=facts.PAIR,

@@ -4,8 +4,8 @@
 
 A new A has the spread (standard deviation) of the first one, module by module, which the state keeps.
 
-The stacks of all rounds are kept as one frozen residual of as few terms as it takes, complete in every broadcast: the
-paper sends each round's stack, of rank sum r_u, to everybody for ever. `residual_rank` bounds it.
+The stacks of all rounds are kept as one frozen residual of as few components as it takes, complete in every broadcast:
+the paper sends each round's stack, of rank sum r_u, to everybody for ever. `residual_rank` bounds it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FACTS = facts.Facts(
     coordinates="move",
     optimizer=("products",),
     aims_at_sum=True,
-    differs="not each round's stack travels but the sum of all, as one frozen residual in as few terms as it takes",
+    differs="not each round's stack travels but the sum of all: one frozen residual of as few components as it takes",
 )
 _SPREAD = "spread/"
 WORK = work(trains=["A", "B"], up=["A", "B"], down=["A"])
@@ -49,7 +49,7 @@ def build(residual_rank: int | None = None) -> Strategy:
     """The strategy.
 
     Args:
-        residual_rank: the most terms of the residual that are kept; all of them where not given.
+        residual_rank: the most components of the residual that are kept; all of them where not given.
     """
     check_residual_rank(residual_rank)
     return Strategy("flora", "arXiv 2409.05976", FACTS, _init, sending(WORK), _Step(residual_rank), cut=first_terms)

@@ -1,6 +1,6 @@
 """FLoRA-NA: nearly accurate aggregation by fitted coefficients (arXiv 2509.26399, Equation 6 of the submission).
 
-Trains A and B; r (out + in) numbers up and down per module, as FedIT; the base stays; the coefficients never leave
+Trains A and B; r (out + in) parameters up and down per module, as FedIT; the base stays; the coefficients never leave
 the server. The server must see every client's factors, so secure aggregation is excluded. The paper does not settle
 what is combined and how widely the coefficients are shared: both are options. `scope = "component"` goes beyond it, to
 one coefficient per client and rank component (`aggregate.component`): of the way from FedIT to the best rank it went
@@ -40,7 +40,7 @@ FACTS = facts.Facts(
     trains="A, B",
     up=facts.PAIR,
     down=facts.PAIR,
-    exact="no: never above `fedit` in the fit, never below `best-rank`",
+    exact="inexact: never above `fedit` in the fit, never below `best-rank`",
     mixed_ranks="with `combine = factors`: zero-padded, the first r_u columns of B and rows of A",
     differs="weights are the federation's (published: 1 / U); the default solver is alternating least squares; "
     "`scope = component` is not in the paper (its step solves dense systems of U r unknowns, of at most 4096)",

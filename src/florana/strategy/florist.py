@@ -1,12 +1,12 @@
-"""FLoRIST: as many singular terms as hold a share of the energy go out (Ramesh and Dasgupta, arXiv 2506.09199).
+"""FLoRIST: as many singular components as hold a share of the energy go out (Ramesh and Dasgupta, arXiv 2506.09199).
 
     sum_u w_u s_u B_u A_u = L S V^T;   p = the least k with sum_{i<=k} S_i^2 >= tau sum_i S_i^2
 
-p differs from module to module and from round to round. Where it is below r, p terms go out, at least one, and clients
-train a pair of rank p and send it back: both ways cost what p terms cost. The rank grows again by itself, as the sum
-of U such pairs has up to U p terms; only where one client alone answered it could not, so then the pair keeps the rank
-that went out. Where p is above r, the leading r terms are what clients train on, and the terms up to p a frozen part
-beside them, new in every round.
+p differs from module to module and from round to round. Where it is below r, p components go out, at least one, and
+clients train factors of rank p and send them back: both ways cost p components. The rank grows again by itself,
+as the sum of U such adapters has up to U p components; only where one client alone answered it could not, so then the
+adapter keeps the rank that went out. Where p is above r, the leading r components are what clients train on, and the
+components up to p a frozen part beside them, new in every round.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from florana.strategy.ranks import best_and_rest
 from florana.strategy.residuals import residual_note
 
 FACTS = facts.Facts(
-    does="sends as many terms of the true average as hold the share `energy` of it, fewer than r too",
-    trains="A, B, of at most r terms: as many as were sent",
+    does="sends as many components of the true average as hold the share `energy` of it, fewer than r too",
+    trains="A, B, of at most r components: as many as were sent",
     up=facts.PAIR,
     down=facts.PAIR_AND_RESIDUAL,
     exact="to the threshold",
-    base="a frozen part beside the pair, new in every round",
-    mixed_ranks="the best adapter of its own rank; the terms beyond it frozen beside it",
+    base="a frozen part beside the LoRA factors, new in every round",
+    mixed_ranks="the best adapter of its own rank; the components beyond it frozen beside it",
     noise="in both factors: a product of noises; the rest is post-processing",
     residual=lambda clients, rank, rounds: (clients * rounds - 1) * rank,
     coordinates="move",
     optimizer=("products",),
     aims_at_sum=True,
-    differs="the terms beyond r travel as a frozen part beside the pair; after a round of one client the rank stays",
+    differs="components beyond r travel as a frozen part beside them; after a round of one client the rank stays",
 )
 _RANK = "rank/"
-"""Before a module's name in the state's memory: r, which the pair itself no longer shows."""
+"""Before a module's name in the state's memory: r, which the factors themselves no longer show."""
 
 
 def build(energy: float = 0.99) -> Strategy:
@@ -68,7 +68,7 @@ class _Step:
         if len(parts) == 1:
             found = divided(parts, sent, by_energy(self.energy), keep=0)
         else:
-            # Runs begun before terms were left out have no ranks in their memory, and r terms in every pair.
+            # Runs begun before components were left out: no ranks in their memory, r components in every adapter.
             most = {name: int(state.memory.get(_RANK + name, torch.tensor(rank))) for name, rank in sent.items()}
             found = divided(parts, most, by_energy(self.energy), keep=0, trained=_fewer)
         terms = ranks_of(found.adapter).values()

@@ -3,7 +3,7 @@
     B_0 A_0 = the best rank-r part of W;  clients begin every round at it, beside the base without it
     W <- W + s B_avg A_avg - s B_0 A_0
 
-The change of the base is a frozen, factored residual, minus the first pair at the start, so that the first model is
+The change of the base is a frozen, factored residual, minus the first factors at the start, so that the first model is
 the pre-trained one. Written from the abstract and notes: the paper's text was not at hand.
 """
 
@@ -24,7 +24,7 @@ FACTS = facts.Facts(
     trains="A, B, begun anew in every round",
     up=facts.PAIR,
     down=facts.RESIDUAL,
-    exact="as `fedit`: the covariance of the factors across clients",
+    exact="as `fedit`: the cross-client covariance of A and B",
     base="moves, as a factored residual of rank k",
     secure_aggregation="yes: sums of A and of B",
     noise="in both factors: a product of noises, in the base for good",
@@ -38,7 +38,7 @@ def build(residual_rank: int | None = None) -> Strategy:
     """The strategy.
 
     Args:
-        residual_rank: the most terms of the residual that are kept; all of them where not given.
+        residual_rank: the most components of the residual that are kept; all of them where not given.
     """
     check_residual_rank(residual_rank)
     return Strategy("frlora", "ICLR 2025", FACTS, _init, sending(WORK), _Step(residual_rank), begin="principal")

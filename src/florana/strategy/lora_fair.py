@@ -1,6 +1,6 @@
 """LoRA-FAIR: the mean A, and a B corrected towards the true average (Bian et al., arXiv 2411.14961, ICCV 2025).
 
-Trains A and B; r (out + in) numbers up and down per module, as FedIT; the base stays. The correction is the ridge
+Trains A and B; r (out + in) parameters up and down per module, as FedIT; the base stays. The correction is the ridge
 form, in closed form; the paper minimises a cosine similarity with the same penalty by gradient descent. The server
 must see every client's factors.
 """
@@ -22,7 +22,7 @@ FACTS = facts.Facts(
     trains="A, B",
     up=facts.PAIR,
     down=facts.PAIR,
-    exact="no: between `best-rank` and `fedit`",
+    exact="inexact: between `best-rank` and `fedit`",
     optimizer=("factors", "products"),
     differs="the ridge form with its closed solution; published: a similarity and the penalty, by gradient descent",
 )

@@ -26,7 +26,8 @@ class ServerStep:
         optimizer: which formula.
         learning_rate: eta, above 0.
         beta: of the velocity; of Adam's first moment. At least 0, below 1.
-        beta2: of Adam's second moment. epsilon: what is added to its root.
+        beta2: of Adam's second moment.
+        epsilon: what is added to its root.
         velocity_rank: the most components per module in which a velocity is kept; None: twice the adapter's rank.
     """
 

@@ -1,11 +1,11 @@
-"""Clients of unlike ranks: each gets the part of the broadcast that its method gives to a client of its rank."""
+"""Clients of heterogeneous ranks: each gets the part of the broadcast that its method gives to a client of its rank."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from florana.aggregate.factorization import alive
+from florana.aggregate.factorization import revive
 from florana.aggregate.heterogeneous import leading
 from florana.aggregate.stack import concatenate
 from florana.errors import RecipeError
@@ -44,7 +44,7 @@ def best_and_rest(payload: Payload, rank: int, scaling: float) -> Payload:
     before = payload.residual.modules if payload.residual is not None else {}
     for name, pair in payload.adapter.modules.items():
         whole = linalg.decompose(linalg.stack([pair], [1.0]))
-        own = min(rank, pair.rank)  # a broadcast may have fewer terms than the client's rank
+        own = min(rank, pair.rank)  # a broadcast may have fewer components than the client's rank
         modules[name] = linalg.balanced(linalg.kept(whole, own), scaling, pair.A.dtype)
         rest = [before[name]] if name in before else []
         if own < len(whole.values) and bool(whole.values[own] > 0):
@@ -52,7 +52,7 @@ def best_and_rest(payload: Payload, rank: int, scaling: float) -> Payload:
             rest.append(linalg.balanced(left, 1.0, pair.A.dtype))
         if rest:
             frozen[name] = concatenate(rest, [1.0] * len(rest))
-    adapter = alive(Adapter(modules, payload.adapter.extra), payload.adapter)
+    adapter = revive(Adapter(modules, payload.adapter.extra), payload.adapter)
     return replace(payload, adapter=adapter, residual=Adapter(frozen) if frozen else None)
 
 
@@ -60,6 +60,7 @@ def with_ranks(strategy: Strategy, ranks: Mapping[str, int], scaling_of: Callabl
     """The strategy, with every client sent an adapter of its own rank.
 
     Args:
+        strategy: a method that can cut its broadcast to a lower rank.
         ranks: client -> rank, at most that of the server's adapter.
         scaling_of: rank -> scaling of a client of that rank.
 

@@ -3,7 +3,7 @@
     update_u = s sum_k s_uk B_k H_uk A_k;   H_k <- sum_u w_u s_uk H_uk,  the scales s_uk back to 1
 
 h blocks (heads) of size m between random factors whose spans are orthogonal to one another, with a trained scale each;
-the scale is multiplied in before sending. h m^2 numbers up and down.
+the scale is multiplied in before sending. h m^2 parameters up and down.
 
 A client of small means trains and sends c of the heads, and gets all of them: the others act frozen in its model. A
 head is averaged over the clients that trained it, T_k, and stays as it was where nobody did:
@@ -52,10 +52,11 @@ def build(heads: int = 4, size: int = 16, heads_per_client: int | None = None) -
     """The strategy.
 
     Args:
-        heads: h, how many small matrices per module. size: rows and columns of each; r = heads * size, which must not
-            be above the smaller side of any adapted module. Both take the place of the recipe's rank.
+        heads: h, how many small matrices per module.
+        size: rows and columns of each; r = heads * size, which must not be above the smaller side of any adapted
+            module. `heads` and `size` take the place of the recipe's rank.
         heads_per_client: c, how many of them each client trains and sends in a round; all of them where not given. For
-            clients of unlike means give `model.client_ranks` (and a `model.rank` not below them): rank r_u is worth
+            clients of different means give `model.client_ranks` (and a `model.rank` not below them): rank r_u is worth
             r_u / size heads, rounded down, at least one, and no more than c.
     """
     for name, value in (("heads", heads), ("size", size), ("heads_per_client", heads_per_client)):
@@ -79,7 +80,7 @@ def build(heads: int = 4, size: int = 16, heads_per_client: int | None = None) -
         some = facts.Count("c (r/h)^2", lambda s: count * (s.rank // s.blocks) ** 2)
         facts_of = replace(
             facts_of,
-            robust="no: clients that train unlike heads cannot be compared",
+            robust="no: clients that train different heads cannot be compared",
             up=some,
             trained=lambda s: some.of(s) + count,
         )

@@ -80,7 +80,7 @@ def with_optimizer(strategy: Strategy, settings: ServerStep, space: Space | None
     facts = replace(strategy.facts, coordinates="move")
     if strategy.facts.aims_at_sum:
         return replace(strategy, facts=facts, step=_BeforeRule(strategy, settings))
-    cut = best_terms if strategy.cut is not None else None  # a balanced pair goes back, whatever the rule's own was
+    cut = best_terms if strategy.cut is not None else None  # balanced factors go back, whatever the rule's own was
     return replace(strategy, facts=facts, step=_AfterRule(strategy, settings), cut=cut)
 
 
@@ -103,7 +103,7 @@ class _BeforeRule:
 
 @dataclass(frozen=True)
 class _AfterRule:
-    """The rule's own product is moved, and the best pair of the broadcast's rank takes its place."""
+    """The rule's own product is moved, and the best factors of the broadcast's rank take its place."""
 
     strategy: Strategy
     settings: ServerStep

@@ -1,1 +1,1 @@
-"""Comparisons: methods x seeds x settings on the same partitions, the table, and the swap test."""
+"""Comparisons: methods x seeds x settings on the same partitions, the table, and the fixed-updates ablation."""

@@ -17,7 +17,13 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds, half the width of its 95 % interval (None for one seed), and how many seeds."""
+    """A mean over seeds with its interval.
+
+    Args:
+        mean: over seeds.
+        half: half the width of its 95 % interval; None for one seed.
+        seeds: how many seeds.
+    """
 
     mean: float
     half: float | None

@@ -1,4 +1,4 @@
-"""The swap test: the clients' trained adapters held fixed, only the aggregator swapped.
+"""The fixed-updates ablation: the clients' trained adapters held fixed, only the aggregator swapped.
 
 One run of FedIT is followed; at the wanted rounds the very updates that its server got are given to every rule, and the
 merged model is scored. Whatever differs then is the rule's doing: what the clients learnt is the same for all.

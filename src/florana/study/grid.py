@@ -30,7 +30,13 @@ class Method:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the cells of a group have in common besides the recipe. None: as the recipe has it."""
+    """What the cells of a group have in common besides the recipe. None: as the recipe has it.
+
+    Args:
+        seed: of partition, start and training.
+        alpha: Dirichlet's parameter of the partition.
+        rank: r of the LoRA factors.
+    """
 
     seed: int
     alpha: float | None = None
@@ -62,7 +68,10 @@ class Plan:
     """A whole study.
 
     Args:
-        base: the recipe that is varied. methods: controls included. settings: the groups of cells.
+        base: the recipe that is varied.
+        methods: the methods, controls included.
+        settings: the settings, each a seed, an alpha and a rank.
+        swap_rounds: the rounds of the fixed-updates ablation.
     """
 
     base: r.Recipe
@@ -87,6 +96,13 @@ def plan_of(
     """The study of a recipe: its `[study]` section, what is given here coming first; every cell's recipe is checked.
 
     FedIT is always among the methods: differences are taken from it. A method in a file passes the contract first.
+
+    Args:
+        recipe: the recipe that is varied.
+        methods: names with options in brackets, or `file.py:rule`.
+        seeds: how many; the recipe's seed is the first.
+        alphas: Dirichlet's parameters.
+        ranks: LoRA ranks; alpha / rank is kept.
 
     Raises:
         RecipeError: no methods, an unknown one, one that breaks the contract, or a combination that cannot hold.

@@ -1,4 +1,5 @@
-"""What a study leaves to read: tables (Markdown, CSV, LaTeX, JSON), the page, and the swap test's summary."""
+"""What a study leaves to read: tables (Markdown, CSV, LaTeX, JSON), the page, and the fixed-updates ablation's
+summary."""
 
 from __future__ import annotations
 
@@ -31,7 +32,13 @@ from florana.study.table import (
 
 
 def publish(plan: Plan, out: Path, failures: Mapping[str, str]) -> tuple[Comparison, dict[str, Any], Path]:
-    """Write every file of the study; returns the comparison, the swap test's summary, and the page."""
+    """Write every file of the study; returns the comparison, the fixed-updates ablation's summary, and the page.
+
+    Args:
+        plan: the study.
+        out: its folder.
+        failures: cell id -> why it failed.
+    """
     comparison = compare(plan, out)
     rows = swap_rows(plan, out)
     swapped = summarise(rows, comparison.metric)
@@ -60,7 +67,7 @@ def publish(plan: Plan, out: Path, failures: Mapping[str, str]) -> tuple[Compari
 
 
 def swap_rows(plan: Plan, out: Path) -> list[dict[str, Any]]:
-    """The rows of every swap test that is there, with their setting and seed."""
+    """The rows of every fixed-updates ablation that is there, with their setting and seed."""
     found = []
     for setting in plan.settings:
         path = swap_file(out, setting)
@@ -104,8 +111,8 @@ def summarise(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
             width = f" ± {found.half:.2f}" if found.half is not None else ""
             still = len(values) - found.seeds
             text.append(
-                f"Swap test, {setting}, round {round_}: rank correlation of lower error with a better {metric} over "
-                f"rules {found.mean:+.2f}{width} over {found.seeds} seeds"
+                f"Fixed-updates ablation, {setting}, round {round_}: rank correlation of lower error and "
+                f"better {metric} over rules {found.mean:+.2f}{width} over {found.seeds} seeds"
                 + (f" (in {still} more, no rule changed the score)." if still else ".")
             )
     return {"table": table, "correlations": correlations, "text": text}

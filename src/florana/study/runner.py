@@ -1,6 +1,6 @@
 """Doing a study: groups of cells side by side, each cell an ordinary run folder; what is finished is never done again.
 
-OUT/runs/<setting>/seed-<n>/<method>/   a run folder          OUT/swap/<setting>-seed-<n>.json   the swap test
+OUT/runs/<setting>/seed-<n>/<method>/   a run folder          OUT/swap/<setting>-seed-<n>.json   the ablation
 OUT/failures.json                       cell -> why it failed; the table marks the gap
 """
 
@@ -47,6 +47,12 @@ class Group:
 
 def execute_study(plan: Plan, out: Path, jobs: int | None, advance: Callable[[int, str], None]) -> dict[str, str]:
     """Run every cell that is not finished; `advance` is told of committed rounds (how many, of what).
+
+    Args:
+        plan: the study.
+        out: its folder; finished runs in it are kept.
+        jobs: groups of runs at once; None: by cores and memory.
+        advance: told of committed rounds (how many, of what).
 
     Returns:
         cell id -> why it failed, for those that did. The rest of the study goes on.
@@ -109,12 +115,13 @@ def folder_of(out: Path, cell: Cell) -> Path:
 
 
 def swap_file(out: Path, setting: Setting) -> Path:
-    """Where the swap test of a setting stands."""
+    """Where the fixed-updates ablation of a setting stands."""
     return out / "swap" / f"{setting.name}-seed-{setting.seed}.json"
 
 
 def work(group: Group, tell: Callable[[str], Any]) -> dict[str, str]:
-    """One group: prepare once, run what is unfinished, then the swap test. Returns cell id -> why it failed."""
+    """One group: prepare once, run what is unfinished, then the fixed-updates ablation. Returns cell id -> why it
+    failed."""
     with threads(group.threads):
         return _work(group, tell)
 
@@ -151,7 +158,9 @@ def _work(group: Group, tell: Callable[[str], Any]) -> dict[str, str]:
         try:
             rows = swap(recipe, setup or prepare(recipe), methods, group.fixed_updates_rounds)
         except FloranaError as error:
-            failures[f"swap test, {group.setting.name}, seed {group.setting.seed}"] = str(error).replace("\n", "; ")
+            failures[f"fixed-updates ablation, {group.setting.name}, seed {group.setting.seed}"] = str(error).replace(
+                "\n", "; "
+            )
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
             seconds = time.perf_counter() - started
@@ -171,11 +180,12 @@ def finished(group: Group, cell: Cell) -> bool:
 
 
 def swap_asked(group: Group) -> str:
-    """The digest of what a swap test is made of, each cell's recipe and the rounds: another question, another test."""
+    """The digest of what a fixed-updates ablation is made of, each cell's recipe and the rounds: another question,
+    another test."""
     recipes = [recipe_of(group.base, cell).to_toml() for cell in group.cells]
     return hashlib.sha256(json.dumps([recipes, list(group.fixed_updates_rounds)]).encode()).hexdigest()
 
 
 def swapped(path: Path, asked: str) -> bool:
-    """Whether the file holds the very swap test that is asked for."""
+    """Whether the file holds the very ablation that is asked for."""
     return path.exists() and json.loads(path.read_text()).get("asked") == asked

@@ -27,11 +27,22 @@ class Row:
     """One method in one setting. A figure is None where no seed has it.
 
     Args:
+        setting: the name of the setting.
+        method: the name of the method.
+        seeds: how many seeds have a finished run.
+        failed: seeds that have no finished run.
         scores: `global`, `personal`, `gap`, `clients_on_common` -> estimate.
-        difference, p_value: of `global` from FedIT's, paired by seed.
-        first_error, error: the aggregation error of round 1, and its mean over rounds.
-        rounds_to_target, bytes_to_target: until what FedIT ended with on the same seed; over the seeds that got there.
-        reached: how many seeds reached the target. failed: seeds that have no finished run.
+        difference: of `global` from FedIT's, paired by seed.
+        p_value: of that difference.
+        first_error: the aggregation error of round 1.
+        error: the mean of the aggregation error over rounds.
+        optimum: the least error that the rank allows.
+        bytes_up: bytes from all clients over a run, the mean over seeds.
+        bytes_down: bytes to all clients over a run, the mean over seeds.
+        server_seconds: time of the strategy's steps over a run, the mean over seeds.
+        rounds_to_target: rounds until what FedIT ended with on the same seed; over the seeds that got there.
+        bytes_to_target: bytes until then.
+        reached: how many seeds reached the target.
         points: per seed, for the pictures: global score, bytes, first error.
     """
 

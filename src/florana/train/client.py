@@ -25,7 +25,7 @@ from florana.train.model import Workbench
 
 @dataclass(frozen=True, eq=False)
 class ClientData:
-    """What one client holds: rows to train on, and its own test share (may be empty)."""
+    """What one client holds: rows to train on, and its local test split (may be empty)."""
 
     train: Sequence[Example]
     test: Sequence[Example]
@@ -36,9 +36,13 @@ class TrainingClients:
     """All clients of a simulation at one bench; `fit` is what the local engine calls.
 
     Args:
-        bench: the shared model. first: the adapter before the first round, head included, as every client knows it.
-        data: client -> its rows. common: the common test set clients are measured on.
-        train, evaluate: the recipe's sections. head: the recipe's policy for tensors trained whole.
+        bench: the shared model.
+        first: the adapter before the first round, head included, as every client knows it.
+        data: client -> its rows.
+        common: the common test set clients are measured on.
+        train: the recipe's section.
+        evaluate: the recipe's section.
+        head: the recipe's policy for tensors trained whole.
         step: called after every optimizer step, for progress.
     """
 
@@ -110,10 +114,16 @@ def train_locally(
 ) -> float:
     """AdamW on the bench's adapter for the wanted steps or epochs; returns the mean loss over the steps.
 
-    `term` is added to what is minimised, not to the loss that is reported.
-
     Rows are visited in passes of a seeded random order; dropout draws from the same seed. A fresh optimizer each round:
     its moments belong to parameters that the server has since replaced.
+
+    Args:
+        bench: the model, with the adapter to train.
+        examples: the client's rows.
+        settings: the recipe's section.
+        seed: of the rows' order and of dropout.
+        stepped: called after every optimizer step.
+        term: added to what is minimised, not to the loss that is reported.
 
     Raises:
         FloranaError: the loss is no longer finite.

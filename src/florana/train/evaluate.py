@@ -21,6 +21,11 @@ def evaluate(bench: Workbench, examples: Sequence[Example], batch_size: int) -> 
     Classes: accuracy, macro_f1, matthews, loss; of two classes also f1, that of the second one, as GLUE has it. A
     score: pearson, spearman, and loss, the mean squared error. Language: loss (nats per token that counts) and
     perplexity.
+
+    Args:
+        bench: the model, with the adapter to measure.
+        examples: the rows.
+        batch_size: rows at once.
     """
     bench.model.eval()
     ordered = sorted(examples, key=lambda example: len(example.ids))  # little padding

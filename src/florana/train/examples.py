@@ -23,7 +23,9 @@ class Rows:
     """All rows of a run.
 
     Args:
-        clients: client -> its rows. common: the common test set. more: further ones, by the ending of their figures.
+        clients: client -> its rows.
+        common: the common test set.
+        more: further ones, by the ending of their figures.
         facts: who holds what, as setup.json has it; of instructions also `left_out` and `cut_responses`.
     """
 

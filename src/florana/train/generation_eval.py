@@ -76,8 +76,9 @@ class Exam:
         return scores | {"cut_prompts": written.cut_prompts / len(self.prompts)}
 
 
-def exam(recipe: r.Recipe, bench: Workbench) -> Exam | None:
-    """The exam a recipe asks for; None without [generation]. What could refuse it after hours of training refuses here.
+def generation_benchmark(recipe: r.Recipe, bench: Workbench) -> GenerationBenchmark | None:
+    """The generation benchmark a recipe asks for; None without [generation]. What could refuse it after hours of
+    training refuses here.
 
     Raises:
         InputError: a file cannot be read, a row lacks what the task needs, there are too few worked examples, the

@@ -1,4 +1,5 @@
-"""What is put into a LoRA layer by forward hooks: cores between fixed factors, and a frozen part beside the pair."""
+"""What is put into a LoRA layer by forward hooks: cores between fixed factors, and a frozen part beside the LoRA
+factors."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from florana.lora.factors import LoraFactors
 class Core:
     """Blocks C_1 .. C_h between a layer's fixed factors, as a hook on its A: x A^T becomes x A^T blockdiag(s_k C_k)^T.
 
-    `scale` (s, one number per block) is trained only where asked for, and is multiplied into what `value` returns. Of
+    `scale` (s, one value per block) is trained only where asked for, and is multiplied into what `value` returns. Of
     the blocks, those `chosen` (None: all) are parameters; the others act frozen, out of the optimizer's reach.
     """
 
@@ -57,7 +58,7 @@ class Core:
 
 
 class Residual:
-    """A forward hook that adds scaling * x A^T B^T of a frozen pair to a module's output."""
+    """A forward hook that adds scaling * x A^T B^T of frozen factors to a module's output."""
 
     def __init__(self, pair: LoraFactors, device: torch.device) -> None:
         self.B, self.A, self.scaling = pair.B.to(device), pair.A.to(device), pair.scaling

@@ -96,8 +96,8 @@ def load_base(
     """The base model with a head for `labels` classes or for one score, and the modules that are trained whole.
 
     Raises:
-        InputError: it cannot be loaded, or the checkpoint is not one of this model. RecipeError: the quantisation is
-            not to be had here.
+        InputError: it cannot be loaded, or the checkpoint is not one of this model.
+        RecipeError: the quantisation is not to be had here.
     """
     loader, _ = AUTO[task]
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
@@ -164,6 +164,9 @@ def with_lora(base: Any, settings: r.Model, task: str, whole: Sequence[str]) -> 
     """The base model as a PEFT model with one adapter.
 
     Args:
+        base: the loaded base model.
+        settings: the recipe's model section.
+        task: the recipe's task.
         whole: the modules that are trained and saved whole.
 
     Raises:

@@ -1,4 +1,5 @@
-"""First pairs other than PEFT's: from the leading singular vectors of the base weights, or of their first gradient.
+"""LoRA initialisation other than PEFT's: from the leading singular vectors of the base weights, or of their first
+gradient.
 
     principal   W = L S V^T:             B = L_r sqrt(S_r / s),  A = sqrt(S_r / s) V_r^T      (FRLoRA, ICLR 2025)
     gradient    -eta sign(mean gradient): the same of that matrix: the first step of an Adam-like optimizer, as Fed-SB
@@ -25,7 +26,7 @@ FULL_UP_TO = 1024
 
 
 def principal(bench: Workbench, start: Adapter) -> Adapter:
-    """Pairs of `start`'s ranks and scalings whose products are the best rank-r parts of the base weights.
+    """Factors of `start`'s ranks and scalings whose products are the best rank-r parts of the base weights.
 
     Raises:
         InputError: the base is quantised: its singular vectors cannot be read.
@@ -43,7 +44,7 @@ def principal(bench: Workbench, start: Adapter) -> Adapter:
 
 
 def gradient(bench: Workbench, start: Adapter, batches: Mapping[str, Sequence[Example]], rate: float) -> Adapter:
-    """Pairs of -rate times the sign of the clients' mean gradient of the base weights: client -> the rows of a batch.
+    """Factors of -rate times the sign of the clients' mean gradient of the base weights: client -> the rows of a batch.
 
     Clients count by their rows. The gradients are pooled, which only a simulation can do (as the published code does).
     """
@@ -76,7 +77,7 @@ def _upright(weight: Tensor, transposed: bool) -> Tensor:
 
 
 def _pairs(matrices: Mapping[str, Tensor], start: Adapter) -> Adapter:
-    modules = dict(start.modules)  # a module that no row reaches keeps the pair it has
+    modules = dict(start.modules)  # a module that no row reaches keeps the factors it has
     for name, matrix in matrices.items():
         pair = start.modules[name]
         if min(matrix.shape) <= FULL_UP_TO:

@@ -102,7 +102,7 @@ class Workbench:
 
     @property
     def base_parameters(self) -> int:
-        """How many numbers the frozen base model holds."""
+        """How many parameters the frozen base model holds."""
         return sum(parameter.numel() for _, parameter in self.frozen())
 
     def frozen(self) -> list[tuple[str, torch.nn.Parameter]]:

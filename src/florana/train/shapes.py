@@ -68,7 +68,9 @@ class Shapes:
     """A model's adapted modules and its size.
 
     Args:
-        model: as it was asked for. modules: name -> (out, in). parameters: of the whole base model.
+        model: as it was asked for.
+        modules: name -> (out, in).
+        parameters: of the whole base model.
     """
 
     model: str
@@ -80,6 +82,7 @@ def shapes_of(model: str, targets: str | Sequence[str] = (), task: str | None = 
     """The shapes of a preset, of a folder with a config.json, or of a hub name: the modules that a run would adapt.
 
     Args:
+        model: a preset, a folder or a hub name.
         targets: as a recipe's `model.target_modules`; PEFT's usual ones for the model's kind where not given.
         task: as a recipe's; without it, that of the first class that the family has, a classifier before a decoder.
 

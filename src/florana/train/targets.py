@@ -38,7 +38,9 @@ def whole_modules(model: Any, missing: Collection[str], base: str) -> tuple[str,
     """The names of the modules of a classifier that are trained and saved whole, sorted.
 
     Args:
-        model: with its head. missing: the parameters that its checkpoint lacks. base: the model's name, for messages.
+        model: with its head.
+        missing: the parameters that its checkpoint lacks.
+        base: the model's name, for messages.
 
     Raises:
         InputError: the checkpoint lacks parts of the base model itself, or a parameter that no module holds alone.
@@ -66,8 +68,10 @@ def adapted_modules(
     """Name -> linear layer, of the modules that get LoRA, in the model's order.
 
     Args:
+        model: the base model, with its head.
         wanted: last parts of names, a regular expression that matches whole names, or `all-linear`.
-        whole: modules trained whole; nothing in them is adapted. base: the model's name, for messages.
+        whole: modules trained whole; nothing in them is adapted.
+        base: the model's name, for messages.
 
     Raises:
         InputError: nothing or no linear layer matches; `all-linear` of a model whose experts are no linear layers, or

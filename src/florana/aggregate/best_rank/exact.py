@@ -81,6 +81,7 @@ def nearest(pieces: Iterable[tuple[float, LoraFactors]], rank: int, dtype: torch
     Args:
         pieces: (coefficient, pair) of one shape; taken one by one, and let go where the sum is wide.
         rank: at least 1; padded with zeros where the sum has a lower rank.
+        dtype: of the factors that are returned.
 
     >>> eye = torch.eye(3)
     >>> pieces = [(0.75, LoraFactors(eye[:, :1], eye[:1], 1.0)), (0.25, LoraFactors(eye[:, 1:2], eye[1:2], 1.0))]

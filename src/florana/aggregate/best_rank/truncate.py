@@ -1,10 +1,10 @@
-"""How many singular terms of each module go out: by rank, by share of the energy, by error, or by a budget.
+"""How many singular components of each module go out: by rank, by share of the energy, by error, or by a budget.
 
     energy     the least k with sum_{i<=k} S_i^2 >= tau sum_i S_i^2          per module (FLoRIST, arXiv 2506.09199)
     error      the least k with sqrt(sum_{i>k} S_i^2) <= e || target ||_F     per module: energy with tau = 1 - e^2
-    budget     the terms of all modules with the largest S_i^2 / (out + in), while they fit: what is best spent first
+    budget     the components of all modules with the largest S_i^2 / (out + in), while they fit: the best spent first
 
-`divided` then splits the exact sum into the pair that clients train, a frozen part beside it, and what stays behind.
+`divided` then splits the exact sum into the LoRA factors that clients train, a frozen part beside them, and the rest.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from florana.lora import linalg
 from florana.lora.factors import Adapter, Contribution, LoraFactors
 
 NEGLIGIBLE = torch.finfo(torch.float32).eps / 16
-"""Terms below this share of a module's largest singular value are rounding."""
+"""Components below this share of a module's largest singular value are rounding."""
 
 Choose = Callable[[Mapping[str, linalg.Decomposition]], Mapping[str, int]]
-"""Module name -> decomposition of its target, in; module name -> how many terms go out, out."""
+"""Module name -> decomposition of its target, in; module name -> how many components go out, out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +32,9 @@ class Division:
     """An exact sum in three parts; `residual` and `rest` lack the modules in which nothing is left for them.
 
     Args:
-        adapter: the leading terms, of the clients' rank. residual: the following terms that go out too, frozen.
-        rest: the terms that do not go out, or only the first of them.
+        adapter: the leading singular components, of the clients' rank.
+        residual: the following components that go out too, frozen; None where there are none.
+        rest: the components that do not go out, or only the first of them; None where there are none.
     """
 
     adapter: Adapter
@@ -42,17 +43,17 @@ class Division:
 
 
 def by_rank(rank: validate.Rank) -> Choose:
-    """The same number of terms for every module, or each module's own."""
+    """The same number of components for every module, or each module's own."""
     return lambda wholes: {name: validate.rank_in(rank, name) for name in wholes}
 
 
 def everything(wholes: Mapping[str, linalg.Decomposition]) -> Mapping[str, int]:
-    """Every term of every module."""
+    """Every component of every module."""
     return {name: len(whole.values) for name, whole in wholes.items()}
 
 
 def by_energy(share: float) -> Choose:
-    """The fewest terms that hold `share` of each module's squared norm.
+    """The fewest components that hold `share` of each module's squared norm.
 
     >>> whole = linalg.Decomposition(torch.eye(3), torch.tensor([3.0, 1.0, 0.1]), torch.eye(3))
     >>> by_energy(0.89)({"q": whole}), by_energy(0.95)({"q": whole})
@@ -65,7 +66,8 @@ def by_energy(share: float) -> Choose:
         chosen = {}
         for name, whole in wholes.items():
             squares = whole.values.square()
-            tail = squares.flip(0).cumsum(0).flip(0)  # (k,): what is left before each term, summed from the small end
+            # (k,): what is left before each component, summed from the small end
+            tail = squares.flip(0).cumsum(0).flip(0)
             chosen[name] = int((tail > (1 - share) * tail[0]).sum()) if len(squares) else 0
         return chosen
 
@@ -73,21 +75,23 @@ def by_energy(share: float) -> Choose:
 
 
 def by_error(error: float) -> Choose:
-    """The fewest terms whose relative error per module is at most `error`."""
+    """The fewest components whose relative error per module is at most `error`."""
     if not 0 <= error < 1:
         raise InputError(f"the error {error} is not at least 0 and below 1")
     return by_energy(1 - error * error)
 
 
 def by_budget(numbers: int, rank: validate.Rank) -> Choose:
-    """Terms beyond the first `rank` of each module, where they take away most error per number sent, while they fit.
+    """Components beyond the first `rank` of each module, where they take away most error per parameter sent, while they
+    fit.
 
     Args:
-        numbers: parameters that may go out in all, the first `rank` terms of every module included.
+        numbers: parameters that may go out in all, the first `rank` components of every module included.
+        rank: the components that go out in any case: one number, or one per module.
 
     >>> steep = linalg.Decomposition(torch.eye(3), torch.tensor([3.0, 2.0, 0.0]), torch.eye(3))
     >>> flat = linalg.Decomposition(torch.eye(3), torch.tensor([9.0, 1.0, 0.5]), torch.eye(3))
-    >>> by_budget(numbers=18, rank=1)({"steep": steep, "flat": flat})  # each term costs 6
+    >>> by_budget(numbers=18, rank=1)({"steep": steep, "flat": flat})  # each component costs 6
     {'steep': 2, 'flat': 1}
     """
 
@@ -101,7 +105,7 @@ def by_budget(numbers: int, rank: validate.Rank) -> Choose:
             for index, value in enumerate(whole.values)
             if index >= validate.rank_in(rank, name) and value > 0
         ]
-        closed: set[str] = set()  # a module whose next term did not fit takes no later one: terms go in order
+        closed: set[str] = set()  # a module whose next component did not fit takes no later one: components go in order
         for _, name, _ in sorted(offers):
             if name in closed:
                 continue
@@ -124,15 +128,16 @@ def divided(
     keep: int | None = None,
     trained: Callable[[int, int], int] = lambda rank, outgoing: rank,
 ) -> Division:
-    """The exact weighted sum as the pair of rank `rank`, the frozen terms that go out beside it, and the rest.
+    """The exact weighted sum as LoRA factors of rank `rank`, the frozen components that go out beside it, and the rest.
 
     Args:
         parts: one contribution per client; what they carried frozen belongs to the sum.
-        choose: how many terms of each module go out in all; at least as many do as the pair has.
+        rank: of the LoRA factors that clients train: one number, or one per module.
+        choose: how many singular components of each module go out in all; at least as many do as the factors have.
         added: something more that belongs to the sum (what was kept back before).
-        keep: the most terms of the rest; None keeps all.
-        trained: (a module's `rank`, how many of its terms go out) -> how many of them the pair has; all of `rank`,
-            padded with zeros where the sum has fewer, where not given.
+        keep: the most components of the rest; None keeps all.
+        trained: (a module's `rank`, how many of its components go out) -> how many of them the factors have; all of
+            `rank`, padded with zeros where the sum has fewer, where not given.
 
     Raises:
         InputError: the contributions do not fit together.

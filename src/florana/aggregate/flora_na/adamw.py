@@ -29,7 +29,9 @@ def solve(
 
     Args:
         modules: one entry per module; the same clients and weights in each. Two hundred steps pay for the blocks.
-        steps: AdamW steps. learning_rate: at the start. weight_decay: AdamW's, on the multipliers.
+        steps: how many AdamW steps.
+        learning_rate: AdamW's learning rate at the start.
+        weight_decay: AdamW's, on the multipliers.
     """
     blocks = [module.blocks() for module in modules]
     weights = blocks[0].weights

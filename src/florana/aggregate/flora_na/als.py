@@ -41,11 +41,11 @@ def solve(modules: Sequence[Products], *, sweeps: int = 50, tolerance: float | N
     Args:
         modules: one entry per module, all of one kind; the same clients and weights in each.
         sweeps: the most rounds of (p, then q) from each start.
-        tolerance: with Blocks, stop when a sweep lowers the squared error by less than this share of it (1e-6 if
-            None). With Directions, where a sweep costs as much as all blocks of a few clients, stop when what further
-            sweeps are expected to bring is less than this share of it (3e-3 if None; what is held to is 0.5 % of the
-            error, a share of 1e-2). Both figures are estimates there: the squared error from random probes (||T||^2
-            itself would cost as much as the blocks), the further falls from the last two as a geometric series.
+        tolerance: with Blocks, stop when a sweep lowers the squared error by less than this share of it (1e-6 if None).
+            With Directions, where a sweep costs as much as all blocks of a few clients, stop when what further sweeps
+            are expected to bring is less than this share of it (3e-3 if None; what is held to is 0.5 % of the error, a
+            share of 1e-2). Both figures are estimates there: the squared error from random probes (||T||^2 itself would
+            cost as much as the blocks), the further falls from the last two as a geometric series.
 
     Returns:
         p and q scaled to equal norms where the base is zero (the product has that freedom), as found otherwise, and the

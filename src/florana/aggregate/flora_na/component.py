@@ -49,11 +49,11 @@ def solve(modules: Sequence[Products], *, sweeps: int = 60, tolerance: float = 1
         history begins at the error of the scalars.
 
     Raises:
-        InputError: more than `MOST` unknowns, or modules of unlike ranks.
+        InputError: more than `MOST` unknowns, or modules of heterogeneous ranks.
     """
     sizes = {_size(module) for module in modules}
     if len({rank for _, rank in sizes}) > 1:
-        raise InputError("coefficients per component cannot be shared by modules of unlike ranks",
+        raise InputError("coefficients per component cannot be shared by modules of heterogeneous ranks",
                          fix="fit every module by itself")  # fmt: skip
     (clients, rank), *_ = sizes
     if clients * rank > MOST:

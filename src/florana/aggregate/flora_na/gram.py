@@ -1,6 +1,6 @@
 """FLoRA-NA's objective in inner products: everything a solver needs to know of a module, and its error as a quadratic.
 
-With directions D_0 = B_0, D_u = B_u - B_0 and F_0 = A_0, F_u = A_u - A_0, the mixed pair is B_hat = sum_i x_i D_i,
+With directions D_0 = B_0, D_u = B_u - B_0 and F_0 = A_0, F_u = A_u - A_0, the mixed factors are B_hat = sum_i x_i D_i,
 A_hat = sum_i y_i F_i, x = (1, p), y = (1, q); the target is sum_u w_u (D_0 + D_u)(F_0 + F_u).
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """The inner products of one module's directions, float64; index 0 is the base pair, 1..U the clients.
+    """The inner products of one module's directions, float64; index 0 is the base, 1..U the clients.
 
     Args:
         G: (U+1, U+1, r, r), G[i, j] = D_i^T D_j.
@@ -44,6 +44,11 @@ class Coefficients:
     """A solver's answer: p and q, (U,) or (U, r), and the summed squared error at the start and after every step kept.
 
     Where the solver cannot know the error, only its falls, the history is the error less that of the start.
+
+    Args:
+        p: coefficients of B, (U,) or (U, r).
+        q: coefficients of A, (U,) or (U, r).
+        history: the summed squared error at the start and after every step kept.
     """
 
     p: Tensor
@@ -65,8 +70,10 @@ def quadratic(G: Tensor, H: Tensor, weights: Tensor, other: Tensor) -> tuple[Ten
     """The error as a quadratic in one side's coefficients x, the other side's fixed: x^T M x - 2 x^T b + const.
 
     Args:
-        G: blocks of the side that is free; H: blocks of the side that is fixed, both (U+1, U+1, r, r).
-        weights: (U,). other: (..., U+1), the fixed side's coefficients, 1 for the base; one quadratic for each row.
+        G: blocks of the side that is free, (U+1, U+1, r, r).
+        H: blocks of the side that is fixed, (U+1, U+1, r, r).
+        weights: (U,).
+        other: (..., U+1), the fixed side's coefficients, 1 for the base; one quadratic for each row.
 
     Returns:
         M (..., U+1, U+1) with M_ij = <G_ij, S>, S = A_hat A_hat^T, and b (..., U+1) with

@@ -29,10 +29,13 @@ class Directions:
     """One module's factors as FLoRA-NA mixes them: B_hat = D_0 + sum_u p_u D_u, A_hat = F_0 + sum_u q_u F_u.
 
     Args:
-        D: (U, out, r), B_u - B_0 with the scalings inside; F: (U, r, in), A_u - A_0.
-        D_0: (out, r), B_0; F_0: (r, in), A_0; zeros where whole factors are mixed.
+        D: (U, out, r), B_u - B_0 with the scalings inside.
+        F: (U, r, in), A_u - A_0.
+        D_0: (out, r), B_0; zeros where whole factors are mixed.
+        F_0: (r, in), A_0; zeros where whole factors are mixed.
         weights: (U,), float64, summing to 1.
-        B, A: (out, r) and (r, in), the pair of p = q = weights: FedIT's.
+        B: (out, r), the factor B of p = q = weights: FedIT's.
+        A: (r, in), the factor A of p = q = weights: FedIT's.
         unit: what one unit of squared error of this module counts in a sum over modules.
     """
 

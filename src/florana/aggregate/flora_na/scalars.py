@@ -4,7 +4,7 @@
     (p, q) = argmin || B_hat A_hat - sum_u w_u B_u A_u ||_F^2          (the submission's Equation 6)
 
 The paper leaves two things open, so all four readings are here:
-  factors | updates   `base` None means B_0 = A_0 = 0 (whole factors); else the pair of the last broadcast.
+  factors | updates   `base` None means B_0 = A_0 = 0 (whole factors); else the factors of the last broadcast.
   per module | whole  `fit` solves for one (p, q) per module, or one for the model (errors summed over modules).
 
 Clients with unequal scalings enter as B_u s_u / s, so that the start p = q = w is FedIT in every case. The objective
@@ -119,7 +119,7 @@ def mix(
         solver: `als.solve`, `component.solve` (a coefficient per client and rank component) or `gradient.solve`.
         fit: `per_module`, `per_model` or `per_model_relative`.
         base: the adapter all clients started from, to mix updates; None to mix whole factors.
-        way: `cheaper`, `as_blocks` or `as_factors`; the same stationary point by unlike arithmetic.
+        way: `cheaper`, `as_blocks` or `as_factors`; the same stationary point by different arithmetic.
 
     Raises:
         InputError: the contributions (or the base) do not fit together; client, module and shapes are named.
@@ -141,7 +141,7 @@ def mix(
             start = Contribution("the last broadcast", base, 1.0)
             validate.same_rank([*parts, start], name, [*pairs, base.modules[name]], "flora-na")
         directions[name] = directions_of(pairs, None if base is None else base.modules[name], weights)
-        # A NaN or an infinity stays one in a weighted sum, so FedIT's pair speaks for all inputs.
+        # A NaN or an infinity stays one in a weighted sum, so FedIT's factors speak for all inputs.
         if not (validate.is_finite(directions[name].B) and validate.is_finite(directions[name].A)):
             validate.require_finite_factors(parts, name, pairs)
     coefficients = fit(way({name: rescaled(module) for name, module in directions.items()}), solver)

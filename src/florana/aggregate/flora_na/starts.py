@@ -33,6 +33,7 @@ def of_blocks(blocks: Sequence[Blocks], fedit: float) -> Tensor:
     """The starts (S, U), p = q in each row: the weights first, then the clients nearest to the target alone.
 
     Args:
+        blocks: one entry per module; the same clients and weights in each.
         fedit: the squared error at p = q = weights.
 
     >>> one = torch.ones(3, 3, 1, 1).double()

@@ -28,7 +28,7 @@ def train(message: Message, context: Context) -> Message:
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """The roll call."""
+    """Registration."""
     return _answer(message, context)
 
 

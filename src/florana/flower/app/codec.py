@@ -39,6 +39,7 @@ def read_reply(frame: Frame, client: str, nonce: str) -> Reply | Failure:
     """What a client sent, as a Reply for the gate, or a Failure that says why it is none. Raises nothing.
 
     Args:
+        frame: what the node sent; untrusted.
         client: whom the server asked; a node answers in its own name only.
         nonce: the word the brief went out with.
     """
@@ -47,7 +48,7 @@ def read_reply(frame: Frame, client: str, nonce: str) -> Reply | Failure:
     if frame.kind == "changed":
         return Failure(
             client,
-            "is not as it was at the roll call (another recipe, data, model or number of threads): it is asked anew",
+            "is not as it was at registration (another recipe, data, model or number of threads): it is asked anew",
         )
     if frame.kind != "reply":
         return Failure(client, f"answered with a message of kind '{frame.kind[:40]}'")

@@ -40,7 +40,7 @@ class Nodes(Protocol):
 
 @dataclass(frozen=True)
 class Seat:
-    """Where a client is reached, and the digest of what it said of itself at the roll call (`card.digest`)."""
+    """Where a client is reached, and the digest of what it said of itself at registration (`site_card.digest`)."""
 
     node: int
     card: str
@@ -53,8 +53,9 @@ class FlowerEngine:
     Args:
         grid: the connection to the nodes.
         seats: asked at the start of each round: client -> its seat, of the clients that are connected and fit; and
-            client -> why not, of the others. changed: told of a client that is not what it said at the roll call.
-        run: the name of the run, by which clients keep what stays with them.
+            client -> why not, of the others.
+        changed: told of a client that is not what it said at registration.
+        run: the name of the run, under which clients keep their client state.
         deadline: seconds from sending to the last answer that counts.
     """
 
@@ -65,7 +66,7 @@ class FlowerEngine:
     deadline: float
 
     def memories(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """Nothing: what clients keep lies with them, see `federation.keeping`."""
+        """Nothing: the client state lies with the clients, see `federation.client_state`."""
         return {}
 
     def fit(self, briefs: Sequence[Brief]) -> Iterator[Reply | Failure]:
@@ -92,8 +93,10 @@ def exchange(
     """Send each client its frame; yield each client's answer once, in the order of arrival.
 
     Args:
+        grid: the connection to the nodes.
         frames: client -> its node's id and what it is sent.
         deadline: seconds; clients that have not answered by then are a Failure.
+        kind: Flower's type of the message.
     """
     clients = list(frames)
     until = time.monotonic() + deadline

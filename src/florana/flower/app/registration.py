@@ -1,4 +1,4 @@
-"""The roll call: who is connected, is each who it says, and do all hold the same recipe and the same base model."""
+"""Registration: who is connected, is each who it says, and do all hold the same recipe and the same base model."""
 
 from __future__ import annotations
 
@@ -22,25 +22,28 @@ from florana.flower.app.site_card import Card, Common, card_from, difference, di
 SAYS = 30.0
 """Seconds for a site to say who it is: its model is loaded."""
 ANEW = 10.0
-"""Seconds until a site that did not fit is asked once more: it may have been mended."""
+"""Seconds until a site that did not fit is asked once more: it may have been repaired."""
 
 
 @dataclass(eq=False)
-class Roll:
+class Registration:
     """Who takes part. The one thing that changes while a run goes on: nodes come and go.
 
     Args:
         grid: the connection to the nodes.
-        keys: client -> its node's public key (bytes), as the operator approved it; None in a
-            simulation, where every node says which client it is.
+        keys: client -> its node's public key (bytes), as the operator approved it; None in a simulation, where every
+            node says which client it is.
         agreed: the server's recipe, as `site.agreed` gives it; with `threads`, where it names their number.
-        own: what the server itself holds; None without the base model, where most sites decide at the end of `wait`.
+        own: what the server itself holds; None without the base model, where the majority of the sites decides at the
+            end of `wait`.
         deadline: seconds of a round; in a simulation also those to say who it is, since it loads the model first.
         show: told of every client that joins or is refused.
         began: client -> what it computed with when the run began, of a run that goes on.
         rows: client -> its training rows, as the operator approved them or as this run began with; of the others the
             first card counts, for the whole run.
-        cards: client -> its card, of all whose name and recipe are right. examples: client -> its training rows.
+        cards: client -> its card, of all whose name and recipe are right.
+        examples: client -> its training rows.
+        refused: client -> why it does not take part.
     """
 
     grid: Nodes

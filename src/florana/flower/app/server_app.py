@@ -27,7 +27,7 @@ from florana.federation.journal import first_rows
 from florana.federation.loop import Event
 from florana.federation.messages import Engine, unpack_whole
 from florana.flower.app.flower_engine import FlowerEngine, Nodes
-from florana.flower.app.registration import Roll
+from florana.flower.app.registration import Registration
 from florana.flower.app.settings import Settings, from_config
 from florana.flower.app.site import agreed, common_of, starts_anywhere
 from florana.flower.app.site_card import Common
@@ -64,11 +64,12 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def lead(grid: Nodes, recipe: r.Recipe, settings: Settings, folder: Path, show: Show) -> None:
-    """Call the roll, then run every round that the folder does not hold yet.
+    """Register the clients, then run every round that the folder does not hold yet.
 
     Raises:
-        FederationError: too few clients, at the start or in a round. RecipeError: the strategy needs the base model
-            at the server, which has none. InputError: a model or data that cannot be read.
+        FederationError: too few clients, at the start or in a round.
+        RecipeError: the strategy needs the base model at the server, which has none.
+        InputError: a model or data that cannot be read.
     """
     with settled(recipe, folder, show) as own:
         _lead(grid, own, settings, folder, show, named=recipe.threads)
@@ -80,35 +81,35 @@ def _lead(grid: Nodes, recipe: r.Recipe, settings: Settings, folder: Path, show:
     here = prepare(recipe, {} if recipe.partition.kind == "sites" else None) if settings.base else None
     run = _run_name(folder)
 
-    def called(own: Common | None) -> Roll:
+    def called(own: Common | None) -> Registration:
         everyone = agreed(recipe) | ({} if named is None else {"threads": named})
         rows = _rows_before(folder) | (read_rows(Path(settings.roster)) if settings.roster else {})
-        roll = Roll(grid, keys, everyone, own, settings.deadline, show, _computed(folder), rows)
+        registration = Registration(grid, keys, everyone, own, settings.deadline, show, _computed(folder), rows)
         wanted = len(keys) if keys is not None else _simulated(grid, recipe)
-        roll.wait(recipe.federation.min_clients, wanted, settings.wait)
-        return roll
+        registration.wait(recipe.federation.min_clients, wanted, settings.wait)
+        return registration
 
     if here is not None:
         clients = sorted(here.clients if keys is None else keys)
         strategy = strategy_of(recipe, clients)
         begun = strategy.init(begin(recipe, here, starts_anywhere(strategy)))
-        roll = called(common_of(here, Adapter(begun.adapter.modules, here.head, begun.adapter.cores)))
+        registration = called(common_of(here, Adapter(begun.adapter.modules, here.head, begun.adapter.cores)))
     else:
-        roll = called(None)
-        clients = sorted(roll.cards if keys is None else keys)
+        registration = called(None)
+        clients = sorted(registration.cards if keys is None else keys)
         strategy = strategy_of(recipe, clients)
-        begun = strategy.init(_from_a_client(recipe, strategy, roll))
+        begun = strategy.init(_from_a_client(recipe, strategy, registration))
 
     def engine(memories: Mapping[str, Mapping[str, Tensor]] | None) -> Engine:
         del memories  # they lie with the clients
-        return FlowerEngine(grid, roll.connected, roll.doubt, run, settings.deadline)
+        return FlowerEngine(grid, registration.connected, registration.doubt, run, settings.deadline)
 
-    conduct(
+    execute_rounds(
         recipe,
         folder,
         strategy,
         begun,
-        replace(roll.common.adapter, base_model=recipe.model.base) if here is None else here.bench.card,
+        replace(registration.common.adapter, base_model=recipe.model.base) if here is None else here.bench.card,
         engine,
         federation_of(recipe, here, clients, roll.examples, functools.partial(write_completions, folder)),
         lambda: _facts(recipe, here, roll, begun),
@@ -116,14 +117,14 @@ def _lead(grid: Nodes, recipe: r.Recipe, settings: Settings, folder: Path, show:
     )
 
 
-def _from_a_client(recipe: r.Recipe, strategy: Strategy, roll: Roll) -> Adapter:
+def _from_a_client(recipe: r.Recipe, strategy: Strategy, registration: Registration) -> Adapter:
     if strategy.begin != "lora":
         raise RecipeError(
             f"the strategy '{strategy.name}' needs the base model at the server",
             why="its start is made from the base weights",
             fix="let the server load it (run.base = true)",
         )
-    start = unpack_whole(roll.start(), roll.common.scalings)
+    start = unpack_whole(registration.start(), registration.common.scalings)
     return Adapter(start.modules) if recipe.model.personal else start
 
 
@@ -146,11 +147,13 @@ def _computed(folder: Path) -> Mapping[str, Mapping[str, Any]]:
     return found if isinstance(found, dict) else {}
 
 
-def _facts(recipe: r.Recipe, here: Setup | None, roll: Roll, begun: State) -> dict[str, Any]:
+def _facts(recipe: r.Recipe, here: Setup | None, registration: Registration, begun: State) -> dict[str, Any]:
     partition = {
-        "computes": {name: card.computes for name, card in sorted(roll.cards.items())},
-        "labels": roll.common.labels,
-        "clients": {name: card.holds.model_dump(exclude_none=True) for name, card in sorted(roll.cards.items())},
+        "computes": {name: card.computes for name, card in sorted(registration.cards.items())},
+        "labels": registration.common.labels,
+        "clients": {
+            name: card.holds.model_dump(exclude_none=True) for name, card in sorted(registration.cards.items())
+        },
     }
     if here is not None:
         return facts_of(recipe, here, partition)
@@ -158,7 +161,7 @@ def _facts(recipe: r.Recipe, here: Setup | None, roll: Roll, begun: State) -> di
         **partition,
         "start": None,
         "trainable_parameters": begun.adapter.parameters,
-        "base_parameters": roll.common.base_parameters,
+        "base_parameters": registration.common.base_parameters,
         "common_test": 0,
     }
 

@@ -22,12 +22,13 @@ class Settings:
     """What a run over Flower needs beside the recipe.
 
     Args:
-        out: the run folder, on the server. resume: continue the run in it.
+        out: the run folder, on the server.
+        resume: whether to continue the run in that folder.
         roster: a file with the approved clients and their keys; empty in a simulation.
         deadline: seconds from the start of a round to the last answer that counts.
         wait: seconds to wait for clients before the first round.
         base: whether the server loads the base model (and measures the global model on the common test set).
-        kept: the folder where clients of a simulation keep what stays with them; empty: below `out`.
+        kept: the folder where clients of a simulation keep their client state; empty: below `out`.
     """
 
     out: str = "florana-run"

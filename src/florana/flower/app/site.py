@@ -41,7 +41,7 @@ class Site:
         fit: a client's round, as the local engine calls it.
         card: what `hello` says of the site.
         start: the adapter before the first round, head included.
-        folder: where the client keeps what stays with it.
+        folder: where the client state is kept.
     """
 
     who: str

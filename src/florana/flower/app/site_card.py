@@ -1,4 +1,4 @@
-"""What a site says of itself at the roll call: checked whole before anything believes it."""
+"""What a site says of itself at registration: checked whole before anything believes it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ class Common(_Said):
     """What must be the same at every site, and at a server that has the base model.
 
     Args:
-        base, start: sha256 of the base model's parameters and of the adapter before the first round.
-        labels: the classes. scalings: module -> LoRA scaling of that adapter.
-        base_parameters: numbers in the base model. adapter: what the exported folder will say, without the base
-            model's name.
+        base: sha256 of the base model's parameters.
+        start: sha256 of the adapter before the first round.
+        labels: the classes.
+        scalings: module -> LoRA scaling of that adapter.
+        base_parameters: how many parameters the base model has.
+        adapter: what the exported folder will say, without the base model's name.
     """
 
     base: str
@@ -49,9 +51,14 @@ class Card(_Said):
     """One site.
 
     Args:
-        client: its name. florana, torch: versions. threads, instructions: with how many threads and what kind of
-            processor it computes. agreed: its recipe, as `site.agreed` gives it.
-        holds: its rows, counted. common: see `Common`.
+        client: its name.
+        florana: the version of florana.
+        torch: the version of torch.
+        threads: how many threads it computes with.
+        instructions: what kind of processor it computes on.
+        agreed: its recipe, as `site.agreed` gives it.
+        holds: its rows, counted.
+        common: see `Common`.
     """
 
     client: str

@@ -35,7 +35,10 @@ class Finding:
     """One thing that was looked at.
 
     Args:
-        what: its name. fine: whether it is as it should be. said: what was found. fix: what to do where it is not.
+        what: the name of the check.
+        fine: whether it is as it should be.
+        said: what was found.
+        fix: what to do where it is not.
     """
 
     what: str

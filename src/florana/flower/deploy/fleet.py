@@ -57,11 +57,12 @@ LOG_BYTES = 2**20
 class Link:
     """The server's way to its nodes: puts requests where the fleet API finds them, takes the answers from there.
 
-    It has the methods of a Flower Grid that `engine.exchange` and `roll.Roll` use.
+    It has the methods of a Flower Grid that `flower_engine.exchange` and `registration.Registration` use.
 
     Args:
-        state: Flower's state. run: the id of the one run in it. asked: counts the requests that were put there, by
-            which the gateway knows when to look for one.
+        state: Flower's state.
+        run: the id of the one run in it.
+        asked: counts the requests that were put there, by which the gateway knows when to look for one.
     """
 
     state: InMemoryLinkState

@@ -78,6 +78,8 @@ class Door:
         limit: bytes of one answer of a site.
         approved: public key (PEM) -> client.
         asked: counts the requests that were put there: while it stays, there is nothing new for a node that waits.
+        traffic: counts the bytes that pass.
+        closing: set when the server ends, so that nodes that wait are answered.
     """
 
     inside: Application

@@ -41,11 +41,16 @@ def invite(recipe: Path, files: Certificates, host: str, port: int, folder: Path
     """Write an invitation into a new folder.
 
     Args:
+        recipe: the recipe's file.
+        files: the operator's certificates.
+        host: the server, as the sites reach it.
+        port: the port that the sites connect to.
+        folder: a new folder.
         base: the digest of the operator's base model, by which a site finds out at once that it has another one.
 
     Raises:
-        RecipeError: the recipe is wrong, or the folder is taken. InputError: there is no certificate, or it is not for
-            that host.
+        RecipeError: the recipe is wrong, or the folder is taken.
+        InputError: there is no certificate, or it is not for that host.
     """
     read_recipe(recipe)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -54,15 +54,15 @@ def join(
     Args:
         recipe: `invitation.site_recipe`.
         invitation: the operator's.
-        keys: the site's folder, with its private key; what the client keeps between rounds is written below it.
+        keys: the site's folder, with its private key; the client state is written below it.
         data: this site's rows; None where the recipe deals out one data set to all.
         done: set by whoever wants to leave.
         say: told of what happens.
         step: told of every optimizer step.
 
     Raises:
-        InputError: key, model or data cannot be used. FederationError: the server refuses this site, or another
-            florana takes part with the same folder.
+        InputError: key, model or data cannot be used.
+        FederationError: the server refuses this site, or another florana takes part with the same folder.
     """
     who, key = read_private(keys)
     work = keys / "flower"

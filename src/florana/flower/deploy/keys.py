@@ -130,10 +130,14 @@ def approve(files: Certificates, public: Path, rows: int | None = None) -> str:
     """Put a site's public key on the roster, and how many training rows it is to have; returns the site's name.
 
     Args:
-        rows: None leaves the count as it is on the roster; a site without one is believed at its first roll call.
+        files: the operator's folder.
+        public: the site's .pub file.
+        rows: how many training rows the site has; None leaves the count as it is on the roster. A site without one is
+            believed at its first registration.
 
     Raises:
-        InputError: the file is no such key. RecipeError: the name or the key is taken.
+        InputError: the file is no such key.
+        RecipeError: the name or the key is taken.
     """
     name, key = read_public(public)
     roster = read_roster(files.roster)

@@ -84,7 +84,11 @@ def attend(
     """Answer the server's requests until `done` is set; wait for the server where it is away.
 
     Args:
-        key: the site's private key. answer: the reply to one request, which never raises.
+        invitation: where the server is, and its authority.
+        key: the site's private key.
+        answer: the reply to one request, which never raises.
+        done: ends the loop when it is set.
+        say: told what a person at the site should see.
 
     Raises:
         FederationError: the server's certificate does not hold, or it does not know this key.
@@ -114,7 +118,7 @@ def attend(
 
 
 def _judge(error: httpx.HTTPStatusError, invitation: Invitation) -> None:
-    """Raise what cannot be mended by trying again; the rest is a server that was started anew, or is about to be."""
+    """Raise what cannot be repaired by trying again; the rest is a server that was started anew, or is about to be."""
     status, path = error.response.status_code, error.request.url.path
     if not path.endswith("/activate-node"):
         return

@@ -79,7 +79,9 @@ def serve(
                 opened(inside)
                 told = noted(folder, show)
                 if resume and not (folder / "rounds.jsonl").exists():
-                    told(Event("mended", 0, detail=f"{folder} holds no committed round: the run begins with the first"))
+                    told(
+                        Event("repaired", 0, detail=f"{folder} holds no committed round: the run begins with the first")
+                    )
                 lead(link, recipe, own, folder, told)
         finally:
             inside.close()

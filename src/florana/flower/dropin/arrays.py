@@ -65,6 +65,7 @@ def unpack(record: ArrayRecord, like: Mapping[str, Tensor] | None = None) -> dic
     """The tensors of an ArrayRecord, by its own names. The record is untrusted.
 
     Args:
+        record: what came; untrusted.
         like: what must come, by name: the same names, shapes and types and no others.
 
     Raises:

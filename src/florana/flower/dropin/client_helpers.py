@@ -46,11 +46,12 @@ class _Brief:
 def receive(model: torch.nn.Module, message: Message, context: Context) -> None:
     """Put what the server sent into a PEFT model: factors, heads, the frozen part; freeze what is not to be trained.
 
-    Where a method sends fewer terms than the model's rank (FLoRIST), the layer's factors have as many until more come;
-    so make the optimizer after this call.
+    Where a method sends fewer components than the model's rank (FLoRIST), the layer's factors have as many until more
+    come; so make the optimizer after this call.
 
     Args:
         model: a PEFT model with LoRA; its active adapter is set.
+        message: what the server sent.
         context: the app's own; a factor that this client keeps to itself comes from its state.
 
     Raises:
@@ -65,7 +66,7 @@ def receive(model: torch.nn.Module, message: Message, context: Context) -> None:
     parameters = _parameters(model)
     for key in sorted(parameters.keys() ^ sent.keys()):
         whose = "the model has no tensor" if key in sent else "the server sent no tensor"
-        raise InputError(f"{whose} '{key}'", why="server and client were set up with unlike LoRA configurations")
+        raise InputError(f"{whose} '{key}'", why="server and client were set up with different LoRA configurations")
     with torch.no_grad():
         for key, tensor in sent.items():
             parameter = parameters[key]
@@ -88,6 +89,9 @@ def reply(
     """The reply to a training message: what comes up of the adapter, in the types it was sent in, and the metrics.
 
     Args:
+        model: the trained model.
+        message: the message that is answered.
+        context: the app's own; a factor that this client keeps to itself goes into its state.
         metrics: numbers by name; `num-examples` among them (or the strategy's `weighted_by_key`).
     """
     brief = _brief(message)
@@ -129,7 +133,8 @@ def _brief(message: Message) -> _Brief:
 
 
 def _fewer(model: torch.nn.Module, key: str, tensor: Tensor, parameter: Tensor, rank: int | None) -> bool:
-    """Whether a factor differs from the model's by its number of terms alone, and the layer's own rank is as said."""
+    """Whether a factor differs from the model's by its number of components alone, and the layer's own rank is as
+    said."""
     module, found, letter = key.partition(".lora_")
     if not found or rank is None or tensor.ndim != 2:
         return False

@@ -1,8 +1,6 @@
 """A florana method behind Flower's Strategy interface: what a user's own Flower app puts in the place of FedAvg.
 
-Flower's loop, sampling and messages stay as they are. Between them: replies pass florana's gate, the method's `step`
-combines them, and the next broadcast is cut from its state. The state is florana's frozen `State`; Flower's interface
-has no other place for it than the object.
+Flower's loop, sampling and messages stay. Replies pass the gate, `step` combines them, the object holds the `State`.
 """
 
 from __future__ import annotations
@@ -36,20 +34,7 @@ MetricsRule = Callable[[list[RecordDict], str], MetricRecord]
 _WITH_RESIDUAL = (facts.PAIR_AND_RESIDUAL, facts.A_AND_RESIDUAL, facts.RESIDUAL)
 
 
-class Common(TypedDict, total=False):
-    """The options that every strategy of this package has beside its own. The first ten are FedAvg's.
-
-    Args:
-        lora_alpha, rslora: of the PEFT configuration; or `scaling`, a number or a table from modules to numbers.
-            LoRA's scaling does not travel in a PEFT state dict. With one scaling everywhere it changes neither
-            FLoRA-NA's p and q nor relative errors, but frozen parts, mixed ranks and modules of unlike scalings depend
-            on it: one of the two must be given.
-        client_ranks: node id -> the rank of its model, where clients have unlike ranks.
-        outlier_factor: an update whose change is more than so many times the round's median change is refused.
-        max_weight: the most that one node weighs, as a share of the round; None for `florana.robust.cap.usual`.
-        robust: a rule that stands before the method, see `florana.robust.verdict`.
-    """
-
+class _FedAvgOptions(TypedDict, total=False):
     fraction_train: float
     fraction_evaluate: float
     min_train_nodes: int
@@ -60,6 +45,23 @@ class Common(TypedDict, total=False):
     configrecord_key: str
     train_metrics_aggr_fn: MetricsRule | None
     evaluate_metrics_aggr_fn: MetricsRule | None
+
+
+class Common(_FedAvgOptions, total=False):
+    """The options that every strategy of this package has beside its own and FedAvg's.
+
+    LoRA's scaling does not travel in a PEFT state dict: give `lora_alpha` or `scaling`. Frozen parts depend on it.
+
+    Args:
+        lora_alpha: of the PEFT configuration.
+        rslora: of the PEFT configuration.
+        scaling: instead of `lora_alpha`: one number, or a table from modules to numbers.
+        client_ranks: node id -> the rank of its model, where clients have heterogeneous ranks.
+        outlier_factor: an update whose change is more than so many times the round's median change is refused.
+        max_weight: the most that one node weighs, as a share of the round; None for `florana.robust.cap.usual`.
+        robust: a rule that stands before the method, see `florana.robust.verdict`.
+    """
+
     lora_alpha: float | None
     rslora: bool
     scaling: float | Mapping[str, float] | None
@@ -89,8 +91,8 @@ class LoraStrategy(FedAvg):
 
     `aggregate_train` gives the next adapter under the names of the initial arrays and, beside the clients' own
     metrics, `florana-error` and `florana-optimum` (relative, see `florana.measure`), `florana-accepted` and
-    `florana-refused`. Where a method sends a frozen part beside the pair, the arrays are the two joined, an adapter of
-    the added rank. Nothing usable gives (None, None): Flower then keeps the arrays of the round before.
+    `florana-refused`. A frozen part and the LoRA factors go out joined, as one adapter of the added rank. Nothing
+    usable gives (None, None): Flower then keeps the arrays of the round before.
 
     Attributes:
         state: the method's state after the last round, None before the first.
@@ -136,7 +138,7 @@ class LoraStrategy(FedAvg):
         self._names = Names({})
         self._current: ArrayRecord | None = None  # the record that stands for `state`
         self._asked = _NOBODY
-        self._rank = 0  # of the initial arrays: a broadcast may have fewer terms
+        self._rank = 0  # of the initial arrays: a broadcast may have fewer components
 
     @property
     def adapter(self) -> Adapter:
@@ -190,7 +192,7 @@ class LoraStrategy(FedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As `configure_train`: the pair, and the frozen part where there is one."""
+        """As `configure_train`: the LoRA factors, and the frozen part where there is one."""
         chosen = list(super().configure_evaluate(server_round, arrays, config, grid))
         if not chosen:
             return []
@@ -214,7 +216,7 @@ class LoraStrategy(FedAvg):
         adapter = names.adapter(unpack(arrays), self._scaling_of)
         if len({pair.rank for pair in adapter.modules.values()}) > 1:
             raise RecipeError(
-                "the modules of the initial arrays have unlike ranks", why="florana's methods have one rank per client"
+                "the initial arrays have heterogeneous ranks", why="florana's methods have one rank per client"
             )
         if self.state is None or server_round == 1:
             begun, self._rank = self.method.init(adapter), rank_of(adapter)
@@ -230,7 +232,7 @@ class LoraStrategy(FedAvg):
         return begun
 
     def _own(self, node: int) -> int:
-        """The rank of a node's model, which it may be sent fewer terms than."""
+        """The rank of a node's model, which it may be sent fewer components than."""
         if self._ranks is None:
             return self._rank
         rank: object = self._ranks(node) if callable(self._ranks) else self._ranks.get(node)

@@ -101,6 +101,7 @@ def scaling_rule(lora_alpha: float | None, rslora: bool, scaling: float | Mappin
 
     Args:
         lora_alpha: alpha; the scaling is alpha / r, or alpha / sqrt(r) with `rslora`.
+        rslora: whether the configuration says `use_rslora`.
         scaling: in the place of alpha: one number for every module and rank, or one per module.
 
     Raises:
@@ -109,7 +110,7 @@ def scaling_rule(lora_alpha: float | None, rslora: bool, scaling: float | Mappin
     if (lora_alpha is None) == (scaling is None):
         raise RecipeError(
             "give lora_alpha or scaling, one of the two",
-            why="alpha does not travel in a PEFT state dict, and errors, residuals and mixed ranks depend on it",
+            why="alpha does not travel in a PEFT state dict; errors, residuals and heterogeneous ranks depend on it",
             fix="lora_alpha=config.lora_alpha (and rslora=True where use_rslora is on)",
         )
     if scaling is not None and rslora:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from florana.displayable import log
 from florana.errors import InputError
-from florana.federation.gate import Expected, Refused, admit, check_size, oversized
+from florana.federation.gate import Expected, RejectedUpdate, check_size, oversized, validate
 from florana.federation.messages import Reply
 from florana.flower.dropin.arrays import size_of, tensor_of
 from florana.flower.dropin.names import Names
@@ -47,7 +47,13 @@ class Rules:
 
 @dataclass(frozen=True, eq=False)
 class Collected:
-    """The usable updates and what each brought along, in one order; client -> why, for the others."""
+    """The usable updates and what each brought along, in one order; client -> why, for the others.
+
+    Args:
+        updates: the usable updates.
+        contents: what each of them brought, in the same order.
+        refused: node id in decimal -> why its reply was left out.
+    """
 
     updates: Sequence[Update]
     contents: Sequence[RecordDict]
@@ -59,6 +65,11 @@ def collect(replies: Iterable[Message], expected: Expected, rules: Rules) -> Col
 
     The order of the usable ones is that of their own content, so it depends neither on who was faster nor on node ids,
     which Flower draws anew in every simulation: the same updates give the same bytes.
+
+    Args:
+        replies: the round's messages; untrusted.
+        expected: what was asked, by node id in decimal.
+        rules: how names, types and counts are read.
     """
     updates: dict[str, Update] = {}
     contents: dict[str, RecordDict] = {}
@@ -66,9 +77,9 @@ def collect(replies: Iterable[Message], expected: Expected, rules: Rules) -> Col
     for message in replies:
         client = str(message.metadata.src_node_id)
         try:
-            updates[client] = _admitted(client, message, expected, rules, updates)
+            updates[client] = _validated(client, message, expected, rules, updates)
             contents[client] = message.content
-        except Refused as reason:
+        except RejectedUpdate as reason:
             refused[client] = str(reason)
     for client, why in oversized(list(updates.values()), expected.clients, rules.outlier_factor).items():
         refused[client] = why
@@ -81,13 +92,15 @@ def collect(replies: Iterable[Message], expected: Expected, rules: Rules) -> Col
     return Collected([updates[c] for c in order], [contents[c] for c in order], dict(sorted(refused.items())))
 
 
-def _admitted(client: str, message: Message, expected: Expected, rules: Rules, seen: Mapping[str, Update]) -> Update:
+def _validated(client: str, message: Message, expected: Expected, rules: Rules, seen: Mapping[str, Update]) -> Update:
     if message.has_error():
-        raise Refused(f"failed: {str(message.error.reason)[:300]}")
+        raise RejectedUpdate(f"failed: {str(message.error.reason)[:300]}")
     content = message.content
     arrays, metrics = list(content.array_records.values()), list(content.metric_records.values())
     if len(arrays) != 1 or len(metrics) != 1:
-        raise Refused(f"brings {len(arrays)} ArrayRecords and {len(metrics)} MetricRecords; one of each is expected")
+        raise RejectedUpdate(
+            f"brings {len(arrays)} ArrayRecords and {len(metrics)} MetricRecords; one of each is expected"
+        )
     if rules.follows is not None and client in expected.clients:
         _check_follows(content, rules.follows[client])
     reply = Reply(
@@ -98,7 +111,7 @@ def _admitted(client: str, message: Message, expected: Expected, rules: Rules, s
         payload=b"",
         seconds=0.0,
     )
-    return admit(reply, expected, seen.keys(), functools.partial(_tensors, arrays[0], rules.names))
+    return validate(reply, expected, seen.keys(), functools.partial(_tensors, arrays[0], rules.names))
 
 
 def _round_of(group: str) -> int:
@@ -109,7 +122,7 @@ def _round_of(group: str) -> int:
 def _examples(value: object) -> int:
     """The count as the gate wants it; a whole number may come as a float, and nonsense is left for the gate to name."""
     if value is None:
-        raise Refused("does not report its training examples")
+        raise RejectedUpdate("does not report its training examples")
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value  # type: ignore[return-value]  # the gate looks at the type
@@ -125,7 +138,7 @@ def _flat(metrics: MetricRecord, without: str) -> dict[str, float]:
             try:
                 flat[f"{name[:80]}[{place}]" if isinstance(value, list) else name[:80]] = float(number)
             except OverflowError:
-                raise Refused(f"the metric '{name[:80]}' is not finite") from None
+                raise RejectedUpdate(f"the metric '{name[:80]}' is not finite") from None
     return flat
 
 
@@ -137,15 +150,15 @@ def _tensors(record: ArrayRecord, names: Names, sent: Payload) -> dict[str, Tens
     for key, array in record.items():
         name = names.canonical.get(key)
         if name is None:
-            raise Refused(f"brings the foreign tensor '{key[:80]}'")
+            raise RejectedUpdate(f"brings the foreign tensor '{key[:80]}'")
         try:
             tensor = tensor_of(key, array)
         except InputError as error:
-            raise Refused(str(error).replace("\n", "; ")) from None
+            raise RejectedUpdate(str(error).replace("\n", "; ")) from None
         if kind_of(name) in sent.work.up or kind_of(name) == "extra":
             tensors[name] = tensor
         elif not (tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])):
-            raise Refused(
+            raise RejectedUpdate(
                 f"changed '{key[:80]}', which this method keeps fixed or with the client in this round; the client "
                 "must use florana.flower.receive and florana.flower.reply"
             )
@@ -155,7 +168,7 @@ def _tensors(record: ArrayRecord, names: Names, sent: Payload) -> dict[str, Tens
 def _check_follows(content: RecordDict, digest: str) -> None:
     said = content.config_records.get(FLORANA, ConfigRecord()).get("residual")
     if said != digest:
-        raise Refused(
+        raise RejectedUpdate(
             "does not say that it added the frozen part which this method sends; the client must use "
             "florana.flower.receive and florana.flower.reply"
         )
@@ -202,15 +215,15 @@ def sound_metrics(replies: Iterable[Message], weighted_by: str) -> list[RecordDi
     for message in replies:
         try:
             if message.has_error():
-                raise Refused(f"failed: {str(message.error.reason)[:300]}")
+                raise RejectedUpdate(f"failed: {str(message.error.reason)[:300]}")
             if len(message.content.metric_records) != 1:
-                raise Refused("does not bring exactly one MetricRecord")
+                raise RejectedUpdate("does not bring exactly one MetricRecord")
             metrics = _metrics_of(message.content)
             numbers = {**_flat(metrics, without=weighted_by), weighted_by: _count(metrics.get(weighted_by))}
             bad = [name for name, value in numbers.items() if not math.isfinite(value)]
             if bad or numbers[weighted_by] <= 0:
-                raise Refused(f"reports {'a number that is not finite' if bad else 'no examples'}")
-        except Refused as reason:
+                raise RejectedUpdate(f"reports {'a number that is not finite' if bad else 'no examples'}")
+        except RejectedUpdate as reason:
             log.warning("evaluation: node %s is left out: %s", message.metadata.src_node_id, reason)
         else:
             sound.append(message.content)

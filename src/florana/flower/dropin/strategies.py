@@ -6,8 +6,8 @@ Every class is made from its method's declaration: it takes the method's own opt
     any PEFT client    FedIT FloraNA BestRank FlexLora HetLora LoraFair FedRot
     receive and reply  Oracle FedExLora Florist Flora FfaLora RoLora FedSVD FedSALora, BestRank with `broadcast_*`
 
-The second line's methods send a frozen part beside the pair, or train one factor, or leave one with its client; a
-client that does not use `florana.flower.receive` and `florana.flower.reply` is refused, with that as the reason.
+The second line's methods send a frozen part beside the LoRA factors, or train one factor, or leave one with its client;
+a client that does not use `florana.flower.receive` and `florana.flower.reply` is refused, with that as the reason.
 
 Three methods have no class. Fed-SB and RAVAN train small matrices inside the layers, which a PEFT model does not have;
 FRLoRA (and Fed-SB) begin at singular vectors of the base weights, which the server of a plain app does not hold. They

@@ -40,7 +40,9 @@ class Encoded:
     """A table's rows as tokens.
 
     Args:
-        examples: of the rows that are kept. kept: their numbers in the table. left_out: how many are not.
+        examples: of the rows that are kept.
+        kept: their numbers in the table.
+        left_out: how many are not.
         cut: how many of the kept ones lost their end.
     """
 

@@ -1,4 +1,4 @@
-"""Who holds what: the training rows dealt out by Flower Datasets' partitioners, then a test share set apart."""
+"""Who holds what: the training rows dealt out by Flower Datasets' partitioners, then a local test split set apart."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SITE = "florana_site"
 
 @dataclass(frozen=True)
 class Share:
-    """One client's rows, as indices into the training table: to train on, and its own test share."""
+    """One client's rows, as indices into the training table: to train on, and its local test split."""
 
     train: tuple[int, ...]
     test: tuple[int, ...]
@@ -43,8 +43,11 @@ def deal(
     """Client name -> its rows; every row goes to exactly one client. The same arguments give the same shares.
 
     Args:
-        table: the training rows. lengths: the length of each row's text, for `kind = "length"`.
-        settings: the recipe's partition. label: the column of classes (or of `binned` scores), where there is one.
+        table: the training rows.
+        settings: the recipe's partition.
+        label: the column of classes (or of `binned` scores), where there is one.
+        lengths: the length of each row's text, for `kind = "length"`.
+        seed: of everything random in the partition.
 
     Raises:
         InputError: too few rows for the clients wanted, or a column that cannot be split by.

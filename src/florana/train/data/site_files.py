@@ -33,6 +33,9 @@ def load_sites(settings: r.Data, task: str, seed: int, files: Mapping[str, Path]
     """The rows of the clients that are here, and the common test set where there is one; either may be empty.
 
     Args:
+        settings: the recipe's data section.
+        task: the recipe's task.
+        seed: of the sampling of rows.
         files: client -> its own file (none at all at a server). `data.train_limit` holds for each.
 
     Raises:

@@ -23,9 +23,14 @@ DOCSTRINGS = "stdlib-docstrings"
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """Training and common test rows. `target` is the column of class indices or scores, None for language.
+    """Training and common test rows.
 
-    `labels` are the classes' names; `more` are further test sets, by the ending of their figures' names.
+    Args:
+        train: the training rows.
+        test: the common test rows.
+        labels: the classes' names.
+        target: the column of class indices or scores, None for language.
+        more: further test sets, by the ending of their figures' names.
     """
 
     train: datasets.Dataset
@@ -37,6 +42,11 @@ class Tables:
 
 def load_tables(settings: r.Data, task: str, seed: int) -> Tables:
     """The rows of a recipe.
+
+    Args:
+        settings: the recipe's data section.
+        task: the recipe's task.
+        seed: of the rows that a limit draws, and of a test set that is set apart.
 
     Raises:
         InputError: a file or hub name that cannot be read, a column that is not there, an empty text column, a test
@@ -140,7 +150,7 @@ def _with_classes(train: datasets.Dataset, test: datasets.Dataset, settings: r.D
 
 
 def _alike(train: datasets.Dataset, test: datasets.Dataset, column: str) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """The tables as they are; with labels as text where the two files have them in unlike types (0 and "0")."""
+    """The tables as they are; with labels as text where the two files have them in different types (0 and "0")."""
     if len({type(value) for table in (train, test) for value in table[column]}) == 1:
         return train, test
 
@@ -217,12 +227,14 @@ def _docstrings() -> datasets.Dataset:
 
 
 def limited(table: datasets.Dataset, limit: int | None, seed: int) -> datasets.Dataset:
+    """At most `limit` rows, drawn at random from the seed; all of them where it is None."""
     if limit is None or limit >= len(table):
         return table
     return table.shuffle(seed=seed % 2**32).select(range(limit))
 
 
 def require_column(table: datasets.Dataset, column: str, source: str) -> None:
+    """Check that the table has the column, with a value in each row; else an InputError that names the source."""
     if column not in table.column_names:
         raise InputError(f"{source} has no column '{column}'", fix=nearest(column, table.column_names))
     missing = sum(1 for value in table[column] if value is None or value != value)

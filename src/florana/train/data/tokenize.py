@@ -23,7 +23,8 @@ class Example:
     """One row as tokens.
 
     Args:
-        ids: token ids. kinds: token type ids, empty where the tokenizer makes none.
+        ids: token ids.
+        kinds: token type ids, empty where the tokenizer makes none.
         labels: one class index, one score, or one entry per token (language modelling).
     """
 
@@ -86,7 +87,10 @@ def collate(examples: Sequence[Example], padding: int, device: torch.device, sid
     """A batch, padded to its longest row: what the tokenizer made of the texts, and the labels; no other input.
 
     Args:
-        padding: the token id that fills. side: `right` or `left`, where it is put.
+        examples: the rows.
+        padding: the token id that fills.
+        device: where the tensors are put.
+        side: `right` or `left`, where it is put.
 
     Returns:
         input_ids, attention_mask, token_type_ids where there are any (batch, time); labels (batch, time) or (batch,).
