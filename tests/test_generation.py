@@ -19,7 +19,7 @@ from florana.runs.completions import last_completions
 from florana.runs.setup import execute
 from florana.score.programs import Verdict
 from florana.train.generate import Written, generate
-from florana.train.generation_eval import exam
+from florana.train.generation_eval import generation_benchmark
 from florana.train.model import Workbench
 from tests.conftest import SHARED
 from tests.score_cases import HUMANEVAL
@@ -176,9 +176,9 @@ def test_a_chat_template_is_the_tokenizers_own_and_nothing_stands_before_it(
         "t",
     )
     with pytest.raises(InputError, match="has no chat template"):
-        exam(recipe, bench)
+        generation_benchmark(recipe, bench)
     bench.tokenizer.chat_template = CHAT
-    asked = exam(recipe, bench)
+    asked = generation_benchmark(recipe, bench)
     assert asked is not None
     shown, user = "Question: 7 + 7?\nAnswer:", "Question: 1 + 1?\nAnswer:"
     before = f"<|user|>{shown}<|end|><|assistant|>#### 14<|end|>"
@@ -201,12 +201,12 @@ def test_a_chat_template_is_the_tokenizers_own_and_nothing_stands_before_it(
         return writes(input_ids=input_ids, attention_mask=attention_mask, **options)
 
     monkeypatch.setattr(bench.model, "generate", recorded)
-    asked.sit(bench)
+    asked.run(bench)
     assert ids[0].tolist() in given, "no beginning token before the template's own"
     assert len(given) == 3
     bench.tokenizer.chat_template = "{{ raise_exception('only system turns') }}"
     with pytest.raises(InputError, match="refuses a prompt"):
-        exam(recipe, bench)
+        generation_benchmark(recipe, bench)
 
 
 def read_back(table: dict[str, Any], folder: Path) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from florana.cli.say import say
+from florana.cli.verb import Verb
 from florana.displayable import displayable
 from florana.errors import InputError, RecipeError
 from florana.flower import require_flwr
@@ -188,7 +189,7 @@ def serve(
             resume=resume,
             limit=limit * 2**20,
             show=show,
-            opened=lambda door: say(f"the door is open on port {port}: sites can join", err=True),
+            opened=lambda door: say(f"gateway: listening on port {port}: sites can join", err=True),
         )
     report = write_report([folder], folder / "report.html")
     if console:

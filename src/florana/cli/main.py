@@ -20,6 +20,7 @@ from florana.cli.compare_verb import compare
 from florana.cli.deploy_verbs import doctor, flower, join, serve
 from florana.cli.plan_verb import plan
 from florana.cli.say import say
+from florana.cli.verb import Verb
 from florana.displayable import displayable
 from florana.errors import FloranaError, RecipeError
 

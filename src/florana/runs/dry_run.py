@@ -144,10 +144,10 @@ def _writing(recipe: r.Recipe, setup: Setup, measured: int = 4) -> Writing | Non
         started = time.perf_counter()
         generate(
             setup.bench,
-            exam.prompts[: own.batch_size],
+            benchmark.prompts[: own.batch_size],
             max_new_tokens=tokens,
             batch_size=own.batch_size,
-            opening=exam.opening,
+            opening=benchmark.opening,
         )
         return time.perf_counter() - started
 
@@ -160,7 +160,7 @@ def _writing(recipe: r.Recipe, setup: Setup, measured: int = 4) -> Writing | Non
         problems=len(benchmark.rows),
         samples=own.samples,
         times=times,
-        cut_prompts=cut_prompts(setup.bench, exam.prompts, own.max_new_tokens, exam.opening),
+        cut_prompts=cut_prompts(setup.bench, benchmark.prompts, own.max_new_tokens, benchmark.opening),
         figures=(*figure_names(own.task, own.k), "cut_prompts"),
         seconds=times * batches * (first + (own.max_new_tokens - 1) * per_token),
     )

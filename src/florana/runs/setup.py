@@ -23,7 +23,7 @@ from florana.federation.weighting import Weighing, by_examples, uniformly
 from florana.lora.factors import Adapter
 from florana.recipe import schema as r
 from florana.runs.completions import write_completions
-from florana.runs.rounds import Result, Show, conduct, settled
+from florana.runs.rounds import Result, Show, execute_rounds, settled
 from florana.runs.run_folder import check_folder
 from florana.strategy.base import State, Strategy
 from florana.strategy.ranks import with_ranks
@@ -34,7 +34,7 @@ from florana.train.data.sources import load_tables
 from florana.train.data.tokenize import Example
 from florana.train.evaluate import evaluate
 from florana.train.examples import rows_of
-from florana.train.generation_eval import Exam, exam
+from florana.train.generation_eval import GenerationBenchmark, generation_benchmark
 from florana.train.model import Workbench
 
 WEIGHTINGS = {"examples": by_examples, "uniform": uniformly}
@@ -226,9 +226,9 @@ def federation_of(
         assert setup is not None
         figures = global_scores(setup, state.adapter, state.residual, recipe.evaluate.batch_size)
         # global_scores has left the state's model on the bench
-        if setup.exam is None or not asked(state.round):
+        if setup.benchmark is None or not asked(state.round):
             return figures
-        return figures | setup.exam.sit(setup.bench, functools.partial(keep, state.round))
+        return figures | setup.benchmark.run(setup.bench, functools.partial(keep, state.round))
 
     personal: dict[str, Callable[[int], bool]] = {
         "never": lambda round_: False,

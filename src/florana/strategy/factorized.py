@@ -64,4 +64,4 @@ class _Step:
             whole = linalg.kept(linalg.decompose(linalg.stack([pair], [1.0])), pair.rank)
             modules[name] = linalg.balanced(whole, pair.scaling, pair.A.dtype)
         turned = self.factorize(Adapter(modules, given.extra), state.adapter)
-        return replace(outcome, state=replace(outcome.state, adapter=equivalent.alive(turned, state.adapter)))
+        return replace(outcome, state=replace(outcome.state, adapter=equivalent.revive(turned, state.adapter)))

@@ -22,7 +22,7 @@ Keep = Callable[[Sequence[Mapping[str, Any]]], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Exam:
+class GenerationBenchmark:
     """The problems with their prompts, and the settings they are written under.
 
     Args:
@@ -44,7 +44,7 @@ class Exam:
         every = self.settings.every
         return round_ == rounds or (every is not None and round_ % every == 0)
 
-    def sit(self, bench: Workbench, keep: Keep = lambda completions: None) -> dict[str, float]:
+    def run(self, bench: Workbench, keep: Keep = lambda completions: None) -> dict[str, float]:
         """The figures of the model as it is on the bench; `cut_prompts` is the share of prompts that did not fit.
 
         Args:
@@ -97,9 +97,9 @@ def generation_benchmark(recipe: r.Recipe, bench: Workbench) -> GenerationBenchm
     seed = derive(recipe.seed, "exam")
     if own.template == "chat":
         chats = tuple(_chat(bench, benchmarks.turns(own.task, row, examples, own.prompt)) for row in rows)
-        return Exam(own, tuple(rows), chats, seed, opening=())
+        return GenerationBenchmark(own, tuple(rows), chats, seed, opening=())
     asked = tuple(benchmarks.prompt(own.task, row, examples, own.prompt) for row in rows)
-    return Exam(own, tuple(rows), asked, seed)
+    return GenerationBenchmark(own, tuple(rows), asked, seed)
 
 
 def _chat(bench: Workbench, turns: list[dict[str, str]]) -> str:

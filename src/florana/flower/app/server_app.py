@@ -35,7 +35,7 @@ from florana.flower.deploy.keys import read_roster, read_rows
 from florana.lora.factors import Adapter
 from florana.recipe import schema as r
 from florana.runs.completions import write_completions
-from florana.runs.rounds import Show, conduct, settled
+from florana.runs.rounds import Show, execute_rounds, settled
 from florana.runs.run_folder import OUTCOME, PROGRESS, RUN_NAME, check_folder, locked
 from florana.runs.setup import Setup, begin, facts_of, federation_of, prepare, strategy_of
 from florana.strategy.base import State, Strategy
@@ -111,8 +111,8 @@ def _lead(grid: Nodes, recipe: r.Recipe, settings: Settings, folder: Path, show:
         begun,
         replace(registration.common.adapter, base_model=recipe.model.base) if here is None else here.bench.card,
         engine,
-        federation_of(recipe, here, clients, roll.examples, functools.partial(write_completions, folder)),
-        lambda: _facts(recipe, here, roll, begun),
+        federation_of(recipe, here, clients, registration.examples, functools.partial(write_completions, folder)),
+        lambda: _facts(recipe, here, registration, begun),
         show,
     )
 
