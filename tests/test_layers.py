@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 SOURCE = ROOT / "src" / "florana"
 FLOORS = [
     {"errors"},
-    {"atomic_files", "displayable"},
+    {"atomic_files", "displayable", "bounded"},
     {"lora", "score"},
     {"aggregate"},
     {"robust", "adapters"},

@@ -3,12 +3,12 @@ type, and what it does not say is not guessed."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from florana import bounded
 from florana.adapters.patterns import by_pattern
 from florana.adapters.peft_settings import judge
 from florana.adapters.safetensors_io import no_twins
@@ -52,10 +52,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_json(path: Path) -> Any:
     """A JSON file in which no key stands twice. Raises InputError where it is none."""
     try:
-        if not path.is_file():  # a pipe would be waited for
-            raise InputError(f"{path} cannot be read", why="it is no file")
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_twins)
-    except (OSError, ValueError, RecursionError) as error:
+        return bounded.read_json(path, no_twins)
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read", why=str(error)) from None
 
 

@@ -25,6 +25,9 @@ from florana.errors import InputError
 # In the order in which the library lays tensors out: wide types first, so that all values are aligned.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
+HEADER_BYTES = 2**25
+"""Of a file's header: some 300,000 tensors."""
+
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -41,6 +44,9 @@ class Place:
 def read_header(path: Path) -> dict[str, Place]:
     """Tensor name -> its place. Raises InputError where the file is damaged or holds what is not floating-point."""
     try:
+        with path.open("rb") as file:
+            if (said := int.from_bytes(file.read(8), "little")) > HEADER_BYTES:
+                raise ValueError(f"its header says that it has {said} bytes, more than {HEADER_BYTES}")
         with safe_open(path, framework="pt") as stream:
             shapes = {key: tuple(stream.get_slice(key).get_shape()) for key in stream.keys()}  # noqa: SIM118
         with path.open("rb") as file:
@@ -101,8 +107,9 @@ def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For `json.loads`: a table in which no key stands twice. Raises ValueError where one does."""
     table = dict(pairs)
     if len(table) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{ascii(next(key for key in keys if keys.count(key) > 1))[:60]} stands there twice")
+        seen: set[str] = set()
+        twin = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"{ascii(twin)[:60]} stands there twice")
     return table
 
 

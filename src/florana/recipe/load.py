@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from florana.bounded import read_toml, toml
 from florana.errors import RecipeError, nearest
 from florana.recipe.renamed import current
 from florana.recipe.schema import Recipe
@@ -31,15 +32,15 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: the file cannot be read or is not TOML, a key or value is wrong, or a combination cannot hold.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = read_toml(path)
     except FileNotFoundError:
         raise RecipeError(
             f"there is no recipe {path}", fix="give the path of a TOML file; recipes/ has examples"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe {path} cannot be read", why=str(error)) from None
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"the recipe {path} is not valid TOML", why=str(error)) from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"the recipe {path} cannot be read", why=str(error)) from None
     for override in overrides:
         _override(table, override)
     _find_own_methods(table, path.resolve().parent)
@@ -177,8 +178,8 @@ def _override(table: dict[str, Any], text: str) -> None:
     if not equals or not re.fullmatch(r"[A-Za-z_][\w.-]*", key.strip()):
         raise RecipeError(f"--set {text!r} is not key=value", fix="for example --set federation.rounds=20")
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = toml(f"value = {value}")["value"]
+    except ValueError:
         parsed = value  # a bare word is a string
     *path, last = key.strip().split(".")
     for name in path:

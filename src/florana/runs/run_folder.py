@@ -5,9 +5,7 @@ Light to import: no training library.
 
 from __future__ import annotations
 
-import json
 import logging
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import filelock
 
 from florana.atomic_files import explained
+from florana.bounded import read_json, read_toml
 from florana.displayable import log
 from florana.errors import FederationError, InputError, RecipeError
 from florana.federation.journal import read_records
@@ -28,6 +27,10 @@ OUTCOME, PROGRESS, RUN_NAME = "outcome.json", "progress.jsonl", "run.json"
 
 BEFORE = {"log.txt", ".lock", OUTCOME, PROGRESS, RUN_NAME, "environment.json", "setup.json"}
 """What a run may leave in its folder before it has begun."""
+
+
+SETUP_BYTES = 2**28
+"""Of setup.json: a line per client."""
 
 
 def check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
@@ -46,7 +49,11 @@ def check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
         if any(path.name not in BEFORE and not path.name.endswith(".tmp") for path in folder.iterdir()):
             raise RecipeError(f"--out {folder} is not a run folder", fix="name a new folder")
         return
-    old = check(tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")), str(folder / "recipe.toml"))
+    try:
+        table = read_toml(folder / "recipe.toml")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'recipe.toml'} cannot be read", why=str(error)) from None
+    old = check(table, str(folder / "recipe.toml"))
     may = ("federation.rounds:", "title:", "threads:")
     changed = [line for line in differences(old, recipe) if not line.startswith(may)]
     recorded = recorded_threads(folder)
@@ -69,7 +76,7 @@ def recorded_threads(folder: Path) -> int | None:
     if not (folder / "recipe.toml").exists():
         return None
     try:
-        recorded = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")).get("threads")
+        recorded = read_toml(folder / "recipe.toml").get("threads")
     except (OSError, ValueError) as error:
         raise InputError(f"the run folder {folder} cannot be read", why=str(error)) from None
     if recorded is None:  # older folders have it beside the versions alone
@@ -85,7 +92,7 @@ def read_environment(folder: Path) -> dict[str, Any]:
     """
     path = folder / "environment.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        found = read_json(path) if path.exists() else {}
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read", why=str(error)) from None
     return found if isinstance(found, dict) else {}
@@ -94,8 +101,8 @@ def read_environment(folder: Path) -> dict[str, Any]:
 def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[RoundRecord]]:
     """The recipe (as a table), setup.json and the committed rounds of a run folder. Raises InputError."""
     try:
-        recipe = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
-        setup = json.loads((folder / "setup.json").read_text(encoding="utf-8"))
+        recipe = read_toml(folder / "recipe.toml")
+        setup = read_json(folder / "setup.json", most=SETUP_BYTES)
     except FileNotFoundError as error:
         raise InputError(
             f"{folder} is no run folder: {Path(str(error.filename)).name} is missing",

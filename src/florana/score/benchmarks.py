@@ -6,13 +6,14 @@ can be laid beside published ones.
 
 from __future__ import annotations
 
-import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from florana import bounded
 from florana.errors import InputError, nearest
 from florana.score import answers, code_tasks
 from florana.score.programs import STANDARD, Limits, Verdict, run_programs
@@ -69,6 +70,9 @@ TASKS: Mapping[str, Task] = {
         code_tasks.mbpp_program,
     ),
 }
+
+PROBLEM_BYTES = 2**27
+"""Of a file of problems, unpacked: MATH has 10 million."""
 
 MBPP_TEST, MBPP_SHOTS = range(11, 511), range(2, 11)
 """The task ids that Austin et al. set apart for testing, and those for the prompt as far as lm-eval takes them from."""
@@ -239,18 +243,18 @@ def _mean(values: Iterable[float]) -> float:
 def read_all(name: str, path: Path) -> list[Row]:
     """Every row of a task's file, checked. Raises InputError."""
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
+        data = bounded.read_bytes(path, PROBLEM_BYTES)
+        text = (bounded.unpacked(data, PROBLEM_BYTES) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError(
             f"the file of problems {path} does not exist", fix="relative paths count from the recipe's folder"
         ) from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(f"{path} cannot be read", why=str(error).splitlines()[0]) from None
     try:
         whole = text.lstrip().startswith("[")
         rows = json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is neither JSON nor JSON lines", why=str(error)) from None
     if not rows:
         raise InputError(f"{path} holds no rows")

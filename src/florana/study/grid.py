@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from florana.bounded import toml
 from florana.errors import RecipeError
 from florana.recipe import schema as r
 from florana.recipe.load import check
@@ -150,8 +150,8 @@ def method_of(text: str) -> Method:
         if not equals:
             raise RecipeError(f"the option {pair!r} of '{name}' is not key=value")
         try:
-            options[key] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
+            options[key] = toml(f"value = {value}")["value"]
+        except ValueError:
             options[key] = value  # a bare word is a string
     if is_own(name):
         path, _, function = name.rpartition(":")

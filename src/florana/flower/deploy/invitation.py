@@ -5,7 +5,6 @@ INVITATION/federation.toml   address        ca.crt   the authority        recipe
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import tomli_w
 from cryptography import x509
 
 from florana.atomic_files import replace_file
+from florana.bounded import read_toml
 from florana.errors import InputError, RecipeError
 from florana.flower.deploy.keys import Certificates, read_certificate
 from florana.recipe.load import read_recipe
@@ -72,7 +72,7 @@ def invite(recipe: Path, files: Certificates, host: str, port: int, folder: Path
 def read_invitation(folder: Path) -> Invitation:
     """An invitation folder. Raises InputError where a part is missing or wrong."""
     try:
-        facts = tomllib.loads((folder / "federation.toml").read_text(encoding="utf-8"))
+        facts = read_toml(folder / "federation.toml")
         host, port, base = str(facts["host"]), int(facts["port"]), str(facts.get("base", ""))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(

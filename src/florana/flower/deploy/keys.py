@@ -34,6 +34,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from florana.atomic_files import replace_file
+from florana.bounded import read_json
 from florana.errors import InputError, RecipeError
 
 DAYS = 365
@@ -160,7 +161,7 @@ def read_roster(path: Path) -> dict[str, bytes]:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         return {str(client): base64.b64decode(entry["key"]) for client, entry in content["clients"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"the roster {path} cannot be read", why=f"{type(error).__name__}: {error}") from None
@@ -171,7 +172,7 @@ def read_rows(path: Path) -> dict[str, int]:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         return {str(client): int(entry["rows"]) for client, entry in content["clients"].items() if "rows" in entry}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"the roster {path} cannot be read", why=f"{type(error).__name__}: {error}") from None

@@ -21,6 +21,7 @@ import pandas as pd
 import pyarrow as pa
 
 from florana.errors import InputError
+from florana.train.data.bounds import read_parquet, require_bounded, require_few_columns
 
 _CELLS: dict[str, Any] = {
     "encoding": "utf-8-sig",
@@ -109,13 +110,15 @@ def _read_file(path: Path, texts: Sequence[str]) -> pd.DataFrame:
         ".tsv": lambda: pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, dtype=words, **_CELLS),
         ".jsonl": lambda: _read_lines(path),
         ".json": lambda: _read_json(path),
-        ".parquet": lambda: pd.read_parquet(path),
+        ".parquet": lambda: read_parquet(path),
     }
     if kind not in readers:
         raise InputError(f"{path}: the file type '{kind}' is not known", fix=f"one of {', '.join(readers)}")
     if not path.exists():
         raise InputError(f"the data file {path} does not exist", fix="relative paths count from the recipe's folder")
     try:
+        if kind != ".parquet":
+            require_bounded(path, kind)
         frame = readers[kind]()
     except UnicodeDecodeError as error:
         raise InputError(
@@ -168,7 +171,7 @@ def _read_lines(path: Path) -> pd.DataFrame:
                     fix='write each row as {"text": ..., "label": ...}',
                 )
             rows.append(row)
-    return _framed(rows)
+    return _framed(rows, path)
 
 
 def _read_json(path: Path) -> pd.DataFrame:
@@ -184,7 +187,7 @@ def _read_json(path: Path) -> pd.DataFrame:
     for number, row in enumerate(whole, 1):
         if not isinstance(row, dict):
             raise InputError(f"{path}, row {number}: it holds {_kind(row)}, not an object of columns")
-    return _framed(whole)
+    return _framed(whole, path)
 
 
 def _of_objects(whole: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -195,9 +198,10 @@ def _of_objects(whole: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return [{column: cells.get(row) for column, cells in whole.items()} for row in inner]
 
 
-def _framed(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def _framed(rows: Sequence[dict[str, Any]], path: Path) -> pd.DataFrame:
     """Rows as columns, each cell as it was written (a whole number beside an empty cell stays one)."""
     columns = dict.fromkeys(key for row in rows for key in row)
+    require_few_columns(len(columns), path)
     frame = pd.DataFrame({column: pd.Series([row.get(column) for row in rows], dtype=object) for column in columns})
     return frame.infer_objects()
 
