@@ -191,7 +191,7 @@ MUTATIONS = [
     ("adapters/peft_config.py", 'config.get("alpha_pattern") or {}', "{}", "test_merge"),
     ("adapters/peft_config.py", 'config.get("rank_pattern") or {}', "{}", "test_merge"),
     ("adapters/peft_config.py", "value == math.floor(value)", "True", "test_adapter_files"),
-    ("adapters/peft_config.py", "object_pairs_hook=no_twins", "object_pairs_hook=dict", "test_adapter_files"),
+    ("adapters/peft_config.py", "bounded.read_json(path, no_twins)", "bounded.read_json(path)", "test_adapter_files"),
     ("adapters/peft_config.py", "isinstance(config.get(setting), bool | None)", "True", "test_adapter_files"),
     ("adapters/peft_config.py", "return (value,) if isinstance(value, str) else", "return", "test_adapter_files"),
     ("adapters/headers.py", "if owner.get(key) != shard:", "if False:", "test_adapter_files"),

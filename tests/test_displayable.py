@@ -87,7 +87,7 @@ def test_every_string_passes_the_screen_and_its_markup_stays_text(console: Conso
     screen = Screen(console, "run", 1)
     for text in STRINGS:
         screen.show(Event("refused", 1, text, text))
-        screen.show(Event("mended", 1, detail=text))
+        screen.show(Event("repaired", 1, detail=text))
         console.print(merge_table(Merged(text, 1, 0.5, 0.5, {}, [Source(text, 1.0, (1,), 1, {})])))
     assert forbidden(printed(console)) == ""
     assert "[/nope]" in printed(console)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -63,7 +62,7 @@ def study_table(comparison: Comparison, width: int) -> Table:
         table.add_column(HEADS[index], justify="left" if index < 2 else "right", no_wrap=index == 1)
     for row in comparison.rows:
         cells = cells_of(row)
-        table.add_row(*(escape(cells[index]) for index in chosen))  # brackets are options here, no markup
+        table.add_row(*(cells[index] for index in chosen))
     return table
 
 
@@ -80,7 +79,7 @@ def others_table(comparison: Comparison) -> Table | None:
         if index or settings:
             table.add_column(head, justify="left" if index < 3 else "right", no_wrap=index == 1)
     for one in found:
-        table.add_row(*(escape(cell) for cell in other_cells(one)[0 if settings else 1 :]))
+        table.add_row(*other_cells(one)[0 if settings else 1 :])
     return table
 
 

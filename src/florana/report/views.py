@@ -130,10 +130,10 @@ def view(folder: Path, name: str | None = None) -> RunView:
 
 
 def shown(value: Any) -> Any:
-    """What was read, with every text in it, names too, as one that may be shown; lines stay lines.
+    r"""What was read, with every text in it, names too, as one that may be shown; lines stay lines.
 
-    >>> shown({"a\x1b": ["b\u202e", 1]})
-    {'a\\x1b': ['b\\u202e', 1]}
+    >>> shown({"a": ["b" + chr(27), 1]})
+    {'a': ['b\\x1b', 1]}
     """
     if isinstance(value, str):
         return displayable(value, 100_000, keep="\n")
