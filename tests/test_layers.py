@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -180,3 +181,12 @@ def test_no_pickle_and_no_torch_load() -> None:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
                 assert node.attr not in ("load", "save"), path
         assert not {name for _, name in imports(path)} & {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
+
+
+def test_the_page_draws_the_floors_that_are_held() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (`[^|]+`) \|", page, re.MULTILINE)
+    drawn = {int(level): set(re.findall(r"`(\w+)`", rooms)) for level, rooms in rows}
+    assert drawn == dict(enumerate(FLOORS, 1))
+    for name in set(re.findall(r"`([a-z_]+(?:/[a-z_]+)*\.py)`", page)):
+        assert list(SOURCE.rglob(name)) or list(ROOT.glob(name)), f"{name} is not there"
