@@ -28,7 +28,7 @@ from florana.lora.factors import Adapter, LoraFactors
 __all__ = ["CONFIG", "WEIGHTS", "AdapterCard", "read_adapter", "write_adapter"]
 
 
-def read_adapter(folder: Path) -> tuple[Adapter, AdapterCard]:
+def read_adapter(folder: Path | str) -> tuple[Adapter, AdapterCard]:
     """The adapter in a PEFT folder, checked: shapes, scalings, every tensor accounted for, every value finite.
 
     A bias beside a factor B stands among the extra tensors, under its own name.
@@ -36,14 +36,14 @@ def read_adapter(folder: Path) -> tuple[Adapter, AdapterCard]:
     Raises:
         InputError: the folder is not a LoRA adapter that florana can represent exactly; the message says why.
     """
-    reader = open_adapter(folder)
+    reader = open_adapter(Path(folder))
     modules = {name: reader.pair(name) for name in reader.modules}
     extra = {name: reader.tensor(key) for name, key in reader.extra.items()}
     biases = {f"{name}.lora_B.bias": bias for name in reader.modules if (bias := reader.bias(name)) is not None}
     return Adapter(modules, extra | biases), reader.card
 
 
-def write_adapter(folder: Path, adapter: Adapter, card: AdapterCard, readme: str = "") -> None:
+def write_adapter(folder: Path | str, adapter: Adapter, card: AdapterCard, readme: str = "") -> None:
     """Write a folder that `PeftModel.from_pretrained` loads as it is; each file is replaced atomically.
 
     The bytes depend on the adapter and the card alone. Module ranks that differ go into `rank_pattern`, with an
@@ -58,6 +58,7 @@ def write_adapter(folder: Path, adapter: Adapter, card: AdapterCard, readme: str
     Raises:
         InputError: a tensor has nothing in it, or the card carries a setting that PEFT has not or that is not carried.
     """
+    folder = Path(folder)
     for setting in card.carried:
         if setting not in SETTINGS or SETTINGS[setting].rule != "carried":
             raise InputError(f"the card carries '{setting}', which is no setting to carry")

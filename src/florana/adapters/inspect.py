@@ -96,7 +96,7 @@ class Inspection:
 
 
 def inspect(
-    folders: Sequence[Path], weights: Sequence[float] | None = None, normalize: str | None = None
+    folders: Sequence[Path | str], weights: Sequence[float] | None = None, normalize: str | None = None
 ) -> Inspection:
     """Read the adapters' factors and compare them.
 
@@ -109,8 +109,9 @@ def inspect(
         RecipeError: as many weights as folders are needed.
         InputError: a folder cannot be read or does not fit.
     """
-    shares = coefficients(weights, len(folders), normalize)
-    readers = open_together(folders)
+    places = [Path(folder) for folder in folders]
+    shares = coefficients(weights, len(places), normalize)
+    readers = open_together(places)
     common_card(readers, base=readers[0].card.base_model)
     norms = [0.0] * len(readers)
     dtypes: list[set[str]] = [set() for _ in readers]
@@ -147,11 +148,11 @@ def inspect(
             for rank in ranks
         ]
     return Inspection(
-        sheets=[_sheet(*s) for s in zip(names_of(folders), readers, map(math.sqrt, norms), dtypes, strict=True)],
+        sheets=[_sheet(*s) for s in zip(names_of(places), readers, map(math.sqrt, norms), dtypes, strict=True)],
         overlap=[[float(value) for value in row] for row in overlap],
         energy={rank: 1.0 - tail / whole if whole else 1.0 for rank, tail in tails.items()},
         choices=sorted(choices, key=lambda choice: (choice.bytes, -choice.error)) if len(readers) > 1 else [],
-        notes=notes_on(readers, names_of(folders), alive),
+        notes=notes_on(readers, names_of(places), alive),
     )
 
 

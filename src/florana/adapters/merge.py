@@ -37,8 +37,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def merge(
-    folders: Sequence[Path],
-    out: Path,
+    folders: Sequence[Path | str],
+    out: Path | str,
     *,
     method: str = "best-rank",
     rank: int | None = None,
@@ -70,10 +70,11 @@ def merge(
         InputError: an adapter cannot be read or does not fit the others; the message names the folder, the module and
             both shapes.
     """
-    _check(folders, out, method, rank, dtype)
+    places, out = [Path(folder) for folder in folders], Path(out)
+    _check(places, out, method, rank, dtype)
     rule = rule_of(method, scope)
-    shares = coefficients(weights, len(folders), normalize)
-    readers = open_together(folders)
+    shares = coefficients(weights, len(places), normalize)
+    readers = open_together(places)
     card, union = common_card(readers, base), modules_of(readers)
     if card.carried.get("ensure_weight_tying") and card.embeddings and method in ("fedit", "flora-na"):
         raise RecipeError(
@@ -103,7 +104,7 @@ def merge(
             for name in sorted({name for reader in readers for name in reader.extra}):
                 whole = _whole_tensor(readers, shares, name)
                 extra[name] = whole.to(DTYPES[dtype]) if dtype else whole
-            sources = [_source(*item) for item in zip(names_of(folders), readers, shares, digests, strict=True)]
+            sources = [_source(*item) for item in zip(names_of(places), readers, shares, digests, strict=True)]
         except BaseException:  # what waits is not begun any more
             hashing.shutdown(wait=False, cancel_futures=True)
             workers.shutdown(wait=False, cancel_futures=True)
@@ -112,7 +113,7 @@ def merge(
         method if scope is None else f"{method}[scope={scope}]",
         answers,
         sources,
-        notes_on(readers, names_of(folders), alive),
+        notes_on(readers, names_of(places), alive),
     )
     modules = {name: answer.pair for name, answer in answers.items()}
     _require_range(modules, extra)

@@ -25,12 +25,13 @@ from florana.strategy.custom import is_own
 from florana.strategy.ranks import with_ranks
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a TOML file, with `key=value` overrides (dotted keys, TOML values) put over it.
 
     Raises:
         RecipeError: the file cannot be read or is not TOML, a key or value is wrong, or a combination cannot hold.
     """
+    path = Path(path)
     try:
         table = read_toml(path)
     except FileNotFoundError:

@@ -27,7 +27,7 @@ class Picture:
     svg: str
 
 
-def write_report(folders: Sequence[Path], out: Path, title: str = "") -> Path:
+def write_report(folders: Sequence[Path | str], out: Path | str, title: str = "") -> Path:
     """Write the report of the runs to `out`.
 
     Args:
@@ -39,7 +39,8 @@ def write_report(folders: Sequence[Path], out: Path, title: str = "") -> Path:
         InputError: a folder is not a run, or has no committed round.
         FederationError: the file cannot be written.
     """
-    runs = views(folders)
+    out = Path(out)
+    runs = views([Path(folder) for folder in folders])
     page = render(runs, title or str(runs[0].recipe.get("title") or "florana report"))
     with explained(out.parent, "the report could not be written"):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -190,8 +191,9 @@ def number(value: float | None, digits: int = 4) -> str:
 def size(count: float) -> str:
     """Bytes in the largest fitting unit.
 
-    >>> size(3 * 2**20)
-    '3.0 MiB'
+    Examples:
+        >>> size(3 * 2**20)
+        '3.0 MiB'
     """
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
@@ -203,8 +205,9 @@ def size(count: float) -> str:
 def seconds(value: float) -> str:
     """Seconds, in milliseconds below one.
 
-    >>> seconds(0.0123)
-    '12 ms'
+    Examples:
+        >>> seconds(0.0123)
+        '12 ms'
     """
     return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.1f} s"
 

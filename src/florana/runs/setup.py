@@ -103,7 +103,7 @@ def prepare(recipe: r.Recipe, files: Mapping[str, Path] | None = None) -> Setup:
 
 def execute(
     recipe: r.Recipe,
-    folder: Path,
+    folder: Path | str,
     *,
     setup: Setup | None = None,
     resume: bool = False,
@@ -125,6 +125,7 @@ def execute(
         InputError: model or data unusable.
         FederationError: too few usable updates, or the disk refused; the rounds committed before stand.
     """
+    folder = Path(folder)
     check_folder(recipe, folder, resume)
     with settled(recipe, folder, show) as recipe:
         here = setup or prepare(recipe)
