@@ -22,7 +22,10 @@ def parameters(node: ast.FunctionDef | ast.ClassDef) -> list[str]:
         fields = [
             inner.target.id
             for inner in node.body
-            if isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Name) and inner.target.id[0] != "_"
+            if isinstance(inner, ast.AnnAssign)
+            and isinstance(inner.target, ast.Name)
+            and inner.target.id[0] != "_"
+            and "ClassVar" not in ast.unparse(inner.annotation)
         ]
         inits = [inner for inner in node.body if isinstance(inner, ast.FunctionDef) and inner.name == "__init__"]
         return fields or [name for init in inits for name in parameters(init)]

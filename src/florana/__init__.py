@@ -3,9 +3,10 @@
 The public names stand in `__init__.pyi`, and are loaded when first used, so that `import florana` and
 `florana --help` stay fast.
 
->>> import florana
->>> florana.best_rank.__module__
-'florana.aggregate.best_rank.project'
+Examples:
+    >>> import florana
+    >>> florana.best_rank.__module__
+    'florana.aggregate.best_rank.project'
 """
 
 import lazy_loader

@@ -53,8 +53,9 @@ def toml(text: str) -> dict[str, Any]:
     Raises:
         ValueError: it is no TOML (`tomllib.TOMLDecodeError`), or it is too large or too deep to be read safely.
 
-    >>> toml("a.b = 1")
-    {'a': {'b': 1}}
+    Examples:
+        >>> toml("a.b = 1")
+        {'a': {'b': 1}}
     """
     if len(text) > TOML_BYTES:
         raise ValueError(f"it has more than {TOML_BYTES} characters")

@@ -28,8 +28,9 @@ def displayable(text: object, most: int = LONGEST, keep: str = "") -> str:
         most: characters of the result; what is cut ends in an ellipsis.
         keep: characters that stay as they are, such as a newline in a text of several lines.
 
-    >>> displayable("a\x1b[2Jb\n\u202ec")
-    'a\\x1b[2Jb\\n\\u202ec'
+    Examples:
+        >>> displayable("a\x1b[2Jb\n\u202ec")
+        'a\\x1b[2Jb\\n\\u202ec'
     """
     plain = str(text)
     if not (plain.isascii() and plain.isprintable()):

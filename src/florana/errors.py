@@ -51,8 +51,9 @@ class FederationError(FloranaError):
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint naming the known word closest to `word`, or all known words when none is close.
 
-    >>> nearest("learning_rat", ["steps", "learning_rate"])
-    "did you mean 'learning_rate'?"
+    Examples:
+        >>> nearest("learning_rat", ["steps", "learning_rate"])
+        "did you mean 'learning_rate'?"
     """
     options = sorted(known)
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)

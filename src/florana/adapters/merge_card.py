@@ -100,8 +100,9 @@ def model_card(merged: Merged, card: AdapterCard) -> str:
 def names_of(folders: Sequence[Path]) -> list[str]:
     """A short name for each folder: its own, with as many parents as tell the folders apart.
 
-    >>> names_of([Path("/runs/north/adapter"), Path("/runs/south/adapter")])
-    ['north/adapter', 'south/adapter']
+    Examples:
+        >>> names_of([Path("/runs/north/adapter"), Path("/runs/south/adapter")])
+        ['north/adapter', 'south/adapter']
     """
     paths = [folder.resolve().parts for folder in folders]
     for depth in range(1, max(map(len, paths)) + 1):
@@ -121,8 +122,9 @@ def coefficients(weights: Sequence[float] | None, adapters: int, normalize: str 
     Raises:
         RecipeError: the weights are not one per adapter, not finite, all zero, or cannot be divided by their sum.
 
-    >>> coefficients([3, 1], 2, None), coefficients([1, -0.5], 2, "off")
-    ([0.75, 0.25], [1.0, -0.5])
+    Examples:
+        >>> coefficients([3, 1], 2, None), coefficients([1, -0.5], 2, "off")
+        ([0.75, 0.25], [1.0, -0.5])
     """
     if normalize not in (None, "on", "off"):
         raise RecipeError(f"--normalize is '{normalize}'", fix="on or off")

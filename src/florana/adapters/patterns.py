@@ -52,8 +52,10 @@ def by_pattern(
         InputError: a key is no regular expression, one that cannot be matched in bounded time, or too long; a module
             name beside patterns that is not printable ASCII; all of them together take too long.
 
-    >>> by_pattern({"q|v": 4, r"layer\\.[0-3]": 2}, ["layer.1", "layer.1.q", "qq"], 8, Path("c.json"), "rank_pattern")
-    {'layer.1': 2, 'layer.1.q': 4, 'qq': 8}
+    Examples:
+        >>> patterns = {"q|v": 4, r"layer\\.[0-3]": 2}
+        >>> by_pattern(patterns, ["layer.1", "layer.1.q", "qq"], 8, Path("c.json"), "rank_pattern")
+        {'layer.1': 2, 'layer.1.q': 4, 'qq': 8}
     """
     found = dict.fromkeys(modules, default)
     left = list(found)
@@ -86,8 +88,9 @@ def unmatched(pattern: str, modules: Iterable[str], path: Path, setting: str) ->
     Raises:
         InputError: as `by_pattern`.
 
-    >>> unmatched(r".*\\.(q|v)", ["layer.1.q", "layer.1.k"], Path("c.json"), "target_modules")
-    ['layer.1.k']
+    Examples:
+        >>> unmatched(r".*\\.(q|v)", ["layer.1.q", "layer.1.k"], Path("c.json"), "target_modules")
+        ['layer.1.k']
     """
     where, until = f"{path}: '{setting}'", time.process_time() + SECONDS
     automaton, left = _compiled(pattern, where, before=""), []

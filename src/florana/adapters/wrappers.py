@@ -15,10 +15,11 @@ _IN_FRONT = re.compile(r"^((?:base_model\.(?:model\.)?)?)(?:module\.)+")
 def unwrapped(name: str) -> str:
     """The name without wrappers'; of a tensor, of a module, or of a pattern for modules.
 
-    >>> unwrapped("module.base_model.model._orig_mod.layers.0._checkpoint_wrapped_module.q.lora_A.weight")
-    'base_model.model.layers.0.q.lora_A.weight'
-    >>> unwrapped("layers.0.module.q")
-    'layers.0.module.q'
+    Examples:
+        >>> unwrapped("module.base_model.model._orig_mod.layers.0._checkpoint_wrapped_module.q.lora_A.weight")
+        'base_model.model.layers.0.q.lora_A.weight'
+        >>> unwrapped("layers.0.module.q")
+        'layers.0.module.q'
     """
     name = _WRAPPERS.sub("", name)
     while (shorter := _IN_FRONT.sub(r"\1", name)) != name:
@@ -31,7 +32,8 @@ def unwrapped_everywhere(name: str) -> str:
 
     A model may have modules of that name (LeViT has), so it is not the rule.
 
-    >>> unwrapped_everywhere("layers.0.module.q")
-    'layers.0.q'
+    Examples:
+        >>> unwrapped_everywhere("layers.0.module.q")
+        'layers.0.q'
     """
     return re.sub(r"(?<![^.])module\.", "", unwrapped(name))

@@ -33,11 +33,12 @@ def added(
 ) -> Adapter | None:
     """`first + more - less` as products, recompressed; None counts as zero.
 
-    >>> from florana.lora.factors import LoraFactors
-    >>> one = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 2.0)})
-    >>> both = added(one, one, None, torch.float32, less=None)
-    >>> both.modules["q"].rank, round(float((both.modules["q"].B @ both.modules["q"].A)[0, 0]), 4)
-    (1, 4.0)
+    Examples:
+        >>> from florana.lora.factors import LoraFactors
+        >>> one = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 2.0)})
+        >>> both = added(one, one, None, torch.float32, less=None)
+        >>> both.modules["q"].rank, round(float((both.modules["q"].B @ both.modules["q"].A)[0, 0]), 4)
+        (1, 4.0)
     """
     sums: dict[str, linalg.Stack] = {}
     for adapter, sign in ((first, 1.0), (more, 1.0), (less, -1.0)):

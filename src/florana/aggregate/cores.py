@@ -24,9 +24,10 @@ from florana.lora.factors import Adapter, Contribution, LoraFactors
 def fold(pair: LoraFactors, core: Tensor) -> LoraFactors:
     """The plain LoRA factors with the same update: B blockdiag(core) in the place of B.
 
-    >>> pair = LoraFactors(torch.ones(3, 2), torch.ones(2, 4), 0.5)
-    >>> fold(pair, torch.tensor([[[2.0]], [[3.0]]])).B[0]
-    tensor([2., 3.])
+    Examples:
+        >>> pair = LoraFactors(torch.ones(3, 2), torch.ones(2, 4), 0.5)
+        >>> fold(pair, torch.tensor([[[2.0]], [[3.0]]])).B[0]
+        tensor([2., 3.])
     """
     count, size, _ = core.shape
     inner = pair.B.reshape(len(pair.B), count, size)  # (out, h, k)
@@ -55,10 +56,11 @@ def mean_cores(parts: Sequence[Contribution]) -> Adapter:
         InputError: a client has other fixed factors than the first, cores of another shape, or another state of a block
             that neither of them trained.
 
-    >>> pair = {"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 4), 1.0)}
-    >>> x, y = (Adapter(pair, cores={"q": torch.full((1, 1, 1), value)}) for value in (1.0, 5.0))
-    >>> mean_cores([Contribution("x", x, 3), Contribution("y", y, 1)]).cores["q"].item()
-    2.0
+    Examples:
+        >>> pair = {"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 4), 1.0)}
+        >>> x, y = (Adapter(pair, cores={"q": torch.full((1, 1, 1), value)}) for value in (1.0, 5.0))
+        >>> mean_cores([Contribution("x", x, 3), Contribution("y", y, 1)]).cores["q"].item()
+        2.0
     """
     validate.shares(parts)  # nothing to aggregate, or senseless weights, are said first
     first = parts[0]

@@ -31,10 +31,11 @@ Stacks = Mapping[str, linalg.Stack]
 def products(adapter: Adapter, frozen: Adapter | None) -> dict[str, linalg.Stack]:
     """scaling * B A of every module, plus its frozen part where there is one.
 
-    >>> pair = LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 2.0)
-    >>> whole = products(Adapter({"q": pair}), Adapter({"q": pair}))["q"]
-    >>> float((whole.left @ whole.right)[0, 0])
-    4.0
+    Examples:
+        >>> pair = LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 2.0)
+        >>> whole = products(Adapter({"q": pair}), Adapter({"q": pair}))["q"]
+        >>> float((whole.left @ whole.right)[0, 0])
+        4.0
     """
     parts = {name: linalg.stack([pair], [1.0]) for name, pair in folded(adapter).modules.items()}
     for name, pair in frozen.modules.items() if frozen is not None else ():
@@ -101,12 +102,13 @@ def extrapolation(parts: Sequence[Contribution], adapter: Adapter, frozen: Adapt
         adapter: what was broadcast.
         frozen: the frozen part of the broadcast; None where there is none.
 
-    >>> def client(name, value):
-    ...     return Contribution(name, Adapter({"q": LoraFactors(torch.eye(4)[:, value:value + 1],
-    ...                                                         torch.eye(4)[value:value + 1], 1.0)}), 1.0)
-    >>> start = Adapter({"q": LoraFactors(torch.zeros(4, 1), torch.ones(1, 4), 1.0)})
-    >>> round(extrapolation([client(str(k), k) for k in range(4)], start, None), 4)  # orthogonal: 1 / (2 / 4)
-    2.0
+    Examples:
+        >>> def client(name, value):
+        ...     return Contribution(name, Adapter({"q": LoraFactors(torch.eye(4)[:, value:value + 1],
+        ...                                                         torch.eye(4)[value:value + 1], 1.0)}), 1.0)
+        >>> start = Adapter({"q": LoraFactors(torch.zeros(4, 1), torch.ones(1, 4), 1.0)})
+        >>> round(extrapolation([client(str(k), k) for k in range(4)], start, None), 4)  # orthogonal: 1 / (2 / 4)
+        2.0
     """
     before = products(adapter, frozen)
     own = []

@@ -63,11 +63,12 @@ def measure(
         answer: what came out; the optimum is that of its rank.
         residual: a frozen part sent along with the answer: it belongs to the answer, not to the optimum's rank.
 
-    >>> import torch
-    >>> from florana.lora.factors import LoraFactors
-    >>> pair = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 1.0)})
-    >>> measure([Contribution("a", pair, 1.0)], pair).error
-    0.0
+    Examples:
+        >>> import torch
+        >>> from florana.lora.factors import LoraFactors
+        >>> pair = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 1.0)})
+        >>> measure([Contribution("a", pair, 1.0)], pair).error
+        0.0
     """
     plain = folded(answer)
     squares: dict[str, tuple[float, float, float]] = {}

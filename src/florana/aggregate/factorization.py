@@ -35,10 +35,11 @@ def balanced(adapter: Adapter, last: Adapter) -> Adapter:
 def orthonormal(adapter: Adapter, last: Adapter) -> Adapter:
     """Every A with orthonormal rows, B with the scale: B A unchanged.
 
-    >>> import torch
-    >>> pair = LoraFactors(torch.ones(3, 1), torch.ones(1, 4), 2.0)
-    >>> orthonormal(Adapter({"q": pair}), Adapter({"q": pair})).modules["q"].A
-    tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
+    Examples:
+        >>> import torch
+        >>> pair = LoraFactors(torch.ones(3, 1), torch.ones(1, 4), 2.0)
+        >>> orthonormal(Adapter({"q": pair}), Adapter({"q": pair})).modules["q"].A
+        tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
     del last
     return Adapter({name: orthonormal_pair(pair) for name, pair in adapter.modules.items()}, adapter.extra)
@@ -61,13 +62,14 @@ def revive(adapter: Adapter, last: Adapter) -> Adapter:
     factors; no gradient reaches them, in this round or ever. The product stays as it is; a component counts as zero
     where its column and its row are both below `DEAD_BELOW` of the module's largest ones.
 
-    >>> import torch
-    >>> pair = LoraFactors(torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0], [0.0]]), 1.0)
-    >>> last = LoraFactors(torch.tensor([[7.0, 8.0]]), torch.tensor([[5.0], [6.0]]), 1.0)
-    >>> again = revive(Adapter({"q": pair}), Adapter({"q": last})).modules["q"]
-    >>> again.B, again.A
-    (tensor([[2., 0.]]), tensor([[3.],
-            [6.]]))
+    Examples:
+        >>> import torch
+        >>> pair = LoraFactors(torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0], [0.0]]), 1.0)
+        >>> last = LoraFactors(torch.tensor([[7.0, 8.0]]), torch.tensor([[5.0], [6.0]]), 1.0)
+        >>> again = revive(Adapter({"q": pair}), Adapter({"q": last})).modules["q"]
+        >>> again.B, again.A
+        (tensor([[2., 0.]]), tensor([[3.],
+                [6.]]))
     """
     modules = {name: _alive_pair(pair, last.modules[name].A) for name, pair in adapter.modules.items()}
     return Adapter(modules, adapter.extra, adapter.cores)

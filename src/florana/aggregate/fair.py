@@ -30,11 +30,12 @@ def corrected_mean(parts: Sequence[Contribution], penalty: float = 0.01) -> Adap
     Raises:
         InputError: the contributions do not fit together, or the penalty is negative.
 
-    >>> x = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 1.0)})
-    >>> y = Adapter({"q": LoraFactors(3 * torch.ones(3, 1), 3 * torch.ones(1, 2), 1.0)})
-    >>> pair = corrected_mean([Contribution("x", x, 1), Contribution("y", y, 1)], penalty=0.0).modules["q"]
-    >>> round(float((pair.B @ pair.A)[0, 0]), 4)
-    5.0
+    Examples:
+        >>> x = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 1.0)})
+        >>> y = Adapter({"q": LoraFactors(3 * torch.ones(3, 1), 3 * torch.ones(1, 2), 1.0)})
+        >>> pair = corrected_mean([Contribution("x", x, 1), Contribution("y", y, 1)], penalty=0.0).modules["q"]
+        >>> round(float((pair.B @ pair.A)[0, 0]), 4)
+        5.0
     """
     if not penalty >= 0:
         raise InputError(f"the penalty {penalty} is not at least 0")

@@ -26,8 +26,9 @@ from florana.lora.factors import Adapter, Contribution, LoraFactors
 def widen(tensor: Tensor, rank: int, dim: int) -> Tensor:
     """The tensor with zeros appended along `dim` up to `rank`.
 
-    >>> widen(torch.ones(1, 2), 3, dim=1)
-    tensor([[1., 1., 0.]])
+    Examples:
+        >>> widen(torch.ones(1, 2), 3, dim=1)
+        tensor([[1., 1., 0.]])
     """
     missing = rank - tensor.shape[dim]
     if missing <= 0:
@@ -70,9 +71,10 @@ def tail(modules: Mapping[str, LoraFactors], rank: int) -> Tensor:
 
     Differentiable; its gradient is zero where a factor is zero.
 
-    >>> pair = LoraFactors(torch.tensor([[5.0, 3.0], [5.0, 4.0]]), torch.tensor([[1.0, 1.0], [0.0, 2.0]]), 1.0)
-    >>> float(tail({"q": pair}, 1))
-    10.0
+    Examples:
+        >>> pair = LoraFactors(torch.tensor([[5.0, 3.0], [5.0, 4.0]]), torch.tensor([[1.0, 1.0], [0.0, 2.0]]), 1.0)
+        >>> float(tail({"q": pair}, 1))
+        10.0
     """
     norm = torch.linalg.vector_norm
     return torch.stack([norm(pair.B[:, rank:]) * norm(pair.A[rank:]) for pair in modules.values()]).sum()
@@ -91,11 +93,12 @@ def norm_weighted_mean(parts: Sequence[Contribution], rank: validate.Rank) -> Ad
     Raises:
         InputError: the contributions do not fit together, or a rank is above `rank`.
 
-    >>> x = Adapter({"q": LoraFactors(torch.ones(2, 1), torch.ones(1, 2), 1.0)})
-    >>> y = Adapter({"q": LoraFactors(torch.ones(2, 2), torch.ones(2, 2), 1.5)})
-    >>> norm_weighted_mean([Contribution("x", x, 1), Contribution("y", y, 1)], rank=2).modules["q"].A
-    tensor([[1.0000, 1.0000],
-            [0.7500, 0.7500]])
+    Examples:
+        >>> x = Adapter({"q": LoraFactors(torch.ones(2, 1), torch.ones(1, 2), 1.0)})
+        >>> y = Adapter({"q": LoraFactors(torch.ones(2, 2), torch.ones(2, 2), 1.5)})
+        >>> norm_weighted_mean([Contribution("x", x, 1), Contribution("y", y, 1)], rank=2).modules["q"].A
+        tensor([[1.0000, 1.0000],
+                [0.7500, 0.7500]])
     """
     weights = validate.shares(parts)
     columns = validate.columns(parts)

@@ -26,10 +26,11 @@ def mean(parts: Sequence[Contribution]) -> Adapter:
     Raises:
         InputError: the contributions do not fit together (client, module and shapes named).
 
-    >>> ones = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 1.0)})
-    >>> threes = Adapter({"q": LoraFactors(3 * torch.ones(3, 1), torch.ones(1, 2), 1.0)})
-    >>> mean([Contribution("a", ones, 1), Contribution("b", threes, 3)]).modules["q"].B[0]
-    tensor([2.5000])
+    Examples:
+        >>> ones = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 1.0)})
+        >>> threes = Adapter({"q": LoraFactors(3 * torch.ones(3, 1), torch.ones(1, 2), 1.0)})
+        >>> mean([Contribution("a", ones, 1), Contribution("b", threes, 3)]).modules["q"].B[0]
+        tensor([2.5000])
     """
     weights = validate.shares(parts)
     modules: dict[str, LoraFactors] = {}
@@ -54,9 +55,10 @@ def mean_of_b(pairs: Sequence[LoraFactors], weights: Sequence[float], scaling: f
         weights: w_u, one per client.
         scaling: s, that of the result.
 
-    >>> low, high = (LoraFactors(torch.ones(1, r), torch.ones(r, 1), scaling=float(r)) for r in (1, 2))
-    >>> mean_of_b([low, high], [0.5, 0.5], scaling=2.0)
-    tensor([[0.7500, 0.5000]])
+    Examples:
+        >>> low, high = (LoraFactors(torch.ones(1, r), torch.ones(r, 1), scaling=float(r)) for r in (1, 2))
+        >>> mean_of_b([low, high], [0.5, 0.5], scaling=2.0)
+        tensor([[0.7500, 0.5000]])
     """
     out, rank = pairs[0].shape[0], max(pair.rank for pair in pairs)
     total = pairs[0].B.new_zeros((out, rank), dtype=torch.promote_types(pairs[0].B.dtype, torch.float32))

@@ -38,14 +38,15 @@ def mean_and_remainder(parts: Sequence[Contribution], rank: int | None = None) -
     Raises:
         InputError: the contributions do not fit together (client, module and shapes named).
 
-    >>> import torch
-    >>> from florana.lora.factors import LoraFactors
-    >>> x = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 1.0)})
-    >>> y = Adapter({"q": LoraFactors(3 * torch.ones(3, 1), 3 * torch.ones(1, 2), 1.0)})
-    >>> both = mean_and_remainder([Contribution("x", x, 1), Contribution("y", y, 1)])
-    >>> pair, rest = both.adapter.modules["q"], both.remainder.modules["q"]
-    >>> round(float((pair.B @ pair.A + rest.B @ rest.A)[0, 0]), 4)  # (1 + 9) / 2
-    5.0
+    Examples:
+        >>> import torch
+        >>> from florana.lora.factors import LoraFactors
+        >>> x = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 1.0)})
+        >>> y = Adapter({"q": LoraFactors(3 * torch.ones(3, 1), 3 * torch.ones(1, 2), 1.0)})
+        >>> both = mean_and_remainder([Contribution("x", x, 1), Contribution("y", y, 1)])
+        >>> pair, rest = both.adapter.modules["q"], both.remainder.modules["q"]
+        >>> round(float((pair.B @ pair.A + rest.B @ rest.A)[0, 0]), 4)  # (1 + 9) / 2
+        5.0
     """
     averaged = mean(parts)
     missed = {

@@ -50,9 +50,10 @@ def by_B(strength: float) -> Turn:  # noqa: N802
 def rotation(towards: Tensor) -> Tensor:
     """The rotation R (determinant 1) of largest trace(R^T towards), for towards (r, r) (Kabsch, 1976).
 
-    >>> rotation(torch.diag(torch.tensor([3.0, -1.0], dtype=torch.float64)))
-    tensor([[1., 0.],
-            [0., 1.]], dtype=torch.float64)
+    Examples:
+        >>> rotation(torch.diag(torch.tensor([3.0, -1.0], dtype=torch.float64)))
+        tensor([[1., 0.],
+                [0., 1.]], dtype=torch.float64)
     """
     left, _, right = torch.linalg.svd(towards)
     last = torch.ones(len(towards), dtype=towards.dtype)
@@ -74,11 +75,12 @@ def align(pair: LoraFactors, reference: LoraFactors, turn: Turn = jointly) -> Lo
         reference: the factors of the last broadcast, of the same shapes.
         turn: `jointly`, `by_A(strength)` or `by_B(strength)`.
 
-    >>> quarter = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
-    >>> here = LoraFactors(torch.eye(3)[:, :2], torch.eye(2), 1.0)
-    >>> away = LoraFactors(here.B @ quarter, quarter.T @ here.A, 1.0)
-    >>> bool(torch.allclose(align(away, here).B, here.B))
-    True
+    Examples:
+        >>> quarter = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+        >>> here = LoraFactors(torch.eye(3)[:, :2], torch.eye(2), 1.0)
+        >>> away = LoraFactors(here.B @ quarter, quarter.T @ here.A, 1.0)
+        >>> bool(torch.allclose(align(away, here).B, here.B))
+        True
     """
     O = turn(pair, reference)  # noqa: E741  (the field's name)
     B, A = pair.B.double() @ O, O.T @ pair.A.double()

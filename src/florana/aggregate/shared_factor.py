@@ -26,9 +26,10 @@ def mean_of_B(parts: Sequence[Contribution], shared: Adapter) -> Adapter:  # noq
     Raises:
         InputError: the contributions do not fit together, or a client's A is not the shared one.
 
-    >>> x, y = (Adapter({"q": LoraFactors(torch.full((3, 1), b), torch.ones(1, 2), 1.0)}) for b in (1.0, 3.0))
-    >>> mean_of_B([Contribution("x", x, 1), Contribution("y", y, 1)], shared=x).modules["q"].B[0]
-    tensor([2.])
+    Examples:
+        >>> x, y = (Adapter({"q": LoraFactors(torch.full((3, 1), b), torch.ones(1, 2), 1.0)}) for b in (1.0, 3.0))
+        >>> mean_of_B([Contribution("x", x, 1), Contribution("y", y, 1)], shared=x).modules["q"].B[0]
+        tensor([2.])
     """
     weights = validate.shares(parts)
     modules: dict[str, LoraFactors] = {}
@@ -48,9 +49,10 @@ def mean_of_A(parts: Sequence[Contribution], shared: Adapter) -> Adapter:  # noq
     Raises:
         InputError: the contributions do not fit together, or a client's B is not the shared one.
 
-    >>> x, y = (Adapter({"q": LoraFactors(torch.ones(3, 1), torch.full((1, 2), a), 1.0)}) for a in (1.0, 3.0))
-    >>> mean_of_A([Contribution("x", x, 3), Contribution("y", y, 1)], shared=x).modules["q"].A
-    tensor([[1.5000, 1.5000]])
+    Examples:
+        >>> x, y = (Adapter({"q": LoraFactors(torch.ones(3, 1), torch.full((1, 2), a), 1.0)}) for a in (1.0, 3.0))
+        >>> mean_of_A([Contribution("x", x, 3), Contribution("y", y, 1)], shared=x).modules["q"].A
+        tensor([[1.5000, 1.5000]])
     """
     weights = validate.shares(parts)
     modules: dict[str, LoraFactors] = {}

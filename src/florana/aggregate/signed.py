@@ -40,13 +40,14 @@ def weighted_sum(rule: Rule, parts: Sequence[Contribution]) -> Adapter:
             sum to 1: such a tensor is the base model's plus a change, and the base model's is not known here. And what
             the rule raises.
 
-    >>> import torch
-    >>> from florana import Contribution, LoraFactors, mean
-    >>> pair = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 1.0)})
-    >>> twins = [Contribution("a", pair, 1.0), Contribution("b", pair, -0.5)]
-    >>> out = weighted_sum(mean, twins).modules["q"]
-    >>> round(float(out.scaling * (out.B @ out.A)[0, 0]), 4)
-    0.5
+    Examples:
+        >>> import torch
+        >>> from florana import Contribution, LoraFactors, mean
+        >>> pair = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 1.0)})
+        >>> twins = [Contribution("a", pair, 1.0), Contribution("b", pair, -0.5)]
+        >>> out = weighted_sum(mean, twins).modules["q"]
+        >>> round(float(out.scaling * (out.B @ out.A)[0, 0]), 4)
+        0.5
     """
     for part in parts:
         if not math.isfinite(part.weight):

@@ -31,9 +31,10 @@ def stack(parts: Sequence[Contribution]) -> Adapter:
     Raises:
         InputError: the contributions do not fit together (client, module and shapes named).
 
-    >>> one = Adapter({"q": LoraFactors(torch.ones(3, 2), torch.ones(2, 2), 0.5)})
-    >>> stack([Contribution("a", one, 1), Contribution("b", one, 1)]).modules["q"].rank
-    4
+    Examples:
+        >>> one = Adapter({"q": LoraFactors(torch.ones(3, 2), torch.ones(2, 2), 0.5)})
+        >>> stack([Contribution("a", one, 1), Contribution("b", one, 1)]).modules["q"].rank
+        4
     """
     weights = validate.shares(parts)
     modules = {name: concatenate(pairs, weights) for name, pairs in validate.columns(parts).items()}

@@ -18,8 +18,9 @@ Rank = int | Mapping[str, int]
 def rank_in(rank: Rank, module: str) -> int:
     """The rank of a module.
 
-    >>> rank_in(4, "q"), rank_in({"q": 2, "v": 8}, "v")
-    (4, 8)
+    Examples:
+        >>> rank_in(4, "q"), rank_in({"q": 2, "v": 8}, "v")
+        (4, 8)
     """
     return rank if isinstance(rank, int) else rank[module]
 

@@ -277,8 +277,9 @@ def _writing(plan: Plan) -> str:
 def duration(value: float) -> str:
     """Seconds as a person says them.
 
-    >>> duration(75), duration(8000)
-    ('1 min 15 s', '2 h 13 min')
+    Examples:
+        >>> duration(75), duration(8000)
+        ('1 min 15 s', '2 h 13 min')
     """
     whole = round(value)
     if whole < 60:

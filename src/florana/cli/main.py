@@ -11,18 +11,19 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from florana.cli.adapter_verbs import inspect, merge
 from florana.cli.compare_verb import compare
 from florana.cli.deploy_verbs import doctor, flower, join, serve
+from florana.cli.extras import missing
 from florana.cli.plan_verb import plan
 from florana.cli.say import say
 from florana.cli.verb import Verb
 from florana.displayable import displayable
-from florana.errors import FloranaError, RecipeError
+from florana.errors import FloranaError, InputError, RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -195,15 +196,26 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+    except ModuleNotFoundError as error:
+        told = missing(error)
+        if told is None:
+            _bug(error)
+        _complain(str(told))
+        sys.exit(InputError.exit_code)
     except Exception as error:
-        log = Path("florana-error.log")
-        try:
-            log.write_text(traceback.format_exc(), encoding="utf-8")
-            where = f"the traceback is in {log.resolve()}"
-        except OSError:
-            where = traceback.format_exc()
-        _complain(f"florana failed unexpectedly ({_told(error)}); this is a bug, {where}")
-        sys.exit(1)
+        _bug(error)
+
+
+def _bug(error: Exception) -> NoReturn:
+    """End with code 1, and with the traceback in a file."""
+    log = Path("florana-error.log")
+    try:
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        where = f"the traceback is in {log.resolve()}"
+    except OSError:
+        where = traceback.format_exc()
+    _complain(f"florana failed unexpectedly ({_told(error)}); this is a bug, {where}")
+    sys.exit(1)
 
 
 def _noted(show: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:

@@ -102,11 +102,12 @@ def uplink_error(arrives: Adapter, trained: Adapter, received: Adapter) -> float
 
     Everything stays factored: B' A' - B A = (B' - B) A' + B (A' - A), which does not cancel.
 
-    >>> pair = LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 2.0)
-    >>> near = LoraFactors(torch.full((3, 1), 1.25), torch.ones(1, 2), 2.0)
-    >>> zero = LoraFactors(torch.zeros(3, 1), torch.ones(1, 2), 2.0)
-    >>> uplink_error(Adapter({"q": near}), Adapter({"q": pair}), Adapter({"q": zero}))
-    0.25
+    Examples:
+        >>> pair = LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 2.0)
+        >>> near = LoraFactors(torch.full((3, 1), 1.25), torch.ones(1, 2), 2.0)
+        >>> zero = LoraFactors(torch.zeros(3, 1), torch.ones(1, 2), 2.0)
+        >>> uplink_error(Adapter({"q": near}), Adapter({"q": pair}), Adapter({"q": zero}))
+        0.25
     """
     there, own, before = (folded(adapter).modules for adapter in (arrives, trained, received))
     missed = [linalg.norm(_difference(there[name], own[name])) for name in own]

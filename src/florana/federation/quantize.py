@@ -47,9 +47,10 @@ def quantized(change: Tensor) -> tuple[Tensor, Tensor]:
     So |d - s q| <= s / 2 in each block, to the rounding of s. A block with a value that is not finite gets a scale that
     is not finite, which the gate refuses.
 
-    >>> q, s = quantized(torch.tensor([[0.5, -2.54], [1.27, 0.0]]))
-    >>> q.tolist(), round(s.item(), 6)
-    ([[25, -127], [64, 0]], 0.02)
+    Examples:
+        >>> q, s = quantized(torch.tensor([[0.5, -2.54], [1.27, 0.0]]))
+        >>> q.tolist(), round(s.item(), 6)
+        ([[25, -127], [64, 0]], 0.02)
     """
     count = change.numel()
     padding = -count % BLOCK
@@ -63,8 +64,9 @@ def quantized(change: Tensor) -> tuple[Tensor, Tensor]:
 def dequantized(whole: Tensor, scale: Tensor) -> Tensor:
     """s q in float64, in the shape of q: what `quantized` has kept of the tensor.
 
-    >>> dequantized(torch.tensor([3, -1], dtype=torch.int8), torch.tensor([0.5])).tolist()
-    [1.5, -0.5]
+    Examples:
+        >>> dequantized(torch.tensor([3, -1], dtype=torch.int8), torch.tensor([0.5])).tolist()
+        [1.5, -0.5]
     """
     spread = scale.double().repeat_interleave(BLOCK)[: whole.numel()]
     return (whole.double().flatten() * spread).reshape(whole.shape)
@@ -128,9 +130,10 @@ def written(trained: Mapping[str, Tensor], received: Mapping[str, Tensor], form:
         received: the same names and shapes, as the server sent them.
         form: the format of the quantized values.
 
-    >>> up = written({"A/q": torch.ones(2, 3)}, {"A/q": torch.zeros(2, 3)}, "int8")
-    >>> [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in up.items()]
-    [('A/q', torch.int8, (2, 3)), ('scale/A/q', torch.float32, (1,))]
+    Examples:
+        >>> up = written({"A/q": torch.ones(2, 3)}, {"A/q": torch.zeros(2, 3)}, "int8")
+        >>> [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in up.items()]
+        [('A/q', torch.int8, (2, 3)), ('scale/A/q', torch.float32, (1,))]
     """
     if form == "float32":
         return dict(trained)
@@ -148,9 +151,10 @@ def read(encoded: Mapping[str, Tensor], received: Mapping[str, Tensor], form: Fo
     Returns:
         Name -> values in the type of what was sent.
 
-    >>> sent = {"B/q": torch.full((2, 2), 0.5)}
-    >>> read(written({"B/q": torch.full((2, 2), 0.75)}, sent, "bfloat16"), sent, "bfloat16")["B/q"][0].tolist()
-    [0.75, 0.75]
+    Examples:
+        >>> sent = {"B/q": torch.full((2, 2), 0.5)}
+        >>> read(written({"B/q": torch.full((2, 2), 0.75)}, sent, "bfloat16"), sent, "bfloat16")["B/q"][0].tolist()
+        [0.75, 0.75]
     """
     if form == "float32":
         return dict(encoded)
@@ -162,7 +166,8 @@ def form_of(tensors: Mapping[str, Tensor], form: Format) -> dict[str, Tensor]:
     """Names, shapes and types of what `written` gives for tensors like these; no values (device `meta`) where
     quantized.
 
-    >>> {name: tuple(t.shape) for name, t in form_of({"A/q": torch.ones(2, 100)}, "int8").items()}
-    {'A/q': (2, 100), 'scale/A/q': (4,)}
+    Examples:
+        >>> {name: tuple(t.shape) for name, t in form_of({"A/q": torch.ones(2, 100)}, "int8").items()}
+        {'A/q': (2, 100), 'scale/A/q': (4,)}
     """
     return dict(tensors) if form == "float32" else _NARROW[form].form(tensors)

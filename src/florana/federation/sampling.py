@@ -11,8 +11,9 @@ import numpy as np
 def derive(seed: int, *purpose: str | int) -> int:
     """A 63-bit seed for one purpose, independent of every other one.
 
-    >>> derive(0, "round", 1) == derive(0, "round", 1), derive(0, "round", 1) == derive(0, "round", 2)
-    (True, False)
+    Examples:
+        >>> derive(0, "round", 1) == derive(0, "round", 1), derive(0, "round", 1) == derive(0, "round", 2)
+        (True, False)
     """
     words = "\x1f".join(str(word) for word in (seed, *purpose))
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big") >> 1
@@ -27,8 +28,9 @@ def sample(clients: Sequence[str], count: int, seed: int, round_: int) -> list[s
         seed: the run's.
         round_: counted from 1.
 
-    >>> sample(["c", "a", "b"], 2, seed=0, round_=1) == sample(["a", "b", "c"], 2, seed=0, round_=1)
-    True
+    Examples:
+        >>> sample(["c", "a", "b"], 2, seed=0, round_=1) == sample(["a", "b", "c"], 2, seed=0, round_=1)
+        True
     """
     names = sorted(clients)
     rng = np.random.default_rng(derive(seed, "sample", round_))

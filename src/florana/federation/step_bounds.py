@@ -64,8 +64,9 @@ class Reach:
 def reach_of(learning_rate: float, weight_decay: float, steps: int) -> Reach:
     """The reach of that many steps of AdamW.
 
-    >>> reach_of(0.01, 0.0, 1).moves
-    0.01
+    Examples:
+        >>> reach_of(0.01, 0.0, 1).moves
+        0.01
     """
     kept = max(0.0, 1.0 - learning_rate * weight_decay)
     return Reach(learning_rate * _steps_together(steps), 1.0 - kept**steps)

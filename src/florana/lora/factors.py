@@ -30,10 +30,11 @@ class LoraFactors:
     Raises:
         InputError: the two shapes, dtypes or devices do not fit, or the scaling is not a positive number.
 
-    >>> import torch
-    >>> pair = LoraFactors(B=torch.ones(4, 2), A=torch.ones(2, 3), scaling=0.5)
-    >>> pair.rank, pair.shape
-    (2, (4, 3))
+    Examples:
+        >>> import torch
+        >>> pair = LoraFactors(B=torch.ones(4, 2), A=torch.ones(2, 3), scaling=0.5)
+        >>> pair.rank, pair.shape
+        (2, (4, 3))
     """
 
     B: Tensor  # (out, r)
@@ -134,8 +135,9 @@ def adapter_from_tensors(tensors: Mapping[str, Tensor], scalings: Mapping[str, f
 def kind_of(tensor: str) -> str:
     """What a name of `Adapter.tensors` denotes: `A`, `B`, `core` or `extra`.
 
-    >>> kind_of("A/layer.0.query")
-    'A'
+    Examples:
+        >>> kind_of("A/layer.0.query")
+        'A'
     """
     return tensor.partition("/")[0]
 

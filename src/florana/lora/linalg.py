@@ -26,10 +26,11 @@ class Stack:
 def stack(pairs: Sequence[LoraFactors], coefficients: Sequence[float]) -> Stack:
     """sum_u coefficient_u * scaling_u * B_u @ A_u as one product of rank R = sum r_u.
 
-    >>> pair = LoraFactors(B=torch.ones(3, 1), A=torch.ones(1, 2), scaling=2.0)
-    >>> whole = stack([pair, pair], [0.5, 0.25])
-    >>> float((whole.left @ whole.right)[0, 0])
-    1.5
+    Examples:
+        >>> pair = LoraFactors(B=torch.ones(3, 1), A=torch.ones(1, 2), scaling=2.0)
+        >>> whole = stack([pair, pair], [0.5, 0.25])
+        >>> float((whole.left @ whole.right)[0, 0])
+        1.5
     """
     left = [pair.B.double() * (c * pair.scaling) for pair, c in zip(pairs, coefficients, strict=True)]
     return Stack(torch.cat(left, dim=1), torch.cat([pair.A.double() for pair in pairs], dim=0))

@@ -13,7 +13,7 @@ from florana.score.glue import GLUE, HUB, GlueName
 class Section(BaseModel):
     """One table of the recipe: frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Data(Section):
@@ -27,6 +27,7 @@ class Data(Section):
     test: str | None = None
     """The common test set; None sets `test_share` of the training rows apart, by the seed (of sites: there is none)."""
     test_share: float = Field(0.2, gt=0, lt=1)
+    """Of the training rows, where there is no test set of its own."""
     text: str | list[str] = "text"
     """The column with the text, or two columns (a pair; prompt and continuation for causal-lm)."""
     instructions: Literal["alpaca", "dolly", "prompt-response", "messages"] | None = None
@@ -48,10 +49,13 @@ class Data(Section):
     train_limit: int | None = Field(None, ge=1)
     """Use only this many training rows, chosen by the seed."""
     test_limit: int | None = Field(None, ge=1)
+    """Use only this many test rows, chosen by the seed."""
     hub_config: str | None = None
+    """The configuration of a hub data set."""
     train_split: str = "train"
     """Of a hub name. Rows by number may follow, of a file too: `train[600:974]` are the 601st to the 974th."""
     test_split: str = "test"
+    """As `train_split`, of the test set."""
 
     @model_validator(mode="before")
     @classmethod
@@ -92,7 +96,9 @@ class Partition(Section):
     clients: int | None = Field(None, ge=1)
     """How many; given by the data for `column` and `sites`."""
     alpha: float = Field(0.5, gt=0)
+    """Of dirichlet: small is uneven (0.1), large is even (10)."""
     classes: int = Field(2, ge=1)
+    """Of pathological: how many classes a client has."""
     bins: int = Field(5, ge=2)
     """Of sequence-regression: the scores count as classes by these many bins of equal width, over the range of the
     training scores."""
@@ -125,7 +131,9 @@ class Generation(Section):
     examples: str | None = None
     """The file the worked examples come from; None takes data.train (of MBPP: `file`)."""
     max_new_tokens: int = Field(256, ge=1)
+    """Of one completion."""
     batch_size: int = Field(16, ge=1)
+    """Completions written at once."""
     temperature: float = Field(0.0, ge=0)
     """0 is greedy."""
     samples: int = Field(1, ge=1)

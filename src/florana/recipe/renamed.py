@@ -26,10 +26,11 @@ def current(section: str, table: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RecipeError: a key is given by its old and by its new name.
 
-    >>> with warnings.catch_warnings(record=True):
-    ...     warnings.simplefilter("always")
-    ...     current("strategy", {"name": "best-rank", "memory": 8})
-    {'name': 'best-rank', 'carry_rank': 8}
+    Examples:
+        >>> with warnings.catch_warnings(record=True):
+        ...     warnings.simplefilter("always")
+        ...     current("strategy", {"name": "best-rank", "memory": 8})
+        {'name': 'best-rank', 'carry_rank': 8}
     """
     found: dict[str, Any] = {}
     for key, value in table.items():

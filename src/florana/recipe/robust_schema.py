@@ -18,6 +18,7 @@ class Robust(Section):
     """What keeps a minority of clients from steering the model; see docs/reliability.md for what each rule assumes."""
 
     rule: Literal["none", "clip", "multi-krum", "geometric-median", "trimmed"] = "none"
+    """none: nothing beside the bounds that always hold."""
     hostile: int | None = Field(None, ge=1)
     """f, how many clients of a round may be hostile: of multi-krum (at least 2 f + 3 clients) and trimmed (2 f + 1)."""
     radius: float | None = Field(None, gt=0, allow_inf_nan=False)

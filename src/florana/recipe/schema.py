@@ -48,6 +48,7 @@ class Model(Section):
     magnitude: Literal["average", "personal"] = "average"
     """DoRA's lengths: averaged by the server with the clients' weights, or kept by each client. As `head`."""
     rank: int = Field(8, ge=1)
+    """r, of every LoRA module."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field({})
     """Other ranks for some modules, as in PEFT: a regular expression that ends the module's name at a dot -> rank."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({})
@@ -55,13 +56,17 @@ class Model(Section):
     client_ranks: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=1)
     """Lower ranks for some clients: dealt out in turn to the clients by name; none above `rank`."""
     alpha: float = Field(16.0, gt=0)
+    """LoRA's alpha: an update is scaling B A, with scaling = alpha / rank."""
     rslora: bool = False
     """Scaling alpha / sqrt(rank) instead of alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Before A, in training."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
+    """Where the model is trained and measured; auto: cuda, else mps, else cpu."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the base model; the adapter is always trained and aggregated in float32."""
     gradient_checkpointing: bool = False
+    """Less memory, more time: what the backward pass needs is computed again."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Needs a CUDA device and bitsandbytes."""
     head: Literal["average", "personal"] = "average"
@@ -112,10 +117,15 @@ class Train(Section):
     steps: int | None = Field(None, ge=1)
     """Optimizer steps; give this or `epochs`."""
     epochs: int | None = Field(None, ge=1)
+    """Passes over the client's rows."""
     batch_size: int = Field(16, ge=1)
+    """Rows per optimizer step."""
     learning_rate: float = Field(1e-3, gt=0)
+    """AdamW's; constant over a round, and AdamW begins anew in each."""
     weight_decay: float = Field(0.0, ge=0)
+    """AdamW's."""
     max_grad_norm: float | None = Field(1.0, gt=0)
+    """Longer gradients are scaled down to this norm."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:
@@ -128,11 +138,13 @@ class Rounds(Section):
     """The federation's rounds."""
 
     rounds: int = Field(10, ge=1)
+    """How many rounds the run has."""
     clients_per_round: int | None = Field(None, ge=1)
     """None: all of them."""
     min_clients: int = Field(1, ge=1)
     """Fewer usable updates than this end the run with exit code 4."""
     weighting: Literal["examples", "uniform"] = "examples"
+    """A client's weight: its number of training rows, or the same for all."""
     uplink: Literal["float32", "bfloat16", "int8"] = "float32"
     """How clients write what they send; the quantized ones write the change since the broadcast, rounded."""
     max_weight: float | None = Field(None, gt=0, le=1)
@@ -151,6 +163,7 @@ class Evaluate(Section):
     personal: Literal["never", "last", "every"] = "last"
     """When clients measure their own models, on their local test split and on the common test set."""
     batch_size: int = Field(64, ge=1)
+    """Rows per batch when measuring."""
     personal_limit: int | None = Field(512, ge=1)
     """The most rows of the common test set each client is measured on."""
 
@@ -161,11 +174,13 @@ class Study(Section):
     methods: list[str] = Field([])
     """Names of strategies, with options in brackets (`best-rank[carry_rank=8]`), or FILE.py:FUNCTION."""
     seeds: int = Field(3, ge=1)
+    """How many; the recipe's `seed` is the first, the others follow it."""
     alphas: list[Annotated[float, Field(gt=0)]] = Field([])
     """Dirichlet parameters to compare at; empty: the recipe's partition."""
     ranks: list[Annotated[int, Field(ge=1)]] = Field([])
     """LoRA ranks to compare at, alpha / rank kept; empty: the recipe's."""
     controls: list[Literal["oracle", "centralised", "local-only"]] = Field(["oracle", "centralised", "local-only"])
+    """What stands beside the methods: the exact average, one client with all rows, clients that never send."""
     fixed_updates_rounds: list[Annotated[int, Field(ge=1)]] = Field([])
     """Rounds whose client adapters are given to every rule in turn (the swap test); empty: the first and the last."""
 
@@ -174,7 +189,9 @@ class Recipe(Section):
     """A whole run."""
 
     title: str = ""
+    """What the run is called on the screen and in the report."""
     seed: int = Field(0, ge=0)
+    """Of everything drawn: the partition, the first adapter, the order of rows, which clients are asked."""
     threads: int | None = Field(None, ge=1, le=1024)
     """Of torch's arithmetic, on which the last bits depend; None: the cores that it finds, or OMP_NUM_THREADS. A run
     that is resumed keeps its number; in a federation, what is given here holds for the server and every site."""

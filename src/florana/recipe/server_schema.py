@@ -17,7 +17,8 @@ class Server(Section):
     """What the server does with the round's average once it is known; sends no bytes."""
 
     optimizer: Literal["none", "momentum", "nesterov", "adam", "extrapolate"] = "none"
-    """The average update taken for a gradient: see `strategy.server_optimizer` and docs/methods.md."""
+    """The average update taken for a gradient: momentum and Nesterov on a velocity, Adam (FedAdam), FedExP's
+    extrapolated step; the formulas stand in `florana.strategy.server_optimizer`."""
     space: Literal["auto", "products", "factors"] = "auto"
     """Where: on the products B A, or on the factors (FedAvgM, FedAdam); auto takes the strategy's own."""
     learning_rate: float = Field(1.0, gt=0)

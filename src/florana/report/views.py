@@ -23,8 +23,9 @@ SHOWN = 4
 def shown_figures(recipe: Mapping[str, Any]) -> tuple[str, ...]:
     """The figures of a recipe (as a table) that its lines and tables show: the task's own, loss, what was written.
 
-    >>> shown_figures({"task": "sequence-classification", "data": {"glue": "mrpc"}})
-    ('accuracy', 'f1', 'loss')
+    Examples:
+        >>> shown_figures({"task": "sequence-classification", "data": {"glue": "mrpc"}})
+        ('accuracy', 'f1', 'loss')
     """
     glue = recipe.get("data", {}).get("glue")
     own = {"causal-lm": ("perplexity",), "sequence-regression": ("pearson", "spearman")}
@@ -37,8 +38,9 @@ def shown_figures(recipe: Mapping[str, Any]) -> tuple[str, ...]:
 def rows_note(setup: Mapping[str, Any]) -> str:
     """What became of instructions too long for the window, of setup.json; empty where nothing did.
 
-    >>> rows_note({"left_out": {"train": 2, "test": 0}, "cut_responses": {"train": 1, "test": 0}})
-    '2 training and 0 test rows left out: no room for a response; 1 training and 0 test responses cut'
+    Examples:
+        >>> rows_note({"left_out": {"train": 2, "test": 0}, "cut_responses": {"train": 1, "test": 0}})
+        '2 training and 0 test rows left out: no room for a response; 1 training and 0 test responses cut'
     """
     parts = []
     for key, what in (("left_out", "rows left out: no room for a response"), ("cut_responses", "responses cut")):
@@ -132,8 +134,9 @@ def view(folder: Path, name: str | None = None) -> RunView:
 def shown(value: Any) -> Any:
     r"""What was read, with every text in it, names too, as one that may be shown; lines stay lines.
 
-    >>> shown({"a": ["b" + chr(27), 1]})
-    {'a': ['b\\x1b', 1]}
+    Examples:
+        >>> shown({"a": ["b" + chr(27), 1]})
+        {'a': ['b\\x1b', 1]}
     """
     if isinstance(value, str):
         return displayable(value, 100_000, keep="\n")
@@ -149,8 +152,9 @@ def shown(value: Any) -> Any:
 def headline(recipe: Mapping[str, Any]) -> str:
     """The figure of a recipe (as a table) that tables and pictures show; the journal has them all.
 
-    >>> headline({"task": "causal-lm"}), headline({"task": "sequence-classification", "data": {"glue": "cola"}})
-    ('loss', 'matthews')
+    Examples:
+        >>> headline({"task": "causal-lm"}), headline({"task": "sequence-classification", "data": {"glue": "cola"}})
+        ('loss', 'matthews')
     """
     glue = recipe.get("data", {}).get("glue")
     if glue is not None:

@@ -17,8 +17,9 @@ def usual(clients: int) -> float:
     Of three clients the largest may weigh as much as the other two; of a hundred, a tenth. One and two clients are not
     capped: half of two would be the uniform weighting, which is another objective.
 
-    >>> [usual(clients) for clients in (2, 3, 20, 100)]
-    [1.0, 0.5, 0.5, 0.1]
+    Examples:
+        >>> [usual(clients) for clients in (2, 3, 20, 100)]
+        [1.0, 0.5, 0.5, 0.1]
     """
     return 1.0 if clients < 3 else min(0.5, 10 / clients)
 
@@ -29,8 +30,9 @@ def usual_under_a_rule(clients: int) -> float:
     Numbers of rows are claims, and a median of weighted clients is that of the weight: so one of three must stay below
     one half, and a fifth of many below a quarter, whatever they claim.
 
-    >>> [round(usual_under_a_rule(clients), 2) for clients in (3, 10)]
-    [0.4, 0.12]
+    Examples:
+        >>> [round(usual_under_a_rule(clients), 2) for clients in (3, 10)]
+        [0.4, 0.12]
     """
     return min(1.0, 1.2 / clients)
 
@@ -38,8 +40,9 @@ def usual_under_a_rule(clients: int) -> float:
 def capped(weights: Mapping[str, float], most: float) -> dict[str, float]:
     """The shares, none above `most` (or above an equal share, where that is larger); of sum 1.
 
-    >>> {name: round(w, 3) for name, w in capped({"a": 0.8, "b": 0.15, "c": 0.05}, 0.5).items()}
-    {'a': 0.5, 'b': 0.375, 'c': 0.125}
+    Examples:
+        >>> {name: round(w, 3) for name, w in capped({"a": 0.8, "b": 0.15, "c": 0.05}, 0.5).items()}
+        {'a': 0.5, 'b': 0.375, 'c': 0.125}
     """
     total = math.fsum(weights.values())
     shares = {client: weight / total for client, weight in weights.items()}

@@ -39,10 +39,12 @@ of B and rows of A."""
 def sizes(pair: Pair, travels: Collection[str]) -> dict[str, float]:
     """The norms of one client's change: of `product`, of `A` and `B` where they are in `travels`, of `extra`.
 
-    >>> before = Adapter({"q": LoraFactors(torch.zeros(3, 1), torch.ones(1, 4), 2.0)})
-    >>> after = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 4), 2.0)})
-    >>> {name: round(size, 4) for name, size in sizes((after, before), {"A", "B"}).items()}  # 2 sqrt(12), 0, sqrt(3)
-    {'product': 6.9282, 'A': 0.0, 'B': 1.7321}
+    Examples:
+        >>> before = Adapter({"q": LoraFactors(torch.zeros(3, 1), torch.ones(1, 4), 2.0)})
+        >>> after = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 4), 2.0)})
+        >>> found = sizes((after, before), {"A", "B"})
+        >>> {name: round(size, 4) for name, size in found.items()}  # 2 sqrt(12), 0, sqrt(3)
+        {'product': 6.9282, 'A': 0.0, 'B': 1.7321}
     """
     return {name: math.sqrt(max(float(gram[0, 0]), 0.0)) for name, gram in grams([pair], travels).items()}
 

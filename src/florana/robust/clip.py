@@ -37,9 +37,10 @@ def clip(radius: float) -> Rule:
 def shares(gram: Tensor, radius: float) -> list[float]:
     """min(1, C / ||D_u||) from the inner products (U, U) of one kind; all 1 where the median client did not move.
 
-    >>> import torch
-    >>> shares(torch.diag(torch.tensor([1.0, 4.0, 100.0])), radius=1.0)
-    [1.0, 1.0, 0.2]
+    Examples:
+        >>> import torch
+        >>> shares(torch.diag(torch.tensor([1.0, 4.0, 100.0])), radius=1.0)
+        [1.0, 1.0, 0.2]
     """
     norms = [math.sqrt(max(square, 0.0)) for square in gram.diagonal().tolist()]
     limit = radius * statistics.median_low(norms)

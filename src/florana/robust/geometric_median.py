@@ -31,10 +31,11 @@ def geometric_median(gram: Tensor, weights: Sequence[float], smoothing: float = 
         smoothing: nu, in units of an honest client's distance from the others (`_unit`), above 0; so that nobody is
             divided by nothing.
 
-    >>> line = torch.tensor([0.0, 1.0, 3.0, 4.0, 1000.0])  # the median is 3
-    >>> beta = geometric_median(torch.outer(line, line), [0.2] * 5)
-    >>> round(float(line @ torch.tensor(beta)), 2)
-    3.0
+    Examples:
+        >>> line = torch.tensor([0.0, 1.0, 3.0, 4.0, 1000.0])  # the median is 3
+        >>> beta = geometric_median(torch.outer(line, line), [0.2] * 5)
+        >>> round(float(line @ torch.tensor(beta)), 2)
+        3.0
     """
     distances = squared_distances(gram.double())
     own = torch.tensor(weights, dtype=torch.float64)

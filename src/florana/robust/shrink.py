@@ -28,12 +28,13 @@ def drawn_back(pair: Pair, share: Mapping[str, float]) -> Adapter:
         pair: see `Pair`.
         share: kind (as of `sizes`) -> at most 1.
 
-    >>> from florana.lora.factors import LoraFactors
-    >>> sent = Adapter({"q": LoraFactors(torch.zeros(1, 1), torch.ones(1, 1), 1.0)})
-    >>> answer = Adapter({"q": LoraFactors(torch.ones(1, 1), torch.ones(1, 1), 1.0)})
-    >>> back = drawn_back((answer, sent), {"product": 0.25})
-    >>> float(back.modules["q"].B)
-    0.25
+    Examples:
+        >>> from florana.lora.factors import LoraFactors
+        >>> sent = Adapter({"q": LoraFactors(torch.zeros(1, 1), torch.ones(1, 1), 1.0)})
+        >>> answer = Adapter({"q": LoraFactors(torch.ones(1, 1), torch.ones(1, 1), 1.0)})
+        >>> back = drawn_back((answer, sent), {"product": 0.25})
+        >>> float(back.modules["q"].B)
+        0.25
     """
     after, before = pair
     linear = min([1.0, *(part for kind, part in share.items() if kind != "product")])

@@ -47,9 +47,10 @@ def by_distance(weigh: Weigh) -> Rule:
 def squared_distances(gram: Tensor) -> Tensor:
     """||D_u - D_v||^2 = K_uu + K_vv - 2 K_uv, not below 0 and 0 on the diagonal.
 
-    >>> import torch
-    >>> squared_distances(torch.tensor([[1.0, 0.0], [0.0, 4.0]])).tolist()
-    [[0.0, 5.0], [5.0, 0.0]]
+    Examples:
+        >>> import torch
+        >>> squared_distances(torch.tensor([[1.0, 0.0], [0.0, 4.0]])).tolist()
+        [[0.0, 5.0], [5.0, 0.0]]
     """
     squares = gram.diagonal()
     # each entry is a difference of rounded sums: what is below their rounding is no distance
@@ -73,8 +74,9 @@ def smallest(values: Sequence[float], count: int) -> list[bool]:
 
     So no client is left out for its place in a list, and equal clients are treated alike.
 
-    >>> smallest([3.0, 1.0, 1.0], 1)
-    [False, True, True]
+    Examples:
+        >>> smallest([3.0, 1.0, 1.0], 1)
+        [False, True, True]
     """
     last = sorted(values)[count - 1]
     return [value <= last * (1 + 1e-9) for value in values]

@@ -20,9 +20,10 @@ def threads(count: int | None) -> Iterator[None]:
 
     Also what stays the same is set: a number that nobody has set lets MKL take fewer where it sees fit.
 
-    >>> with threads(3):
-    ...     torch.get_num_threads()
-    3
+    Examples:
+        >>> with threads(3):
+        ...     torch.get_num_threads()
+        3
     """
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)

@@ -16,8 +16,9 @@ def marked_number(text: str) -> str | None:
 
     The strict extraction of lm-eval's `gsm8k` (the pattern `#### (-?[0-9.,]+)`).
 
-    >>> marked_number("She sold 24 + 48 = 72 clips.\\n#### 72")
-    '72'
+    Examples:
+        >>> marked_number("She sold 24 + 48 = 72 clips.\\n#### 72")
+        '72'
     """
     found = _STRICT.search(text)
     return found[1] if found else None
@@ -29,8 +30,9 @@ def last_number(text: str) -> str | None:
     The flexible extraction of lm-eval's `gsm8k`. It can take a lone `..` for a number, as lm-eval does: such an
     answer is wrong either way.
 
-    >>> last_number("so it is $1,450.50 in all.")
-    '$1,450.50'
+    Examples:
+        >>> last_number("so it is $1,450.50 in all.")
+        '$1,450.50'
     """
     found = _FLEXIBLE.findall(text)
     return found[-1] if found else None
@@ -41,8 +43,9 @@ def plain_number(text: str) -> str:
 
     GSM8K's gold answers are compared as strings: `2` and `2.0` differ, in lm-eval too.
 
-    >>> plain_number("$1,450."), plain_number("-3.5")
-    ('1450', '-3.5')
+    Examples:
+        >>> plain_number("$1,450."), plain_number("-3.5")
+        ('1450', '-3.5')
     """
     return re.sub(r"\.$", "", re.sub(r"[,$]", "", text))
 
@@ -53,8 +56,9 @@ def same_number(answer: str | None, solution: str) -> bool:
     Raises:
         ValueError: the solution has no `#### `.
 
-    >>> same_number("1,450", "... #### 1450"), same_number(None, "... #### 1450")
-    (True, False)
+    Examples:
+        >>> same_number("1,450", "... #### 1450"), same_number(None, "... #### 1450")
+        (True, False)
     """
     _, mark, gold = solution.rpartition("#### ")
     if not mark:
@@ -67,8 +71,9 @@ def boxed(text: str) -> str | None:
 
     Where Hendrycks et al. (arXiv 2103.03874) put a MATH solution's answer.
 
-    >>> boxed(r"so $\boxed{\frac{1}{2}}$.")
-    '\\frac{1}{2}'
+    Examples:
+        >>> boxed(r"so $\boxed{\frac{1}{2}}$.")
+        '\\frac{1}{2}'
     """
     start = text.rfind("\\boxed")
     command = "\\boxed" if start >= 0 else "\\fbox"
@@ -92,8 +97,9 @@ def written_answer(text: str) -> str | None:
     lm-eval's `hendrycks_math` has the last two only; models that were shown worked solutions write the box. None for an
     empty text or an unfinished box.
 
-    >>> written_answer(r"... = \boxed{7}"), written_answer("it is $x^2$."), written_answer(" 12")
-    ('7', 'x^2', '12')
+    Examples:
+        >>> written_answer(r"... = \boxed{7}"), written_answer("it is $x^2$."), written_answer(" 12")
+        ('7', 'x^2', '12')
     """
     if "\\boxed" in text or "\\fbox" in text:
         return boxed(text)
@@ -104,7 +110,8 @@ def written_answer(text: str) -> str | None:
 def same_expression(answer: str | None, gold: str | None) -> bool:
     r"""Whether two MATH answers are one string after normalisation (`latex.normal`). A missing answer equals nothing.
 
-    >>> same_expression(r"\dfrac12", r"\frac{1}{2}"), same_expression("3", None)
-    (True, False)
+    Examples:
+        >>> same_expression(r"\dfrac12", r"\frac{1}{2}"), same_expression("3", None)
+        (True, False)
     """
     return answer is not None and gold is not None and normal(answer) == normal(gold)

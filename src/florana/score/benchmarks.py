@@ -102,8 +102,9 @@ def prompt(name: str, row: Row, examples: Sequence[Row] = (), template: str | No
     Raises:
         InputError: the template names a column that the row does not have.
 
-    >>> prompt("gsm8k", {"question": "2 + 2?"}, [{"question": "1 + 1?", "answer": "#### 2"}])
-    'Question: 1 + 1?\\nAnswer: #### 2\\n\\nQuestion: 2 + 2?\\nAnswer:'
+    Examples:
+        >>> prompt("gsm8k", {"question": "2 + 2?"}, [{"question": "1 + 1?", "answer": "#### 2"}])
+        'Question: 1 + 1?\\nAnswer: #### 2\\n\\nQuestion: 2 + 2?\\nAnswer:'
     """
     shown = (f"{_asked(name, one, template)}{TASKS[name].solution(one)}\n\n" for one in examples)
     return "".join(shown) + _asked(name, row, template)
@@ -115,8 +116,9 @@ def turns(name: str, row: Row, examples: Sequence[Row] = (), template: str | Non
     Raises:
         InputError: as `prompt`.
 
-    >>> turns("gsm8k", {"question": "2 + 2?"}, [{"question": "1 + 1?", "answer": "#### 2"}])[1]
-    {'role': 'assistant', 'content': '#### 2'}
+    Examples:
+        >>> turns("gsm8k", {"question": "2 + 2?"}, [{"question": "1 + 1?", "answer": "#### 2"}])[1]
+        {'role': 'assistant', 'content': '#### 2'}
     """
     said = []
     for one in examples:
@@ -153,8 +155,9 @@ def figures(
     Raises:
         InputError: programs cannot be run here.
 
-    >>> figures("gsm8k", [{"answer": "#### 5"}], [["2 + 3 = 5\\n#### 5"]])
-    {'exact_match': 1.0, 'exact_match_flexible': 1.0, 'unparsed': 0.0}
+    Examples:
+        >>> figures("gsm8k", [{"answer": "#### 5"}], [["2 + 3 = 5\\n#### 5"]])
+        {'exact_match': 1.0, 'exact_match_flexible': 1.0, 'unparsed': 0.0}
     """
     return figures_of(verdicts(name, rows, completions, limits=limits, workers=workers), ks)
 
@@ -193,8 +196,9 @@ def figures_of(marks: Sequence[Sequence[Mark]], ks: Sequence[int] = (1,)) -> dic
 def figure_names(name: str, ks: Sequence[int] = (1,)) -> tuple[str, ...]:
     """The names that `figures` gives for a task.
 
-    >>> figure_names("mbpp", [1, 10])
-    ('pass@1', 'pass@10', 'stopped', 'shut_in')
+    Examples:
+        >>> figure_names("mbpp", [1, 10])
+        ('pass@1', 'pass@10', 'stopped', 'shut_in')
     """
     if TASKS[name].program is not None:
         return (*(f"pass@{k}" for k in ks), "stopped", "shut_in")
@@ -216,8 +220,9 @@ def _marks(name: str, row: Row, text: str) -> dict[str, float]:
 def gold(row: Row) -> str | None:
     r"""The answer of a MATH row: its `answer` where it has one, as MATH-500 does, else the last box of its solution.
 
-    >>> gold({"solution": r"so it is $\boxed{7}$."})
-    '7'
+    Examples:
+        >>> gold({"solution": r"so it is $\boxed{7}$."})
+        '7'
     """
     given = row.get("answer")
     return str(given) if given is not None else answers.boxed(row["solution"])

@@ -16,8 +16,9 @@ MBPP_STOPS = ("[DONE]",)
 def cut_at(text: str, stops: Sequence[str]) -> str:
     """The text before the first of the stop sequences, or all of it.
 
-    >>> cut_at("    return 1\\n\\ndef other(): ...", HUMANEVAL_STOPS)
-    '    return 1\\n'
+    Examples:
+        >>> cut_at("    return 1\\n\\ndef other(): ...", HUMANEVAL_STOPS)
+        '    return 1\\n'
     """
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
@@ -25,8 +26,10 @@ def cut_at(text: str, stops: Sequence[str]) -> str:
 def humaneval_program(row: Mapping[str, Any], completion: str) -> tuple[str, str]:
     """(program, tests): the prompt with its completion; the row's test, called on the function asked for.
 
-    >>> humaneval_program({"prompt": "def f():\\n", "test": "def check(g): ...", "entry_point": "f"}, "    return 1")
-    ('def f():\\n    return 1\\n', 'def check(g): ...\\ncheck(f)\\n')
+    Examples:
+        >>> row = {"prompt": "def f():\\n", "test": "def check(g): ...", "entry_point": "f"}
+        >>> humaneval_program(row, "    return 1")
+        ('def f():\\n    return 1\\n', 'def check(g): ...\\ncheck(f)\\n')
     """
     return f"{row['prompt']}{completion}\n", f"{row['test']}\ncheck({row['entry_point']})\n"
 
@@ -34,8 +37,9 @@ def humaneval_program(row: Mapping[str, Any], completion: str) -> tuple[str, str
 def mbpp_program(row: Mapping[str, Any], completion: str) -> tuple[str, str]:
     """(program, tests): the completion as it is; imports and setup of the tests (which may use it), then the asserts.
 
-    >>> mbpp_program({"test_list": ["assert f() == 1"]}, "def f(): return 1")
-    ('def f(): return 1\\n', 'assert f() == 1\\n')
+    Examples:
+        >>> mbpp_program({"test_list": ["assert f() == 1"]}, "def f(): return 1")
+        ('def f(): return 1\\n', 'assert f() == 1\\n')
     """
     before = [*row.get("test_imports", ()), row.get("test_setup_code") or ""]
     return f"{completion}\n", "\n".join([*filter(None, before), *row["test_list"]]) + "\n"
@@ -49,8 +53,9 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     Raises:
         ValueError: not 0 <= passed <= samples and 1 <= k <= samples.
 
-    >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2), pass_at_k(4, 3, 2)
-    (0.25, 0.5, 1.0)
+    Examples:
+        >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2), pass_at_k(4, 3, 2)
+        (0.25, 0.5, 1.0)
     """
     if not 0 <= passed <= samples or not 1 <= k <= samples:
         raise ValueError(f"pass@{k} of {samples} samples, {passed} of them passed")

@@ -82,8 +82,9 @@ def glue_label(name: str, value: object) -> int | float:
     Raises:
         ValueError: the value is none of the task's labels; the text says what the labels are.
 
-    >>> glue_label("rte", "not_entailment"), glue_label("mrpc", "1"), glue_label("stsb", "3.8")
-    (1, 1, 3.8)
+    Examples:
+        >>> glue_label("rte", "not_entailment"), glue_label("mrpc", "1"), glue_label("stsb", "3.8")
+        (1, 1, 3.8)
     """
     labels = GLUE[name].labels
     if isinstance(value, str) and value in labels:

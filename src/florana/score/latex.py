@@ -22,8 +22,9 @@ def normal(answer: str) -> str:
     `\frac12` get their braces; `a/b` of two integers becomes `\frac{a}{b}`, and `0.5` becomes `\frac{1}{2}`. An answer
     that the rules cannot read stays as it is.
 
-    >>> normal(r"x = \dfrac12 \text{ cm}"), normal("50\\%"), normal("3/4"), normal(r"\sqrt3")
-    ('\\frac{1}{2}', '50', '\\frac{3}{4}', '\\sqrt{3}')
+    Examples:
+        >>> normal(r"x = \dfrac12 \text{ cm}"), normal("50\\%"), normal("3/4"), normal(r"\sqrt3")
+        ('\\frac{1}{2}', '50', '\\frac{3}{4}', '\\sqrt{3}')
     """
     text = answer
     for part in _REMOVED:

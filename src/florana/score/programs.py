@@ -86,12 +86,13 @@ def run_program(program: str, tests: str, limits: Limits = STANDARD, *, namespac
     Raises:
         InputError: this system has no POSIX processes, or root asks and the kernel holds not every barrier.
 
-    >>> run_program("def double(x): return 2 * x", "assert double(3) == 6").reason
-    'passed'
-    >>> run_program("def double(x): return x + 3", "assert double(3) == 6\\nassert double(1) == 2").detail
-    'AssertionError:  (line 2 of the tests)'
-    >>> run_program("import os; os._exit(0)", "").reason
-    'unfinished'
+    Examples:
+        >>> run_program("def double(x): return 2 * x", "assert double(3) == 6").reason
+        'passed'
+        >>> run_program("def double(x): return x + 3", "assert double(3) == 6\\nassert double(1) == 2").detail
+        'AssertionError:  (line 2 of the tests)'
+        >>> run_program("import os; os._exit(0)", "").reason
+        'unfinished'
     """
     if os.name != "posix":
         raise InputError("programs can be run on Linux and macOS only", why="the limits are those of POSIX processes")

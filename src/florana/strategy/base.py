@@ -61,8 +61,9 @@ class Work:
 def work(trains: Sequence[str], up: Sequence[str], down: Sequence[str]) -> Work:
     """A Work from three lists.
 
-    >>> sorted(work(["B"], up=["B"], down=["B"]).trains)
-    ['B']
+    Examples:
+        >>> sorted(work(["B"], up=["B"], down=["B"]).trains)
+        ['B']
     """
     return Work(frozenset(trains), frozenset(up), frozenset(down))
 

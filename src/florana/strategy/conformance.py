@@ -22,8 +22,9 @@ RANK, TOLERANCE = 2, 1e-4
 def check_rule(rule: Rule, name: str) -> None:
     """Raise RecipeError naming every invariant that the rule breaks, or the error it raises.
 
-    >>> from florana.aggregate.mean import mean
-    >>> check_rule(lambda parts, rank: mean(parts), "mean")
+    Examples:
+        >>> from florana.aggregate.mean import mean
+        >>> check_rule(lambda parts, rank: mean(parts), "mean")
     """
     parts = _parts()
     try:

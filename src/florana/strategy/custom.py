@@ -35,8 +35,9 @@ FACTS = facts.Facts(
 def is_own(name: str) -> bool:
     """Whether a strategy's name means a function in a file.
 
-    >>> is_own("mine.py:rule"), is_own("fedit")
-    (True, False)
+    Examples:
+        >>> is_own("mine.py:rule"), is_own("fedit")
+        (True, False)
     """
     return ".py:" in name
 

@@ -1,4 +1,4 @@
-"""What every method says of itself: what travels, what it can be combined with. The README's table is made from this.
+"""What every method says of itself: what travels, what it goes together with. docs/which-method.md is made from it.
 
 Counts are parameters per module, client and round, without the tensors trained whole (heads). A test holds
 them against the messages really sent.
@@ -36,8 +36,9 @@ class Size:
 class Count:
     """A count of parameters: as a formula for people, and as the same formula to compute.
 
-    >>> PAIR.text, PAIR.of(Size(out=4, into=6, rank=2))
-    ('r (out + in)', 20)
+    Examples:
+        >>> PAIR.text, PAIR.of(Size(out=4, into=6, rank=2))
+        ('r (out + in)', 20)
     """
 
     text: str

@@ -18,8 +18,9 @@ from florana.lora.factors import Adapter
 def choice(seed: int, round_: int, client: str, count: int) -> tuple[int, ...]:
     """The numbers below `count` in a random order of that seed, round and client.
 
-    >>> sorted(choice(7, 1, "client-0", 4))
-    [0, 1, 2, 3]
+    Examples:
+        >>> sorted(choice(7, 1, "client-0", 4))
+        [0, 1, 2, 3]
     """
     digest = hashlib.sha256(f"{seed}\x1f{round_}\x1f{client}".encode())
     generator = torch.Generator().manual_seed(int.from_bytes(digest.digest()[:8], "big") >> 1)

@@ -22,12 +22,13 @@ def first_terms(payload: Payload, rank: int, scaling: float) -> Payload:
 def best_terms(payload: Payload, rank: int, scaling: float) -> Payload:
     """The adapter of that rank and scaling nearest to the broadcast, balanced.
 
-    >>> import torch
-    >>> from florana.lora.factors import LoraFactors
-    >>> pair = LoraFactors(torch.eye(3)[:, :2], torch.tensor([[1.0, 0.0], [0.0, 4.0]]), 1.0)
-    >>> cut = best_terms(Payload(Adapter({"q": pair})), rank=1, scaling=2.0).adapter.modules["q"]
-    >>> round(float((2.0 * cut.B @ cut.A)[1, 1]), 4)
-    4.0
+    Examples:
+        >>> import torch
+        >>> from florana.lora.factors import LoraFactors
+        >>> pair = LoraFactors(torch.eye(3)[:, :2], torch.tensor([[1.0, 0.0], [0.0, 4.0]]), 1.0)
+        >>> cut = best_terms(Payload(Adapter({"q": pair})), rank=1, scaling=2.0).adapter.modules["q"]
+        >>> round(float((2.0 * cut.B @ cut.A)[1, 1]), 4)
+        4.0
     """
     return replace(best_and_rest(payload, rank, scaling), residual=payload.residual)
 

@@ -33,8 +33,9 @@ class Estimate:
 def estimate(values: Sequence[float | None]) -> Estimate | None:
     """The mean and its interval, of the values that are there.
 
-    >>> estimate([1.0, 2.0, 3.0, None]).half.__round__(3)
-    2.484
+    Examples:
+        >>> estimate([1.0, 2.0, 3.0, None]).half.__round__(3)
+        2.484
     """
     known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:

@@ -71,7 +71,7 @@ class Plan:
         base: the recipe that is varied.
         methods: the methods, controls included.
         settings: the settings, each a seed, an alpha and a rank.
-        swap_rounds: the rounds of the fixed-updates ablation.
+        fixed_updates_rounds: the rounds of the fixed-updates ablation.
     """
 
     base: r.Recipe
@@ -137,8 +137,9 @@ def plan_of(
 def method_of(text: str) -> Method:
     """A method by name, with options in brackets.
 
-    >>> method_of("best-rank[carry_rank=8, factorization=aligned]").strategy["carry_rank"]
-    8
+    Examples:
+        >>> method_of("best-rank[carry_rank=8, factorization=aligned]").strategy["carry_rank"]
+        8
     """
     found = re.fullmatch(r"\s*([^\[\]]+?)\s*(?:\[(.*)\])?\s*", text)
     if found is None:
@@ -164,8 +165,9 @@ def method_of(text: str) -> Method:
 def split_methods(text: str) -> list[str]:
     """The methods of a comma-separated list; commas in brackets belong to a method.
 
-    >>> split_methods("fedit, best-rank[carry_rank=8,factorization=aligned]")
-    ['fedit', 'best-rank[carry_rank=8,factorization=aligned]']
+    Examples:
+        >>> split_methods("fedit, best-rank[carry_rank=8,factorization=aligned]")
+        ['fedit', 'best-rank[carry_rank=8,factorization=aligned]']
     """
     return [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
 

@@ -127,8 +127,9 @@ def rank_correlation(pairs: Sequence[tuple[float, float]], metric: str) -> float
 
     None where errors or scores do not vary, or where there are fewer than three pairs.
 
-    >>> rank_correlation([(0.4, 0.5), (0.3, 0.6), (0.1, 0.9)], "accuracy").__round__(6)
-    1.0
+    Examples:
+        >>> rank_correlation([(0.4, 0.5), (0.3, 0.6), (0.1, 0.9)], "accuracy").__round__(6)
+        1.0
     """
     errors, scores = np.array(pairs, dtype=float).T
     errors = np.where(errors < EXACT, 0.0, errors)

@@ -58,8 +58,9 @@ def evaluate(bench: Workbench, examples: Sequence[Example], batch_size: int) -> 
 def class_figures(truth: Sequence[float], logits: Tensor) -> dict[str, float]:
     """accuracy, macro_f1, matthews, and f1 of the second of two classes, of logits (rows, classes).
 
-    >>> class_figures([1, 1, 0], torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]))["f1"].__round__(4)
-    0.6667
+    Examples:
+        >>> class_figures([1, 1, 0], torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]))["f1"].__round__(4)
+        0.6667
     """
     predicted = logits.argmax(-1).tolist()
     constant = len(set(truth)) == 1 and len(set(predicted)) == 1  # Matthews is undefined there; 0 by convention
@@ -76,8 +77,9 @@ def class_figures(truth: Sequence[float], logits: Tensor) -> dict[str, float]:
 def correlations(truth: Sequence[float], predicted: Sequence[float]) -> dict[str, float]:
     """Pearson's r, and Spearman's rho with ties at their mean rank; 0 where one side does not vary.
 
-    >>> correlations([1.0, 2.0, 3.0], [1.0, 4.0, 9.0])["spearman"]
-    1.0
+    Examples:
+        >>> correlations([1.0, 2.0, 3.0], [1.0, 4.0, 9.0])["spearman"]
+        1.0
     """
     if len(set(truth)) < 2 or len(set(predicted)) < 2:
         return {"pearson": 0.0, "spearman": 0.0}

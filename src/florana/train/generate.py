@@ -45,6 +45,14 @@ def generate(
     in its batch. A prompt too long for the model's context loses its beginning, as in lm-eval.
 
     Args:
+        bench: the model and its tokenizer.
+        prompts: the texts to continue.
+        max_new_tokens: the most tokens of one completion.
+        stops: texts that end a completion.
+        temperature: of the softmax; 0 is greedy.
+        samples: completions per prompt.
+        seed: of the draws.
+        batch_size: completions written at once.
         opening: tokens before every prompt; the beginning token, where the tokenizer has one, if None. A prompt made by
             a chat template has its own: ().
 

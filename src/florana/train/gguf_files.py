@@ -25,8 +25,9 @@ from florana.errors import InputError
 def is_gguf(base: str) -> bool:
     """Whether a model's name ends in a GGUF file.
 
-    >>> is_gguf("owner/repository/model.Q4_1.gguf"), is_gguf("owner/repository")
-    (True, False)
+    Examples:
+        >>> is_gguf("owner/repository/model.Q4_1.gguf"), is_gguf("owner/repository")
+        (True, False)
     """
     return base.lower().endswith(".gguf")
 

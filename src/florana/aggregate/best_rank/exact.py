@@ -83,11 +83,12 @@ def nearest(pieces: Iterable[tuple[float, LoraFactors]], rank: int, dtype: torch
         rank: at least 1; padded with zeros where the sum has a lower rank.
         dtype: of the factors that are returned.
 
-    >>> eye = torch.eye(3)
-    >>> pieces = [(0.75, LoraFactors(eye[:, :1], eye[:1], 1.0)), (0.25, LoraFactors(eye[:, 1:2], eye[1:2], 1.0))]
-    >>> answer = nearest(pieces, rank=1, dtype=torch.float32)
-    >>> round(float((answer.pair.B @ answer.pair.A).norm()), 4), round(answer.error, 4)
-    (0.75, 0.3162)
+    Examples:
+        >>> eye = torch.eye(3)
+        >>> pieces = [(0.75, LoraFactors(eye[:, :1], eye[:1], 1.0)), (0.25, LoraFactors(eye[:, 1:2], eye[1:2], 1.0))]
+        >>> answer = nearest(pieces, rank=1, dtype=torch.float32)
+        >>> round(float((answer.pair.B @ answer.pair.A).norm()), 4), round(answer.error, 4)
+        (0.75, 0.3162)
     """
     if rank < 1:
         raise InputError(f"the rank {rank} is not at least 1")

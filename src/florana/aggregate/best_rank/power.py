@@ -86,9 +86,10 @@ class Found:
 def product(pairs: Sequence[LoraFactors], coefficients: Sequence[float]) -> Product:
     """sum_u coefficient_u * scaling_u * B_u @ A_u with the factors as they are, in at least float32.
 
-    >>> pair = LoraFactors(torch.ones(3, 1), torch.ones(1, 2), scaling=2.0)
-    >>> product([pair, pair], [0.5, 0.25]).times(torch.ones(2, 1))[0]
-    tensor([3.])
+    Examples:
+        >>> pair = LoraFactors(torch.ones(3, 1), torch.ones(1, 2), scaling=2.0)
+        >>> product([pair, pair], [0.5, 0.25]).times(torch.ones(2, 1))[0]
+        tensor([3.])
     """
     wide = torch.promote_types(pairs[0].A.dtype, torch.float32)
     weights = [c * pair.scaling for pair, c in zip(pairs, coefficients, strict=True) for _ in range(pair.rank)]
@@ -102,8 +103,9 @@ def product(pairs: Sequence[LoraFactors], coefficients: Sequence[float]) -> Prod
 def jittered(weights: Sequence[float]) -> list[float]:
     """The weights, each moved by up to JITTER of itself; the same numbers for the same count.
 
-    >>> jittered([0.5, 0.5]) == jittered([0.5, 0.5])
-    True
+    Examples:
+        >>> jittered([0.5, 0.5]) == jittered([0.5, 0.5])
+        True
     """
     moves = torch.rand(len(weights), generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu")
     return [w * (1 + JITTER * (2 * move - 1)) for w, move in zip(weights, moves.tolist(), strict=True)]
@@ -122,10 +124,11 @@ def find(target: Product, rank: int, start: Tensor, tolerance: float, passes: in
     Returns:
         Found; the decomposition's signs are fixed as those of `linalg.decompose`.
 
-    >>> A = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
-    >>> whole = product([LoraFactors(torch.eye(3), A, 1.0)], [1.0])
-    >>> [round(float(v), 4) for v in find(whole, 2, torch.eye(3)[:, :1], 1e-3, 20).part.values]
-    [3.0, 2.0]
+    Examples:
+        >>> A = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+        >>> whole = product([LoraFactors(torch.eye(3), A, 1.0)], [1.0])
+        >>> [round(float(v), 4) for v in find(whole, 2, torch.eye(3)[:, :1], 1e-3, 20).part.values]
+        [3.0, 2.0]
     """
     size = min(2 * rank, *target.left.shape, *target.right.shape)
     U = _filled(target, _orthonormal(start), size)

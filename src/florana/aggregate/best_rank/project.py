@@ -159,11 +159,12 @@ def best_rank(
     Raises:
         InputError: the contributions (or the start) do not fit together, or the rank is below 1.
 
-    >>> a = Adapter({"q": LoraFactors(torch.eye(3)[:, :1], torch.eye(2)[:1], 1.0)})
-    >>> b = Adapter({"q": LoraFactors(torch.eye(3)[:, 1:2], torch.eye(2)[1:], 1.0)})
-    >>> merged = best_rank([Contribution("a", a, 3), Contribution("b", b, 1)], rank=1).modules["q"]
-    >>> round(float((merged.B @ merged.A).norm()), 4)
-    0.75
+    Examples:
+        >>> a = Adapter({"q": LoraFactors(torch.eye(3)[:, :1], torch.eye(2)[:1], 1.0)})
+        >>> b = Adapter({"q": LoraFactors(torch.eye(3)[:, 1:2], torch.eye(2)[1:], 1.0)})
+        >>> merged = best_rank([Contribution("a", a, 3), Contribution("b", b, 1)], rank=1).modules["q"]
+        >>> round(float((merged.B @ merged.A).norm()), 4)
+        0.75
     """
     lowest = rank if isinstance(rank, int) else min(rank.values())
     if lowest < 1:

@@ -55,9 +55,10 @@ def everything(wholes: Mapping[str, linalg.Decomposition]) -> Mapping[str, int]:
 def by_energy(share: float) -> Choose:
     """The fewest components that hold `share` of each module's squared norm.
 
-    >>> whole = linalg.Decomposition(torch.eye(3), torch.tensor([3.0, 1.0, 0.1]), torch.eye(3))
-    >>> by_energy(0.89)({"q": whole}), by_energy(0.95)({"q": whole})
-    ({'q': 1}, {'q': 2})
+    Examples:
+        >>> whole = linalg.Decomposition(torch.eye(3), torch.tensor([3.0, 1.0, 0.1]), torch.eye(3))
+        >>> by_energy(0.89)({"q": whole}), by_energy(0.95)({"q": whole})
+        ({'q': 1}, {'q': 2})
     """
     if not 0 < share <= 1:
         raise InputError(f"the share of energy {share} is not above 0 and at most 1")
@@ -89,10 +90,11 @@ def by_budget(numbers: int, rank: validate.Rank) -> Choose:
         numbers: parameters that may go out in all, the first `rank` components of every module included.
         rank: the components that go out in any case: one number, or one per module.
 
-    >>> steep = linalg.Decomposition(torch.eye(3), torch.tensor([3.0, 2.0, 0.0]), torch.eye(3))
-    >>> flat = linalg.Decomposition(torch.eye(3), torch.tensor([9.0, 1.0, 0.5]), torch.eye(3))
-    >>> by_budget(numbers=18, rank=1)({"steep": steep, "flat": flat})  # each component costs 6
-    {'steep': 2, 'flat': 1}
+    Examples:
+        >>> steep = linalg.Decomposition(torch.eye(3), torch.tensor([3.0, 2.0, 0.0]), torch.eye(3))
+        >>> flat = linalg.Decomposition(torch.eye(3), torch.tensor([9.0, 1.0, 0.5]), torch.eye(3))
+        >>> by_budget(numbers=18, rank=1)({"steep": steep, "flat": flat})  # each component costs 6
+        {'steep': 2, 'flat': 1}
     """
 
     def choose(wholes: Mapping[str, linalg.Decomposition]) -> Mapping[str, int]:

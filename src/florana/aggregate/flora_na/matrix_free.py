@@ -103,11 +103,12 @@ def rescaled(module: Directions) -> Directions:
     rounded, p and q stay, and `unit` makes up for the errors' new size. From 1e-9 or 1e9 on, squares of squares of
     float32 factors would vanish or overflow, and the solver would stop where it began.
 
-    >>> tiny = torch.full((2, 1, 1), 1e-30)
-    >>> half = torch.tensor([0.5, 0.5]).double()
-    >>> module = Directions(tiny, tiny, torch.zeros(1, 1), torch.zeros(1, 1), half, tiny[0], tiny[0])
-    >>> 0.5 <= float(rescaled(module).D.max()) <= 1.0
-    True
+    Examples:
+        >>> tiny = torch.full((2, 1, 1), 1e-30)
+        >>> half = torch.tensor([0.5, 0.5]).double()
+        >>> module = Directions(tiny, tiny, torch.zeros(1, 1), torch.zeros(1, 1), half, tiny[0], tiny[0])
+        >>> 0.5 <= float(rescaled(module).D.max()) <= 1.0
+        True
     """
     left, right = _exponent(module.D, module.D_0), _exponent(module.F, module.F_0)
     if left == right == 0:
@@ -209,9 +210,10 @@ def step(sides: Sequence[Quadratic], precision: float, rounding: float) -> tuple
     Returns:
         The step (U,); the move of each module's factor (0.0 for none), which the iteration knows anyway; the fall.
 
-    >>> N, g = torch.tensor([[2.0, 0.0], [0.0, 0.0]]).double(), torch.tensor([4.0, 0.0]).double()
-    >>> step([Quadratic(g, lambda s: s, lambda move: N @ move, 1.0)], 1e-12, 1e-16)[0::2]
-    (tensor([2., 0.], dtype=torch.float64), 8.0)
+    Examples:
+        >>> N, g = torch.tensor([[2.0, 0.0], [0.0, 0.0]]).double(), torch.tensor([4.0, 0.0]).double()
+        >>> step([Quadratic(g, lambda s: s, lambda move: N @ move, 1.0)], 1e-12, 1e-16)[0::2]
+        (tensor([2., 0.], dtype=torch.float64), 8.0)
     """
     residual = torch.stack([side.gradient for side in sides]).sum(dim=0)
     total, fall = torch.zeros_like(residual), 0.0

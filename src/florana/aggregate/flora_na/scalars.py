@@ -124,12 +124,13 @@ def mix(
     Raises:
         InputError: the contributions (or the base) do not fit together; client, module and shapes are named.
 
-    >>> x = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 1.0)})
-    >>> y = Adapter({"q": LoraFactors(3 * torch.ones(3, 1), 3 * torch.ones(1, 2), 1.0)})
-    >>> both = [Contribution("x", x, 1), Contribution("y", y, 1)]
-    >>> pair = mix(both).adapter.modules["q"]
-    >>> round(float((pair.B @ pair.A)[0, 0]), 4)  # (1 + 9) / 2; averaging the factors would give 4
-    5.0
+    Examples:
+        >>> x = Adapter({"q": LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 1.0)})
+        >>> y = Adapter({"q": LoraFactors(3 * torch.ones(3, 1), 3 * torch.ones(1, 2), 1.0)})
+        >>> both = [Contribution("x", x, 1), Contribution("y", y, 1)]
+        >>> pair = mix(both).adapter.modules["q"]
+        >>> round(float((pair.B @ pair.A)[0, 0]), 4)  # (1 + 9) / 2; averaging the factors would give 4
+        5.0
     """
     device = next(iter(parts[0].adapter.modules.values())).A.device if parts else None
     weights = torch.tensor(validate.shares(parts), dtype=torch.float64, device=device)

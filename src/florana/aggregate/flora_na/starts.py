@@ -36,10 +36,11 @@ def of_blocks(blocks: Sequence[Blocks], fedit: float) -> Tensor:
         blocks: one entry per module; the same clients and weights in each.
         fedit: the squared error at p = q = weights.
 
-    >>> one = torch.ones(3, 3, 1, 1).double()
-    >>> one[0] = one[:, 0] = 0.0  # no base; two clients with one product
-    >>> of_blocks([Blocks(one, one, torch.tensor([0.5, 0.5]).double())], fedit=0.0)
-    tensor([[0.5000, 0.5000]], dtype=torch.float64)
+    Examples:
+        >>> one = torch.ones(3, 3, 1, 1).double()
+        >>> one[0] = one[:, 0] = 0.0  # no base; two clients with one product
+        >>> of_blocks([Blocks(one, one, torch.tensor([0.5, 0.5]).double())], fedit=0.0)
+        tensor([[0.5000, 0.5000]], dtype=torch.float64)
     """
     figures = torch.zeros((3, len(blocks[0].weights)), dtype=torch.float64, device=blocks[0].weights.device)
     for block in blocks:

@@ -20,7 +20,7 @@ A Flower app that runs a florana recipe. It holds no weights and no data; floran
     flwr run . --stream --federation-config "num-supernodes={clients}"      # a simulation, one node per client
     flwr run . --run-config "federation.rounds=3"            # any key of pyproject.toml can be set
     flwr run . deployment --run-config "run.out='/srv/run'"   # a SuperLink that is there already
-    florana serve, florana join                              # a whole deployment over TLS: see docs/flower.md
+    florana serve, florana join                              # a whole deployment over TLS: see docs/sites.md
 """
 _MODULE = '''"""{what}"""
 

@@ -98,8 +98,9 @@ NAMES = {
 def card_from(fields: object) -> Card | str:
     """The card, or what is wrong with it.
 
-    >>> card_from({"client": 3})
-    'does not introduce itself as florana does (another version of it?): client: Input should be a valid string'
+    Examples:
+        >>> card_from({"client": 3})
+        'does not introduce itself as florana does (another version of it?): client: Input should be a valid string'
     """
     try:
         return Card.model_validate(fields)

@@ -185,11 +185,12 @@ def make_link(keys: Mapping[str, bytes]) -> tuple[Link, FastAPI]:
     """A link to the nodes with these keys (client -> PEM), and the ASGI application that serves the nodes.
 
     Example:
-        >>> link, app = make_link({})
-        >>> list(link.get_nodes())
-        []
-        >>> any(path.startswith("/v1/control") for path in app.openapi()["paths"])
-        False
+        Examples:
+            >>> link, app = make_link({})
+            >>> list(link.get_nodes())
+            []
+            >>> any(path.startswith("/v1/control") for path in app.openapi()["paths"])
+            False
     """
     factory = LinkStateFactory(
         FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory(FLWR_IN_MEMORY_DB_NAME)

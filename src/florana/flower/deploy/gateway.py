@@ -79,6 +79,7 @@ class Door:
         approved: public key (PEM) -> client.
         asked: counts the requests that were put there: while it stays, there is nothing new for a node that waits.
         traffic: counts the bytes that pass.
+        waiting: the requests that wait for an answer, and how many may.
         closing: set when the server ends, so that nodes that wait are answered.
     """
 
@@ -89,7 +90,6 @@ class Door:
     traffic: Traffic = field(default_factory=Traffic)
     waiting: Waiting = field(default_factory=Waiting)
     closing: threading.Event = field(default_factory=threading.Event)
-    """Set when nobody is held any more."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""

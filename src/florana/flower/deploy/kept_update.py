@@ -29,16 +29,17 @@ def remembered(answer: Callable[[Frame], Frame], frame: Frame, kept: Path) -> Fr
         kept: the file, which need not exist. One that cannot be read or written is no reason not to answer.
 
     Example:
-        >>> import tempfile
-        >>> made = []
-        >>> def answer(frame: Frame) -> Frame:
-        ...     made.append(frame)
-        ...     return Frame("reply", {"reply": {}, "nonce": frame.fields["nonce"]}, b"tensors")
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     first = remembered(answer, Frame("train", {"nonce": "a"}), Path(folder) / "answer")
-        ...     again = remembered(answer, Frame("train", {"nonce": "b"}), Path(folder) / "answer")
-        >>> first.fields["nonce"], again.fields["nonce"], again.payload, len(made)
-        ('a', 'b', b'tensors', 1)
+        Examples:
+            >>> import tempfile
+            >>> made = []
+            >>> def answer(frame: Frame) -> Frame:
+            ...     made.append(frame)
+            ...     return Frame("reply", {"reply": {}, "nonce": frame.fields["nonce"]}, b"tensors")
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     first = remembered(answer, Frame("train", {"nonce": "a"}), Path(folder) / "answer")
+            ...     again = remembered(answer, Frame("train", {"nonce": "b"}), Path(folder) / "answer")
+            >>> first.fields["nonce"], again.fields["nonce"], again.payload, len(made)
+            ('a', 'b', b'tensors', 1)
     """
     if frame.kind != "train":
         return answer(frame)

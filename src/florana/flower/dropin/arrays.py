@@ -38,9 +38,10 @@ def pack(tensors: Mapping[str, Tensor] | Adapter) -> ArrayRecord:
     Raises:
         InputError: a tensor is not floating-point of 16, 32 or 64 bits.
 
-    >>> record = pack({"q.lora_A.weight": torch.ones(2, 3, dtype=torch.bfloat16)})
-    >>> record["q.lora_A.weight"].dtype, unpack(record)["q.lora_A.weight"].dtype
-    ('bfloat16', torch.bfloat16)
+    Examples:
+        >>> record = pack({"q.lora_A.weight": torch.ones(2, 3, dtype=torch.bfloat16)})
+        >>> record["q.lora_A.weight"].dtype, unpack(record)["q.lora_A.weight"].dtype
+        ('bfloat16', torch.bfloat16)
     """
     if isinstance(tensors, Adapter):
         if tensors.cores:
@@ -72,8 +73,9 @@ def unpack(record: ArrayRecord, like: Mapping[str, Tensor] | None = None) -> dic
         InputError: an array is no floating-point array as numpy or `pack` writes it, its parts contradict one another,
             it holds a value that is not finite, or it does not agree with `like`.
 
-    >>> unpack(pack({"q": torch.arange(3.0)}))["q"]
-    tensor([0., 1., 2.])
+    Examples:
+        >>> unpack(pack({"q": torch.arange(3.0)}))["q"]
+        tensor([0., 1., 2.])
     """
     if like is not None:
         for name in sorted(like.keys() - record.keys()):

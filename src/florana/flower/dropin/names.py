@@ -58,8 +58,9 @@ def names_of(keys: Iterable[str]) -> Names:
     Raises:
         InputError: no factor at all, a tensor of a LoRA variant whose update is not B @ A, or two keys for one tensor.
 
-    >>> names_of(["base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"]).canonical
-    {'base_model.model.q.lora_A.weight': 'A/q', 'base_model.model.q.lora_B.weight': 'B/q'}
+    Examples:
+        >>> names_of(["base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"]).canonical
+        {'base_model.model.q.lora_A.weight': 'A/q', 'base_model.model.q.lora_B.weight': 'B/q'}
     """
     canonical: dict[str, str] = {}
     for key in keys:
@@ -89,8 +90,9 @@ def names_of(keys: Iterable[str]) -> Names:
 def peft_name(name: str) -> str:
     """PEFT's key of a name of `Adapter.tensors`.
 
-    >>> peft_name("A/layer.0.q")
-    'base_model.model.layer.0.q.lora_A.weight'
+    Examples:
+        >>> peft_name("A/layer.0.q")
+        'base_model.model.layer.0.q.lora_A.weight'
     """
     kind, _, rest = name.partition("/")
     return f"{PREFIX}{rest}" if kind == "extra" else f"{PREFIX}{rest}.lora_{kind}.weight"

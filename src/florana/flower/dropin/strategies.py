@@ -33,13 +33,14 @@ class MethodStrategy(LoraStrategy):
     """A method by its name; the classes of this module are this one with `name` set.
 
     Args:
-        options: the method's own, as in a recipe's section [strategy], and those of `Common`.
+        **options: the method's own, as in a recipe's section [strategy], and those of `Common`.
 
     Raises:
         RecipeError: an option that neither has, or a value that it does not take.
 
-    >>> FloraNA(scope="component", lora_alpha=16, min_train_nodes=3).method.name
-    'flora-na'
+    Examples:
+        >>> FloraNA(scope="component", lora_alpha=16, min_train_nodes=3).method.name
+        'flora-na'
     """
 
     name: ClassVar[str]

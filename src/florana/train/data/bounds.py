@@ -37,7 +37,8 @@ def require_bounded(path: Path, kind: str) -> None:
 
     Raises:
         InputError: naming the bound.
-        OSError, EOFError: the file cannot be read, or is damaged.
+        OSError: the file cannot be read.
+        EOFError: a packed file is damaged.
     """
     packed = path.suffix.lower() == ".gz"
     most = max(PLAIN_BYTES, GROWTH * path.stat().st_size) if packed else None

@@ -111,8 +111,9 @@ def turns_of(row: Mapping[str, Any], kind: str, place: str, *, plain: bool) -> l
     Raises:
         InputError: an empty prompt or response, a role nobody knows, turns that do not alternate or end unanswered.
 
-    >>> turns_of({"instruction": "Add.", "input": "1 2", "output": "3"}, "alpaca", "row 1", plain=False)
-    [('user', 'Add.\\n\\n1 2'), ('assistant', '3')]
+    Examples:
+        >>> turns_of({"instruction": "Add.", "input": "1 2", "output": "3"}, "alpaca", "row 1", plain=False)
+        [('user', 'Add.\\n\\n1 2'), ('assistant', '3')]
     """
     if kind == "messages":
         return _messages(row["messages"], place)

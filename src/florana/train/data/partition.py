@@ -100,8 +100,9 @@ def binned(scores: Sequence[float], bins: int) -> tuple[list[int], tuple[str, ..
     Splits by label (Dirichlet, pathological) take these for classes, as a score has none; of STS-B's 0 to 5, five bins
     are the whole numbers. All scores alike: one bin.
 
-    >>> binned([0.0, 0.9, 1.0, 4.9, 5.0], bins=5)[0]
-    [0, 0, 1, 4, 4]
+    Examples:
+        >>> binned([0.0, 0.9, 1.0, 4.9, 5.0], bins=5)[0]
+        [0, 0, 1, 4, 4]
     """
     least, width = min(scores), (max(scores) - min(scores)) / bins
     if width == 0:

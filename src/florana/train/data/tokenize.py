@@ -120,8 +120,9 @@ def collate(examples: Sequence[Example], padding: int, device: torch.device, sid
 def batches(rows: Sequence[Row], size: int, length: Callable[[Row], int], *, together: bool) -> Iterator[Sequence[Row]]:
     """Rows in order of length, in batches; not `together`, each batch holds rows of one length, without padding.
 
-    >>> [list(batches(["a", "bc", "de"], 2, len, together=together)) for together in (True, False)]
-    [[['a', 'bc'], ['de']], [['a'], ['bc', 'de']]]
+    Examples:
+        >>> [list(batches(["a", "bc", "de"], 2, len, together=together)) for together in (True, False)]
+        [[['a', 'bc'], ['de']], [['a'], ['bc', 'de']]]
     """
     groups = [rows] if together else [list(same) for _, same in groupby(rows, length)]
     for group in groups:
