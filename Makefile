@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check format lint types chaos bench clean help
+.PHONY: setup demo test check format lint types docs chaos bench clean help
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -24,7 +24,7 @@ demo: setup  ## train four strategies on real text, offline, and write a report
 test: setup  ## all tests, the import rule among them
 	$(BIN)/python -m pytest -q -n 2
 
-check: format lint types test  ## formatting, lint, types, import rule and tests
+check: format lint types docs test  ## formatting, lint, types, the documentation site, and all tests
 
 format: setup
 	$(BIN)/ruff format --check .
@@ -35,6 +35,9 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+docs: setup  ## the documentation site, into site/; any broken link ends it
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --quiet
+
 chaos: setup  ## kills, stragglers, bad and replayed updates, in their full counts (about half an hour)
 	$(BIN)/python -m pytest -q -m chaos tests/chaos
 
@@ -44,5 +47,5 @@ bench: setup  ## speed and memory as ratios
 	$(BIN)/python benchmarks/aggregation.py
 	$(BIN)/python benchmarks/merge.py
 
-clean:  ## remove the virtual environment and what the demo wrote
-	rm -rf $(VENV) demo-runs
+clean:  ## remove the virtual environment, the site and what the demo wrote
+	rm -rf $(VENV) site demo-runs

@@ -1,4 +1,4 @@
-"""Write the README's method table and docs/methods.md from what every strategy declares of itself.
+"""Write the table of docs/which-method.md, and docs/methods.md, from what every strategy declares of itself.
 
 python scripts/method_table.py            write both
 python scripts/method_table.py --check    end with code 1 where one of them is not what the declarations say
@@ -44,7 +44,7 @@ def short_table(built: dict[str, Strategy]) -> str:
 def page(built: dict[str, Strategy]) -> str:
     """docs/methods.md: everything declared, method by method."""
     lines = [
-        "# Methods",
+        "# The methods",
         "",
         "Written by `scripts/method_table.py` from what each strategy declares; `tests/test_methods.py` holds the",
         "counts against the messages really sent. Counts are parameters per adapted module, client and round: r is the",
@@ -85,9 +85,9 @@ def page(built: dict[str, Strategy]) -> str:
     return "\n".join(lines)
 
 
-def readme_with(table: str) -> str:
-    """The README with the table between its marks."""
-    text = (ROOT / "README.md").read_text()
+def choice_with(table: str) -> str:
+    """docs/which-method.md with the table between its marks."""
+    text = (ROOT / "docs" / "which-method.md").read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{table}\n{END}{after}"
@@ -95,7 +95,8 @@ def readme_with(table: str) -> str:
 
 def main() -> None:
     built = {name: build() for name, build in STRATEGIES.items()}
-    wanted = {ROOT / "README.md": readme_with(short_table(built)), ROOT / "docs" / "methods.md": page(built)}
+    docs = ROOT / "docs"
+    wanted = {docs / "which-method.md": choice_with(short_table(built)), docs / "methods.md": page(built)}
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv[1:]:
         for path in stale:

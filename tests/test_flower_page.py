@@ -1,4 +1,4 @@
-"""docs/flower.md, as three hospitals would follow it: every command, in its order, on this machine."""
+"""docs/sites.md, as three hospitals would follow it: every command, in its order, on this machine."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ from tests.conftest import ROOT
 from tests.deployment import HANGS, PROGRAM, end_all, environment, free_port, wait_for
 
 pytestmark = pytest.mark.slow
-PAGE = (ROOT / "docs" / "flower.md").read_text()
+PAGES = [(ROOT / "docs" / name).read_text() for name in ("sites.md", "flower.md")]
 SITES = ["hospital-a", "hospital-b", "hospital-c"]
 
 
 def commands() -> list[tuple[str, str]]:
-    """(who, command) of every console line of the page's part for sites."""
-    part = PAGE[PAGE.index("## Three sites") : PAGE.index("## In your own Flower app")]
-    lines = "\n".join(re.findall(r"```console\n(.*?)```", part, flags=re.DOTALL)).splitlines()
+    """(who, command) of every console line of the page for sites, and of the export on the next."""
+    lines = "\n".join(re.findall(r"```console\n(.*?)```", "".join(PAGES), flags=re.DOTALL)).splitlines()
     return [(who, command) for who, _, command in (line.partition("$ ") for line in lines if line)]
 
 
@@ -68,7 +67,7 @@ class Place:
 
 
 def test_the_page_makes_a_federation_of_three_sites(tiny_bert: Path, sentences: Path, tmp_path: Path) -> None:
-    recipe = tomllib.loads(re.findall(r"```toml\n(.*?)```", PAGE, flags=re.DOTALL)[0])
+    recipe = tomllib.loads(re.findall(r"```toml\n(.*?)```", PAGES[0], flags=re.DOTALL)[0])
     recipe["model"] |= {"base": str(tiny_bert), "target_modules": ["query", "value"]}
     recipe["train"] = {"steps": 2, "batch_size": 8}
     recipe["federation"]["rounds"] = 2
