@@ -115,7 +115,7 @@ def test_initial_arrays_that_are_no_adapter_are_refused() -> None:
         (lambda t: {"head": torch.ones(2)}, "no LoRA factors"),
         (
             lambda t: t | {peft_name("A/layer.1.q"): torch.ones(3, 5), peft_name("B/layer.1.q"): torch.ones(8, 3)},
-            "unlike",
+            "heterogeneous ranks",
         ),
         (lambda t: t | {"q.lora_magnitude_vector": torch.ones(2)}, "no rule for the tensor"),
         (lambda t: t | {peft_name("extra/head.weight"): torch.full((3, 4), math.nan)}, "12 values that are not finite"),

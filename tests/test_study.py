@@ -294,7 +294,7 @@ def test_other_figures_have_a_table_of_their_own_where_there_is_more_than_the_lo
     match = Other("as-recipe", "flora-na[combine=updates]", "exact_match", half, Estimate(-0.125, 0.5, 2), 0.25)
     assert others_table(Comparison("loss", [], {}, None, [loss])) is None
     found = others_table(Comparison("loss", [], {}, None, [loss, match]))
-    console = rich.console.Console(width=160, record=True, file=io.StringIO())
+    console = rich.console.Console(width=160, record=True, file=io.StringIO(), markup=False)
     console.print(found)
     line = console.export_text().splitlines()[-2]
     assert [cell.strip() for cell in line.strip("│").split("│")] == [

@@ -15,7 +15,7 @@ def compare(
     recipe: Annotated[Path, typer.Argument(help="A recipe; its study section may name methods, alphas and ranks.")],
     methods: Annotated[
         str | None,
-        typer.Option(help="Like fedit,flora-na,best-rank[carry_rank=8],my_file.py:my_rule. Default: the recipe's."),
+        typer.Option(help=r"Like fedit,flora-na,best-rank\[carry_rank=8],my_file.py:my_rule. Default: the recipe's."),
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many; the recipe's seed is the first.")] = None,
     alphas: Annotated[str | None, typer.Option(help="Dirichlet parameters, like 0.1,1.")] = None,

@@ -24,7 +24,7 @@ A Flower app that runs a florana recipe. It holds no weights and no data; floran
 """
 _MODULE = '''"""{what}"""
 
-from florana.flower.{name} import app
+from florana.flower.app.{name} import app
 
 __all__ = ["app"]
 '''
