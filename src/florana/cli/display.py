@@ -241,6 +241,7 @@ def plan_table(plan: Plan) -> Table:
     rows = [
         ("strategy", plan.strategy),
         ("rounds", f"{plan.rounds}, {plan.per_round} of {len(plan.clients)} clients each"),
+        ("training", ", ".join(f"{key} {value}" for key, value in plan.training.items())),
         ("training rows", f"{sum(sizes)} in all; {sizes[0]} to {sizes[-1]} per client"),
         *(
             (f"  {client}", f"{rows} to train on, {plan.own_test[client]} own test")

@@ -51,7 +51,7 @@ class Expected:
     clients: Mapping[str, Payload]
     examples: Mapping[str, int] = field(default_factory=dict)
     uplink: quantize.Format = "float32"
-    reach: Callable[[int], Reach] | None = None
+    reach: Callable[[int], Reach | None] | None = None
 
 
 Opened = Callable[[Payload], Mapping[str, Tensor]]
@@ -83,8 +83,8 @@ def validate(reply: Reply, expected: Expected, seen: Collection[str], opened: Op
     sent = expected.clients[reply.client]
     tensors = opened(sent) if opened else _from_bytes(reply.payload, sent, expected.uplink)
     adapter = _check_tensors(tensors, sent, expected.uplink)
-    if expected.reach is not None:
-        _check_reach(adapter, sent, expected.reach(reply.examples))
+    if expected.reach is not None and (reach := expected.reach(reply.examples)) is not None:
+        _check_reach(adapter, sent, reach)
     bad = [name for name, value in reply.metrics.items() if not math.isfinite(value)]
     if bad:
         raise RejectedUpdate(f"the metric '{bad[0]}' is not finite")

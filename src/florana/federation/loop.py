@@ -79,7 +79,7 @@ class Federation:
     examples: Mapping[str, int] = field(default_factory=dict)
     uplink: Format = "float32"
     max_change: float = MAX_CHANGE
-    reach: Callable[[int], Reach] | None = None
+    reach: Callable[[int], Reach | None] | None = None
 
 
 def run_rounds(

@@ -37,10 +37,17 @@ SLACK = 1.05
 
 @dataclass(frozen=True)
 class Reach:
-    """What one round of training can do: |w_T - w_0| <= moves + decay |w_0|."""
+    """What one round of training can do: |w_T - w_0| <= moves + decay |w_0|.
+
+    Args:
+        moves: in the numbers' own unit.
+        decay: of their size.
+        second: moves and decay of factors B, where they have a learning rate of their own (LoRA+).
+    """
 
     moves: float
     decay: float
+    second: tuple[float, float] | None = None
 
     def of(self, name: str, before: Tensor, trains: Collection[str]) -> Tensor:
         """The most that each number of a tensor (named as in `Adapter.tensors`) can have changed, float64.
@@ -54,7 +61,8 @@ class Reach:
             trains: the kinds of tensors that the client trains.
         """
         size = before.double().abs()
-        own = self.moves + self.decay * size
+        moves, decay = self.second if self.second is not None and kind_of(name) == "B" else (self.moves, self.decay)
+        own = moves + decay * size
         if kind_of(name) == "core" and "scale" in trains:
             scale = self.moves + self.decay
             own = (1 + scale) * own + scale * size
@@ -70,6 +78,25 @@ def reach_of(learning_rate: float, weight_decay: float, steps: int) -> Reach:
     """
     kept = max(0.0, 1.0 - learning_rate * weight_decay)
     return Reach(learning_rate * _steps_together(steps), 1.0 - kept**steps)
+
+
+def clipped_sgd(learning_rate: float, momentum: float, norm: float, steps: int) -> Reach:
+    """The reach of that many steps of SGD whose gradients are clipped to a norm.
+
+    |v_t| <= sum_{j < t} momentum^j norm, and |w_T - w_0| <= lr sum_t |v_t|.
+
+    Args:
+        learning_rate: lr.
+        momentum: of the velocity v.
+        norm: the most that a gradient is long.
+        steps: T.
+
+    Examples:
+        >>> clipped_sgd(0.1, 0.0, 1.0, 3).moves.__round__(3), clipped_sgd(1.0, 0.5, 1.0, 2).moves
+        (0.3, 2.5)
+    """
+    velocities = [math.fsum(momentum**j for j in range(t)) * norm for t in range(1, steps + 1)]
+    return Reach(learning_rate * math.fsum(velocities), 0.0)
 
 
 @functools.lru_cache(maxsize=64)

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from florana.recipe.data_schema import Data, Generation, Partition, Section
 from florana.recipe.robust_schema import Robust
 from florana.recipe.server_schema import Server
+from florana.recipe.train_schema import Train
 from florana.score.glue import GLUE
 from florana.strategy import builder
 from florana.strategy.base import Strategy
@@ -111,29 +112,6 @@ class Model(Section):
         return float(self.alpha / (rank**0.5 if self.rslora else rank))
 
 
-class Train(Section):
-    """A client's local training in one round."""
-
-    steps: int | None = Field(None, ge=1)
-    """Optimizer steps; give this or `epochs`."""
-    epochs: int | None = Field(None, ge=1)
-    """Passes over the client's rows."""
-    batch_size: int = Field(16, ge=1)
-    """Rows per optimizer step."""
-    learning_rate: float = Field(1e-3, gt=0)
-    """AdamW's; constant over a round, and AdamW begins anew in each."""
-    weight_decay: float = Field(0.0, ge=0)
-    """AdamW's."""
-    max_grad_norm: float | None = Field(1.0, gt=0)
-    """Longer gradients are scaled down to this norm."""
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Train:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either steps or epochs")
-        return self
-
-
 class Rounds(Section):
     """The federation's rounds."""
 
@@ -223,6 +201,8 @@ class Recipe(Section):
             wanted = "sequence-classification" if GLUE[self.data.glue].labels else "sequence-regression"
             if self.task != wanted:
                 raise ValueError(f"data.glue = '{self.data.glue}' needs task = '{wanted}', not '{self.task}'")
+        if self.task == "sequence-regression" and self.train.label_smoothing:
+            raise ValueError("train.label_smoothing is of classes and tokens: a score has none")
         if self.task == "causal-lm" and self.model.head == "personal":
             raise ValueError("model.head = 'personal' has no meaning for causal-lm: no tensor is trained whole")
         if self.model.variant == "dora" and self.task != "causal-lm" and self.model.magnitude != self.model.head:

@@ -54,6 +54,7 @@ class Plan:
         per_round: clients asked each round.
         rounds: how many rounds.
         steps: optimizer steps per client and round (the mean).
+        training: the keys of [train] with what they are set to: length, rows, rate, and all that are not the default.
         trainable_parameters: how many parameters are trained.
         base_parameters: how many parameters are frozen.
         bytes_up: bytes from all clients in the first round.
@@ -73,6 +74,7 @@ class Plan:
     per_round: int
     rounds: int
     steps: float
+    training: dict[str, Any]
     trainable_parameters: int
     base_parameters: int
     bytes_up: int
@@ -117,6 +119,7 @@ def plan(recipe: r.Recipe, setup: Setup, *, timed_steps: int = 3) -> Plan:
         per_round=per_round,
         rounds=recipe.federation.rounds,
         steps=steps,
+        training=_training(recipe),
         trainable_parameters=trained,
         base_parameters=setup.bench.base_parameters,
         bytes_up=round(per_round * up),
@@ -130,6 +133,17 @@ def plan(recipe: r.Recipe, setup: Setup, *, timed_steps: int = 3) -> Plan:
         left_out=dict(setup.partition.get("left_out", {})),
         cut_responses=dict(setup.partition.get("cut_responses", {})),
     )
+
+
+def _training(recipe: r.Recipe) -> dict[str, Any]:
+    """What a reader of the plan wants to see of [train], in the order of the schema."""
+    always, given = ("steps", "epochs", "batch_size", "learning_rate", "optimizer"), recipe.train.model_dump()
+    fields = type(recipe.train).model_fields
+    return {
+        key: value
+        for key, value in given.items()
+        if value is not None and (key in always or value != fields[key].default)
+    }
 
 
 def _writing(recipe: r.Recipe, setup: Setup, measured: int = 4) -> Writing | None:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from florana.federation.local_engine import LocalEngine
 from florana.federation.loop import Federation
-from florana.federation.step_bounds import reach_of
 from florana.federation.weighting import Weighing, by_examples, uniformly
 from florana.lora.factors import Adapter
 from florana.recipe import schema as r
@@ -36,6 +35,7 @@ from florana.train.evaluate import evaluate
 from florana.train.examples import rows_of
 from florana.train.generation_eval import GenerationBenchmark, generation_benchmark
 from florana.train.model import Workbench
+from florana.train.optimizer import reach, require_optimizer
 
 WEIGHTINGS = {"examples": by_examples, "uniform": uniformly}
 
@@ -87,6 +87,7 @@ def prepare(recipe: r.Recipe, files: Mapping[str, Path] | None = None) -> Setup:
     else:
         tables = load_sites(recipe.data, recipe.task, recipe.seed, files)
     bench = Workbench(recipe.model, recipe.task, tables.labels, recipe.seed)
+    require_optimizer(recipe.train, bench.device)
     rows = rows_of(recipe, bench, tables)
     start = bench.adapter()
     return Setup(
@@ -169,6 +170,7 @@ def clients_of(
         recipe.train,
         recipe.evaluate,
         "personal" if recipe.model.personal else "average",
+        recipe.federation.rounds,
         step,
     )
 
@@ -255,9 +257,7 @@ def federation_of(
         examples=examples,
         uplink=recipe.federation.uplink,
         max_change=recipe.federation.max_change,
-        reach=lambda rows: reach_of(
-            recipe.train.learning_rate, recipe.train.weight_decay, steps_per_round(recipe.train, rows)
-        ),
+        reach=lambda rows: reach(recipe.train, steps_per_round(recipe.train, rows)),
     )
 
 

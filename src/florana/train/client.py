@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from florana.aggregate.heterogeneous import leading, tail
 from florana.errors import FloranaError
@@ -20,7 +23,9 @@ from florana.recipe import schema as r
 from florana.strategy.base import Pruning
 from florana.train.data.tokenize import Example
 from florana.train.evaluate import evaluate
+from florana.train.local_loss import proximal, smoothed, targets
 from florana.train.model import Workbench
+from florana.train.optimizer import curve, optimizer_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +48,7 @@ class TrainingClients:
         train: the recipe's section.
         evaluate: the recipe's section.
         head: the recipe's policy for tensors trained whole.
+        rounds: of the whole run, which a schedule may span.
         step: called after every optimizer step, for progress.
     """
 
@@ -53,6 +59,7 @@ class TrainingClients:
     train: r.Train
     evaluate: r.Evaluate
     head: str
+    rounds: int = 1
     step: Callable[[str], None] = lambda client: None
     _last: tuple[Brief, tuple[Adapter, Adapter | None]] | None = field(default=None, repr=False)
 
@@ -63,7 +70,9 @@ class TrainingClients:
         adapter, residual = self._unpacked(brief, {n: t for n, t in memory.items() if not n.startswith(FEEDBACK)})
         self.bench.load(adapter, residual, brief.trains, brief.blocks)
         term = penalty_of(self.bench.factors, brief.pruning) if brief.pruning is not None else None
-        loss = train_locally(self.bench, own.train, self.train, brief.seed, lambda: self.step(brief.client), term)
+        place = (brief.round, self.rounds)
+        stepped = functools.partial(self.step, brief.client)
+        loss = train_locally(self.bench, own.train, self.train, brief.seed, stepped, term, place)
         trained = self.bench.adapter()
         if brief.pruning is not None and shrunk(adapter, trained, brief.pruning):
             trained = leading(trained, brief.pruning.rank)
@@ -111,11 +120,12 @@ def train_locally(
     seed: int,
     stepped: Callable[[], None],
     term: Callable[[], Tensor] | None = None,
+    place: tuple[int, int] = (1, 1),
 ) -> float:
-    """AdamW on the bench's adapter for the wanted steps or epochs; returns the mean loss over the steps.
+    """The recipe's optimizer on the bench's adapter for the wanted steps or epochs; returns the mean loss.
 
-    Rows are visited in passes of a seeded random order; dropout draws from the same seed. A fresh optimizer each round:
-    its moments belong to parameters that the server has since replaced.
+    Rows are visited in passes of a seeded random order; dropout and noise draw from the same seed. The loss that is
+    returned is the model's own, a mean over the steps.
 
     Args:
         bench: the model, with the adapter to train.
@@ -124,6 +134,7 @@ def train_locally(
         seed: of the rows' order and of dropout.
         stepped: called after every optimizer step.
         term: added to what is minimised, not to the loss that is reported.
+        place: the round's number, from 1, and how many the run has.
 
     Raises:
         FloranaError: the loss is no longer finite.
@@ -132,29 +143,31 @@ def train_locally(
         raise FloranaError("there are no training rows", fix="lower partition.holdout, or give the client rows")
     bench.model.train()
     parameters = bench.trainable
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=True
-    )
-    size = min(settings.batch_size, len(examples))
+    optimizer = optimizer_of(settings, parameters, [pair.B for pair in bench.factors.values()])
+    rates = [group["lr"] for group in optimizer.param_groups]
+    together = rows_per_step(settings, len(examples))
     steps = steps_per_round(settings, len(examples))
+    factor = curve(settings, steps, *place)
+    terms = [term] if term is not None else []
+    if settings.proximal_mu:
+        terms.append(proximal(parameters, settings.proximal_mu))
     rng = np.random.default_rng(seed)
     order: list[int] = []
     total = torch.zeros((), device=bench.device)
     devices = [bench.device] if bench.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), noisy_embeddings(bench, settings):
         torch.manual_seed(seed)
-        for _ in range(steps):
+        for step in range(steps):
             if not order:
                 order = rng.permutation(len(examples)).tolist()
-            chosen, order = order[:size], order[size:]
-            batch = bench.batch([examples[row] for row in chosen])
-            loss = bench.forward(batch).loss
-            (loss if term is None else loss + term()).backward()
+            chosen, order = order[:together], order[together:]
+            total += _backward(bench, [examples[row] for row in chosen], settings, terms)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor(step)
             if settings.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm, foreach=True)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            total += loss.detach()
             stepped()
     mean = float(total) / steps
     if not math.isfinite(mean):
@@ -166,4 +179,47 @@ def steps_per_round(settings: r.Train, rows: int) -> int:
     """Optimizer steps of a client with that many rows."""
     if settings.steps is not None:
         return settings.steps
-    return (settings.epochs or 1) * math.ceil(rows / min(settings.batch_size, rows))
+    return (settings.epochs or 1) * math.ceil(rows / rows_per_step(settings, rows))
+
+
+def rows_per_step(settings: r.Train, rows: int) -> int:
+    """Rows of one optimizer step of a client with that many rows."""
+    return min(settings.batch_size * settings.gradient_accumulation_steps, rows)
+
+
+def _backward(
+    bench: Workbench, examples: Sequence[Example], settings: r.Train, terms: Sequence[Callable[[], Tensor]]
+) -> Tensor:
+    """The gradient of one step, batch by batch, as one batch of all its rows gives it; returns the model's own loss."""
+    size = settings.batch_size
+    batches = [bench.batch(examples[at : at + size]) for at in range(0, len(examples), size)]
+    if len(batches) > 1:
+        batches = [batch for batch in batches if targets(batch)] or batches[:1]
+    counts = [1] if len(batches) == 1 else [targets(batch) for batch in batches]
+    loss = torch.zeros((), device=bench.device)
+    for batch, count in zip(batches, counts, strict=True):
+        with torch.autocast(bench.device.type, torch.bfloat16, enabled=settings.autocast == "bfloat16"):
+            output = bench.forward(batch)
+        share = count / sum(counts)
+        own = output.loss
+        if settings.label_smoothing:
+            own = smoothed(output, batch["labels"], settings.label_smoothing)
+        wanted = own if share == 1 else share * own
+        for term in terms if batch is batches[0] else ():
+            wanted = wanted + term()
+        wanted.backward()
+        loss += (output.loss if share == 1 else share * output.loss).detach()
+    return loss
+
+
+@contextmanager
+def noisy_embeddings(bench: Workbench, settings: r.Train) -> Iterator[None]:
+    """NEFTune's noise on the embeddings, by Transformers' own hook, while the rows of a round go through."""
+    if settings.neftune_noise_alpha is None:
+        yield
+        return
+    handle = activate_neftune(bench.model, settings.neftune_noise_alpha)
+    try:
+        yield
+    finally:
+        deactivate_neftune(bench.model, handle)

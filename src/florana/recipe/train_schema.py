@@ -1,0 +1,57 @@
+"""The recipe's [train]: how a client trains in one round."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from florana.recipe.data_schema import Section
+
+
+class Train(Section):
+    """A client's local training in one round."""
+
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps; give this or `epochs`."""
+    epochs: int | None = Field(None, ge=1)
+    """Passes over the client's rows."""
+    batch_size: int = Field(16, ge=1)
+    """Rows that go through the model at once; with gradient accumulation, so many times as many make a step."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Of the optimizer, which begins anew in each round; the most that a schedule reaches."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled, as in AdamW; of sgd it is added to the gradient."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Longer gradients are scaled down to this norm."""
+    optimizer: Literal["adamw", "sgd", "adafactor", "adamw-8bit"] = "adamw"
+    """torch's AdamW and SGD, Transformers' Adafactor (without relative steps), and AdamW with 8-bit moments
+    (bitsandbytes, a CUDA device)."""
+    momentum: float | None = Field(None, ge=0, lt=1)
+    """Of sgd, 0.9 where not given; it begins anew in each round."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls, to 0; Transformers' curves."""
+    lr_schedule_over: Literal["run", "round"] = "run"
+    """run: over all rounds, by the round's number, whether a client was asked in all or not; round: anew in each."""
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    """The share of the schedule's steps in which the rate rises: the t-th of w such steps has t / w of it."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Batches per optimizer step: the gradient is that of one batch of all their rows, with less memory."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """bfloat16: matrix products of forward passes in half precision, beside float32 adapters."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """The share of each target spread over all classes or tokens (torch's cross entropy); not in the loss reported."""
+    proximal_mu: float = Field(0.0, ge=0)
+    """FedProx (arXiv 1812.06127): mu / 2 times the squared distance of what is trained from what was received."""
+    loraplus_lr_ratio: float | None = Field(None, gt=0)
+    """LoRA+ (arXiv 2402.12354): B's learning rate in those of A; heads have A's."""
+    neftune_noise_alpha: float | None = Field(None, gt=0)
+    """NEFTune (arXiv 2310.05914): uniform noise on the embeddings in training, alpha / sqrt(tokens x width) wide."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        if self.momentum is not None and self.optimizer != "sgd":
+            raise ValueError(f"train.momentum is of train.optimizer = 'sgd', and it is '{self.optimizer}'")
+        return self
