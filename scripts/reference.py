@@ -50,6 +50,7 @@ Written by `scripts/reference.py` from the commands themselves.
 | 2 | usage, or a recipe that cannot be run |
 | 3 | input that is unreadable or does not fit together |
 | 4 | the federation could not go on |
+| 130 | Ctrl-C: what was committed stands, and the last line says how to go on |
 
 Errors say what is wrong, where, why, and what to do about it, on standard error. `--json` prints one object on standard
 output and nothing else.

@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -19,17 +19,14 @@ from florana.cli.adapter_verbs import inspect, merge
 from florana.cli.compare_verb import compare
 from florana.cli.deploy_verbs import doctor, flower, join, serve
 from florana.cli.extras import missing
+from florana.cli.interrupted import Interrupted
 from florana.cli.plan_verb import plan
+from florana.cli.run_verb import run
 from florana.cli.say import say
+from florana.cli.use_verbs import evaluate, predict
 from florana.cli.verb import Verb
 from florana.displayable import displayable
 from florana.errors import FloranaError, InputError, RecipeError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from florana.recipe.schema import Recipe
-    from florana.runs.setup import Setup
 
 app = typer.Typer(
     help="Federated LoRA fine-tuning whose server step is as exact as the rank allows.",
@@ -38,9 +35,6 @@ app = typer.Typer(
     add_completion=False,
 )
 
-for _verb in (merge, inspect, compare, plan, serve, join, doctor):
-    app.command(cls=Verb)(_verb)
-app.add_typer(flower, name="flower")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 
@@ -56,7 +50,6 @@ def _top(
         raise typer.Exit
 
 
-@app.command(cls=Verb)
 def demo(
     out: Annotated[Path, typer.Option(help="A new folder for the runs and the report.")] = Path("florana-demo"),
     rounds: Annotated[int, typer.Option(min=1, help="Rounds per strategy.")] = 7,
@@ -94,65 +87,6 @@ def demo(
         )
 
 
-@app.command(cls=Verb)
-def run(
-    recipe: Annotated[Path, typer.Argument(help="A TOML file; recipes/ has examples.")],
-    out: Annotated[Path | None, typer.Option(help="A new folder for the run. Default: runs/<recipe's name>.")] = None,
-    assign: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and end.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Run a recipe, round by round, into a run folder.
-
-    Example: florana run recipes/sst2-minilm.toml --out runs/sst2 --set federation.rounds=4
-    """
-    from florana.recipe.load import read_recipe
-
-    resolved = read_recipe(recipe, assign or [])
-    folder = out or Path("runs") / recipe.stem
-    from florana.cli.console import console_of
-
-    console = console_of(as_json)
-    if dry_run:
-        _print_plan(resolved, console)
-        return
-    from florana.runs.run_folder import check_folder
-
-    check_folder(resolved, folder, resume)
-    from florana.cli.display import Screen, figures_table, summary_table
-    from florana.report.page import write_report
-    from florana.report.views import rows_note, shown_figures, summary, views
-    from florana.runs.rounds import settled
-    from florana.runs.setup import execute, prepare
-
-    with settled(resolved, folder) as own:
-        if console:
-            what = f"loading {own.model.base} and {own.data.train}, threads {own.threads}"
-            console.print(what, highlight=False, soft_wrap=True)
-        setup = prepare(own)
-    if console and rows_note(setup.partition):
-        console.print(rows_note(setup.partition), highlight=False)
-    shown = shown_figures(resolved.model_dump())
-    with Screen(console, resolved.strategy["name"], steps=_steps(resolved, setup), figures=shown) as screen:
-        execute(resolved, folder, setup=setup, resume=resume, show=screen.show, step=screen.step)
-    report = write_report([folder], folder / "report.html")
-    rows = summary(views([folder]))
-    if as_json:
-        typer.echo(json.dumps({**rows[0], "run": str(folder), "report": str(report)}, indent=1))
-    elif console:
-        console.print(summary_table(rows, resolved.title or recipe.stem, console.width))
-        if (more := figures_table(views([folder]))) is not None:
-            console.print(more)
-        console.print(
-            f"run: {folder}\nadapter: {folder / 'adapter'}\nreport: {report}", highlight=False, soft_wrap=True
-        )
-
-
-@app.command(cls=Verb)
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
@@ -180,6 +114,11 @@ def report(
         console.print(f"report: {path}", highlight=False, soft_wrap=True)
 
 
+for _verb in (demo, run, report, predict, evaluate, compare, merge, inspect, plan, serve, join, doctor):
+    app.command(cls=Verb)(_verb)
+app.add_typer(flower, name="flower")
+
+
 def main() -> None:
     """The entry point: what a user can cause ends in a few lines and the promised code, never in a traceback."""
     for stream in (sys.stdout, sys.stderr):
@@ -191,8 +130,8 @@ def main() -> None:
     except FloranaError as error:
         _complain(str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _complain("interrupted; the committed rounds stand, continue with --resume")
+    except Interrupted as stop:
+        say(displayable(str(stop)), err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
@@ -246,25 +185,3 @@ def _prepare_demo_folder(out: Path, replace: bool) -> None:
             fix="name a new folder" + (", or add --replace" if ours else ""),
         )
     shutil.rmtree(out)
-
-
-def _print_plan(recipe: Recipe, console: Console | None) -> None:
-    from florana.cli.display import plan_table
-    from florana.runs.dry_run import plan as plan_run
-    from florana.runs.setup import prepare
-    from florana.runs.threads import threads
-
-    with threads(recipe.threads):
-        result = plan_run(recipe, prepare(recipe))
-    if console:
-        console.print(plan_table(result))
-    else:
-        typer.echo(json.dumps(result.to_json(), indent=1))
-
-
-def _steps(recipe: Recipe, setup: Setup) -> int:
-    from florana.train.client import steps_per_round
-
-    rows = [len(data.train) for data in setup.clients.values()]
-    mean = sum(steps_per_round(recipe.train, count) for count in rows) / len(rows)
-    return round(recipe.federation.rounds * (recipe.federation.clients_per_round or len(rows)) * mean)

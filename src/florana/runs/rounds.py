@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ from florana.federation.loop import Event, Federation, run_rounds
 from florana.federation.messages import Engine
 from florana.federation.round_record import RoundRecord
 from florana.recipe import schema as r
+from florana.recipe.usage import usage_of, write_usage
+from florana.runs.model_card import write_card
 from florana.runs.run_folder import locked, logged, read_environment, recorded_threads
 from florana.runs.threads import instructions, threads
 from florana.strategy.base import State, Strategy
@@ -75,6 +77,7 @@ def execute_rounds(
     federation: Federation,
     facts: Callable[[], Mapping[str, Any]],
     show: Show = lambda event: None,
+    labels: Sequence[str] = (),
 ) -> Result:
     """Run the rounds that the folder does not hold yet; `run_folder.check_folder` was asked before.
 
@@ -88,6 +91,7 @@ def execute_rounds(
         federation: the fixed facts of the run.
         facts: what setup.json holds, made only for a new run.
         show: told of rounds, replies, rejected updates and commits.
+        labels: the classes' names, for those who use the adapter.
 
     Raises:
         FederationError: too few usable updates, or the disk refused; the rounds committed before stand.
@@ -107,8 +111,12 @@ def execute_rounds(
             replace_file(folder / "recipe.toml", recipe.to_toml().encode())
         if last is None:
             journal.export(begun)
+        usage = usage_of(recipe, labels)
+        with explained(folder, "the adapter folder could not be written"):
+            write_usage(folder / "adapter", usage)
         engine = engine_with(last.memories if last else None)
         run_rounds(strategy, last.state if last else begun, engine, federation, journal, show)
+        write_card(folder, usage)
     return Result(folder, tuple(read_records(folder / "rounds.jsonl")))
 
 

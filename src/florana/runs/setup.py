@@ -144,6 +144,7 @@ def execute(
             ),
             lambda: facts_of(recipe, here, here.partition),
             show,
+            here.partition.get("labels", ()),
         )
 
 

@@ -12,10 +12,10 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
 from florana.train.data.tokenize import IGNORED, Example, batches
-from florana.train.model import Workbench
+from florana.train.probe import Probed
 
 
-def evaluate(bench: Workbench, examples: Sequence[Example], batch_size: int) -> dict[str, float]:
+def evaluate(bench: Probed, examples: Sequence[Example], batch_size: int) -> dict[str, float]:
     """The figures that the model's output allows.
 
     Classes: accuracy, macro_f1, matthews, loss; of two classes also f1, that of the second one, as GLUE has it. A

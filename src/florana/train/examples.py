@@ -37,9 +37,9 @@ class Rows:
 
 def rows_of(recipe: r.Recipe, bench: Workbench, tables: Tables) -> Rows:
     """The tables as tokens, the training rows dealt out. Raises InputError where they cannot be."""
-    train = _encode(recipe, bench, tables.train, tables.target, recipe.data.train)
-    test = _encode(recipe, bench, tables.test, tables.target, recipe.data.test or recipe.data.train)
-    more = {name: _encode(recipe, bench, own, tables.target, name) for name, own in tables.more.items()}
+    train = encode(recipe.data, bench.tokenizer, tables.train, tables.target, recipe.data.train)
+    test = encode(recipe.data, bench.tokenizer, tables.test, tables.target, recipe.data.test or recipe.data.train)
+    more = {name: encode(recipe.data, bench.tokenizer, own, tables.target, name) for name, own in tables.more.items()}
     encoded = {"data.train": train, "data.test": test} | {f"data.test_{name}": own for name, own in more.items()}
     check_rows(bench, {name: dict(zip(own.kept, own.examples, strict=True)) for name, own in encoded.items()})
     table, by, classes, labels = _classes(recipe, tables)
@@ -81,16 +81,17 @@ def _lengths(recipe: r.Recipe, table: datasets.Dataset, examples: Sequence[Examp
     return [sum(len(part) for part in row) for row in texts(table, recipe.data.text)]
 
 
-def _encode(recipe: r.Recipe, bench: Workbench, table: datasets.Dataset, target: str | None, source: str) -> Encoded:
+def encode(settings: r.Data, tokenizer: Any, table: datasets.Dataset, target: str | None, source: str) -> Encoded:
+    """The rows of a table as tokens; `target` is the column of classes or scores, None for language."""
     every = list(range(len(table)))
     if not every:
         return Encoded([], every)
-    if recipe.data.instructions is not None:
-        return encode_instructions(table, recipe.data, bench.tokenizer, source)
-    rows = texts(table, recipe.data.text)
+    if settings.instructions is not None:
+        return encode_instructions(table, settings, tokenizer, source)
+    rows = texts(table, settings.text)
     if target is None:
-        return Encoded(encode_language(rows, bench.tokenizer, recipe.data.max_length), every)
-    return Encoded(encode_classes(rows, list(table[target]), bench.tokenizer, recipe.data.max_length), every)
+        return Encoded(encode_language(rows, tokenizer, settings.max_length), every)
+    return Encoded(encode_classes(rows, list(table[target]), tokenizer, settings.max_length), every)
 
 
 def _client_data(share: Share, examples: Sequence[Example]) -> ClientData:

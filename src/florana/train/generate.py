@@ -14,8 +14,7 @@ from florana.errors import InputError
 from florana.federation.sampling import derive
 from florana.score.code_tasks import cut_at
 from florana.train.data.tokenize import batches, kinds_of
-from florana.train.model import Workbench
-from florana.train.probe import pads_left
+from florana.train.probe import Probed, pads_left
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Written:
 
 
 def generate(
-    bench: Workbench,
+    bench: Probed,
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
@@ -79,14 +78,14 @@ def generate(
 
 
 def cut_prompts(
-    bench: Workbench, prompts: Sequence[str], max_new_tokens: int, opening: Sequence[int] | None = None
+    bench: Probed, prompts: Sequence[str], max_new_tokens: int, opening: Sequence[int] | None = None
 ) -> int:
     """How many of the prompts are too long for the model's context when that many tokens are to follow."""
     room = room_for_prompts(bench, max_new_tokens)
     return sum(len(_encode(bench.tokenizer, text, opening)) > room for text in prompts)
 
 
-def room_for_prompts(bench: Workbench, new: int) -> int:
+def room_for_prompts(bench: Probed, new: int) -> int:
     """The tokens a prompt may have when `new` ones are to follow. Raises InputError where none is left."""
     context = getattr(bench.model.config, "max_position_embeddings", None) or 2**31
     if new >= context - 1:
@@ -105,7 +104,7 @@ def _encode(tokenizer: Any, text: str, opening: Sequence[int] | None) -> list[in
 
 
 def _continue(
-    bench: Workbench, prompts: list[list[int]], new: int, stops: Sequence[str], temperature: float, draws: list[int]
+    bench: Probed, prompts: list[list[int]], new: int, stops: Sequence[str], temperature: float, draws: list[int]
 ) -> list[str]:
     """One batch, padded on the left."""
     tokenizer, width = bench.tokenizer, max(len(ids) for ids in prompts)

@@ -15,7 +15,7 @@ from florana.recipe import schema as r
 from florana.score import benchmarks
 from florana.score.programs import Limits, run_program
 from florana.train.generate import generate, room_for_prompts
-from florana.train.model import Workbench
+from florana.train.probe import Probed
 
 Keep = Callable[[Sequence[Mapping[str, Any]]], None]
 """Takes the completions of one scoring: each with its prompt, its text and its verdict."""
@@ -44,7 +44,7 @@ class GenerationBenchmark:
         every = self.settings.every
         return round_ == rounds or (every is not None and round_ % every == 0)
 
-    def run(self, bench: Workbench, keep: Keep = lambda completions: None) -> dict[str, float]:
+    def run(self, bench: Probed, keep: Keep = lambda completions: None) -> dict[str, float]:
         """The figures of the model as it is on the bench; `cut_prompts` is the share of prompts that did not fit.
 
         Args:
@@ -76,7 +76,7 @@ class GenerationBenchmark:
         return scores | {"cut_prompts": written.cut_prompts / len(self.prompts)}
 
 
-def generation_benchmark(recipe: r.Recipe, bench: Workbench) -> GenerationBenchmark | None:
+def generation_benchmark(recipe: r.Recipe, bench: Probed) -> GenerationBenchmark | None:
     """The generation benchmark a recipe asks for; None without [generation]. What could refuse it after hours of
     training refuses here.
 
@@ -102,7 +102,7 @@ def generation_benchmark(recipe: r.Recipe, bench: Workbench) -> GenerationBenchm
     return GenerationBenchmark(own, tuple(rows), asked, seed)
 
 
-def _chat(bench: Workbench, turns: list[dict[str, str]]) -> str:
+def _chat(bench: Probed, turns: list[dict[str, str]]) -> str:
     """The turns by the tokenizer's chat template, and the opening of the answer."""
     if not getattr(bench.tokenizer, "chat_template", None):
         raise InputError(

@@ -13,7 +13,7 @@ import torch
 
 from florana.errors import InputError
 from florana.train.data.tokenize import Example
-from florana.train.model import Workbench
+from florana.train.probe import Probed
 
 _POSITIONS = ("position", "pos_emb", "wpe")
 """What stands in the names of tables of positions."""
@@ -21,7 +21,7 @@ _POSITIONS = ("position", "pos_emb", "wpe")
 _DECLARED = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "seq_length")
 
 
-def check_rows(bench: Workbench, rows: Mapping[str, Mapping[int, Example]]) -> None:
+def check_rows(bench: Probed, rows: Mapping[str, Mapping[int, Example]]) -> None:
     """Raise InputError where a row is longer than the model can read, or holds a token that it does not have.
 
     Args:
@@ -56,7 +56,7 @@ def _too_long(name: str, number: int, length: int, why: str, room: int) -> Input
     )
 
 
-def _try(bench: Workbench, name: str, number: int, row: Example, declared: int) -> None:
+def _try(bench: Probed, name: str, number: int, row: Example, declared: int) -> None:
     """Read the longest row once: positions may be fixed in a way that no table shows."""
     batch = bench.batch([row])
     batch.pop("labels")

@@ -84,7 +84,7 @@ def load_tokenizer(place: str, base: str) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
     except Exception as error:  # the loaders raise many kinds: missing files, no connection, bad JSON
-        raise _not_loaded("tokenizer", base, error) from None
+        raise not_loaded("tokenizer", base, error) from None
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of '{base}' has neither a padding nor an end token")
     return tokenizer
@@ -111,7 +111,7 @@ def load_base(
         # other sizes are let through here so that they can be named below
         model, told = loader.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except Exception as error:
-        raise _not_loaded("model", settings.base, error) from None
+        raise not_loaded("model", settings.base, error) from None
     return model, modules_trained_whole(model, told, task, settings.base)
 
 
@@ -141,7 +141,8 @@ def modules_trained_whole(model: Any, told: Mapping[str, Any], task: str, base: 
     return ()
 
 
-def _not_loaded(what: str, base: str, error: Exception) -> InputError:
+def not_loaded(what: str, base: str, error: Exception) -> InputError:
+    """The error of a loader as one that names what it was asked for."""
     return InputError(
         f"the {what} '{base}' could not be loaded",
         why=f"{type(error).__name__}: {error}".splitlines()[0],

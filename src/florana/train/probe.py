@@ -6,7 +6,7 @@ leave padding out. So the model is asked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -24,16 +24,21 @@ NEAR = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 class Probed(Protocol):
-    """What is asked of a model with its tokenizer: a `Workbench` that is being built has it all."""
+    """What is asked of a model with its tokenizer: a `Workbench` that is being built has it all, and `Finished`."""
 
     model: Any
     tokenizer: Any
     device: torch.device
 
+    padding: str | None
+
     def batch(self, rows: Sequence[Example]) -> dict[str, Tensor]:
         """Rows as one batch, padded as the model wants it."""
 
-    def forward(self, batch: dict[str, Tensor]) -> Any:
+    def accepted(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of a batch, the inputs that the model knows."""
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Any:
         """The model's answer."""
 
 
@@ -58,11 +63,7 @@ def probe(bench: Probed, task: str, base: str) -> str | None:
                     why="it reads texts in both directions, as encoders do",
                     fix="take a decoder, or one whose config.json says is_decoder = true",
                 )
-            usual = "right" if task == "causal-lm" else str(bench.tokenizer.padding_side)
-            other = "left" if usual == "right" else "right"
-            alone = _logits(bench, rows[:1], usual)
-            sides = [usual] if task == "causal-lm" else [usual, other]
-            return next((side for side in sides if _near(alone, _first(_logits(bench, rows, side), rows, side))), None)
+            return padding_side(bench, task)
     except InputError:
         raise
     except Exception as error:  # models raise what they like
@@ -71,6 +72,17 @@ def probe(bench: Probed, task: str, base: str) -> str | None:
             why=f"{type(error).__name__}: {error}".splitlines()[0],
             fix=f"it cannot be trained as task = '{task}': take another model",
         ) from None
+
+
+def padding_side(bench: Probed, task: str) -> str | None:
+    """The side on which a padded row is read as it is alone; None where there is none. The model is not trained."""
+    bench.model.eval()
+    rows = _rows(bench, task)
+    usual = "right" if task == "causal-lm" else str(bench.tokenizer.padding_side)
+    other = "left" if usual == "right" else "right"
+    alone = _logits(bench, rows[:1], usual)
+    sides = [usual] if task == "causal-lm" else [usual, other]
+    return next((side for side in sides if _near(alone, _first(_logits(bench, rows, side), rows, side))), None)
 
 
 @torch.inference_mode()

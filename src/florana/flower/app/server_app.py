@@ -114,6 +114,7 @@ def _lead(grid: Nodes, recipe: r.Recipe, settings: Settings, folder: Path, show:
         federation_of(recipe, here, clients, registration.examples, functools.partial(write_completions, folder)),
         lambda: _facts(recipe, here, registration, begun),
         show,
+        here.partition.get("labels", ()) if here is not None else recipe.data.labels or (),
     )
 
 

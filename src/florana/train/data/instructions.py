@@ -128,6 +128,35 @@ def turns_of(row: Mapping[str, Any], kind: str, place: str, *, plain: bool) -> l
     return [("user", prompt), ("assistant", response)]
 
 
+def prompt_of(text: str, kind: str | None, template: str, tokenizer: Any) -> str:
+    """A question as a model that was trained on such rows reads it, up to where its answer begins.
+
+    Args:
+        text: the question.
+        kind: of the rows, as in `data.instructions`; None: the text stands as it is.
+        template: `plain` or `chat`.
+        tokenizer: with the chat template.
+
+    Raises:
+        InputError: the chat template refuses it.
+
+    Examples:
+        >>> prompt_of("Add 1 and 2.", "alpaca", "plain", None)
+        '### Instruction:\\nAdd 1 and 2.\\n\\n### Response:\\n'
+    """
+    if kind is None:
+        return text
+    if template == "plain":
+        return f"### Instruction:\n{text}\n\n### Response:\n"
+    try:
+        turns = [{"role": "user", "content": text}]
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # templates are programs: they raise what they like
+        raise InputError(
+            "the tokenizer's chat template refuses the text", why=f"{type(error).__name__}: {error}".splitlines()[0]
+        ) from None
+
+
 def _messages(given: Any, place: str) -> list[Turn]:
     turns: list[Turn] = []
     for message in given if isinstance(given, Sequence) and not isinstance(given, str) else [None]:
