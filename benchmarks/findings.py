@@ -46,6 +46,8 @@ def shown(found: Estimate | None, digits: int = 3, *, sign: str = "") -> str:
     if found is None:
         return "-"
     half = "" if found.half is None else f" ± {found.half:.{digits}f}"
+    if found.low is not None and found.high is not None:
+        half = f" ({found.low:.{digits}f} to {found.high:.{digits}f})"
     return f"{found.mean:{sign}.{digits}f}{half}"
 
 

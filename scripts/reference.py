@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import re
 import sys
-import types
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer.cli
 import typer.main
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from florana.cli.main import app
-from florana.recipe.schema import Recipe
+from florana.recipe.explain import keys_of, sections
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,60 +53,24 @@ output and nothing else.
 """
 
 
-def kind_of(annotation: Any) -> str:
-    """A type as a reader of TOML would say it.
-
-    >>> kind_of(list[int] | None)
-    'list of whole number'
-    """
-    origin, inside = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return kind_of(inside[0])
-    if origin is Literal:
-        return ", ".join(f"`{value}`" for value in inside)
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(kind_of(one) for one in inside if one is not type(None)))
-    if origin is list:
-        return f"list of {kind_of(inside[0])}"
-    if origin is dict:
-        return f"table: {kind_of(inside[1])}"
-    return {str: "text", int: "whole number", float: "number", bool: "true or false"}.get(annotation, "any")
-
-
-def default_of(field: FieldInfo) -> str:
-    if field.is_required():
-        return "**required**"
-    value = field.get_default(call_default_factory=True)
-    if value is None or value is PydanticUndefined:
-        return "none"
-    return f"`{str(value).lower() if isinstance(value, bool) else repr(value).replace(chr(39), chr(34))}`"
-
-
-def sections_of(annotation: Any) -> list[type[BaseModel]]:
-    """The section behind a key, for tables like [model]."""
-    options = [annotation, *get_args(annotation)]
-    return [one for one in options if isinstance(one, type) and issubclass(one, BaseModel)]
-
-
-def rows(model: type[BaseModel]) -> list[str]:
+def rows(section: str, model: type[BaseModel]) -> list[str]:
     lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
-    for name, field in model.model_fields.items():
-        if sections_of(field.annotation) or name == "strategy":
-            continue
-        cells = [f"`{name}`", kind_of(field.annotation), default_of(field), " ".join((field.description or "").split())]
+    for key in keys_of(section, model):
+        default = "**required**" if not key.default else key.default if key.default == "none" else f"`{key.default}`"
+        cells = [f"`{key.name}`", key.kind, default, key.meaning]
         lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
     return lines
 
 
 def recipe_page() -> str:
     """docs/recipe.md: a table for each section."""
-    lines = [RECIPE, "## At the top", "", *rows(Recipe)]
-    for name, field in Recipe.model_fields.items():
-        if name == "strategy":
-            lines.append(STRATEGY.rstrip())
-        for section in sections_of(field.annotation):
-            lines += ["", f"## [{name}]", "", (section.__doc__ or "").strip(), "", *rows(section)]
-    return "\n".join(lines) + "\n"
+    lines = [RECIPE]
+    for name, section in sections():
+        if name == "server":
+            lines += [STRATEGY.rstrip(), ""]
+        title = f"## [{name}]" if name else "## At the top"
+        lines += [title, "", *([(section.__doc__ or "").strip(), ""] if name else []), *rows(name, section), ""]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def cli_page() -> str:

@@ -220,3 +220,52 @@ def test_help_shows_the_text_of_every_argument_and_option(name: str, monkeypatch
 
 def test_the_version() -> None:
     assert florana("--version").stdout.startswith("florana 0.")
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("train.proximal_mu", "FedProx"),
+        ("threads", "default: none"),
+        ("model.base", "it must be given"),
+        ("data.template", "takes: plain, chat"),
+    ],
+)
+def test_a_key_of_a_recipe_is_explained(key: str, text: str) -> None:
+    done = florana("recipe", "--explain", key)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{key}: ")
+    assert text in done.stdout
+
+
+def test_a_key_that_is_not_there_is_named_with_its_section() -> None:
+    assert "did you mean train.proximal_mu?" in florana("recipe", "--explain", "proximal_mu").stderr
+    assert "did you mean 'train.batch_size'?" in florana("recipe", "--explain", "train.batchsize").stderr
+    assert "train.proximal_mu = 0.0" in florana("recipe").stdout
+
+
+@pytest.mark.parametrize(("name", "ours"), [("fedavg", "fedit"), ("SVD", "best-rank"), ("FLoRA_NA", "flora-na")])
+def test_other_tools_names_are_answered_with_ours(name: str, ours: str, tmp_path: Path) -> None:
+    done = florana("plan", "llama-2-7b", "--methods", name)
+    assert done.returncode == 2
+    assert f"'{ours}'" in done.stderr
+    merged = florana("merge", "a", "b", "--method", name, "--out", str(tmp_path / "x"))
+    assert f"'{ours}'" in merged.stderr
+    assert "'stack'" in florana("merge", "a", "b", "--method", "oracle", "--out", str(tmp_path / "x")).stderr
+
+
+def test_inspect_fits_eighty_columns_and_says_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = AdapterCard(base_model="my/base", task_type="CAUSAL_LM", target_modules=("q_proj", "v_proj"))
+    for index, site in enumerate(("general-hospital-north", "general-hospital-south")):
+        torch.manual_seed(index)
+        pairs = {
+            f"layers.0.self_attn.{name}": LoraFactors(torch.randn(6, 2 + index), torch.randn(2 + index, 5), 0.5)
+            for name in ("q_proj", "v_proj")
+        }
+        write_adapter(tmp_path / site, Adapter(pairs), card)
+    monkeypatch.setenv("COLUMNS", "80")
+    done = florana("inspect", "general-hospital-north", "general-hospital-south", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    for text in ("general-hospital-north", "base model: my/base", "task: CAUSAL_LM", "modules: 2 (q_proj, v_proj)"):
+        assert text in done.stdout

@@ -50,7 +50,7 @@ def test_every_command_that_is_shown_exists(page: Path) -> None:
 
 
 def test_a_command_that_does_not_exist_is_told() -> None:
-    assert len(commands(ROOT / "README.md")) == 6
+    assert len(commands(ROOT / "README.md")) == 7
     assert fault("florana mrege a b") == "no command 'mrege'"
     assert fault("florana flower keys x --ot y") == "no option --ot"
 

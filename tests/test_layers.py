@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 SOURCE = ROOT / "src" / "florana"
 FLOORS = [
     {"errors"},
-    {"atomic_files", "displayable", "bounded"},
+    {"atomic_files", "displayable", "bounded", "other_names"},
     {"lora", "score"},
     {"aggregate"},
     {"robust", "adapters"},

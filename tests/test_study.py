@@ -27,7 +27,7 @@ from florana.study.estimates import Estimate, estimate, paired
 from florana.study.grid import Cell, Plan, Setting, method_of, plan_of, recipe_of, split_methods
 from florana.study.publish import publish
 from florana.study.runner import execute_study, folder_of, rounds_left, swap_file
-from florana.study.table import Comparison, Other, as_csv, compare, latex, markdown
+from florana.study.table import Comparison, Other, as_csv, compare, latex, markdown, other_cells
 from tests.program import florana
 
 OWN = """
@@ -318,9 +318,20 @@ def test_compare_on_the_command_line(small: dict[str, Any], own: Path, tmp_path:
         "--out",
         "s",
     ]
+    planned = florana(*arguments, "--dry-run", "--json", cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    lines = json.loads(planned.stdout)
+    assert [line["method"] for line in lines] == ["fedit", "flora-na[combine=updates]", "fine", "oracle"]
+    assert {(line["runs"], line["rounds_left"]) for line in lines} == {(2, 2 * small["federation"]["rounds"])}
+    assert all(line["bytes_up"] > 0 and line["seconds"] > 0 for line in lines)
+    assert not (tmp_path / "s").exists(), "nothing was written"
     done = florana(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "fine" in done.stdout
+    assert " to " in done.stdout, "two seeds have a range"
+    assert "±" not in done.stdout.partition("range)")[2].partition("tables:")[0].partition("Swap")[0]
+    left = florana(*arguments, "--dry-run", cwd=tmp_path)
+    assert "rounds left" in " ".join(left.stdout.split())
     assert "flora-na[combine=updates]" in done.stdout, "brackets were taken for markup"
     assert "rank correlation" in done.stdout or "Swap" not in done.stdout
     again = florana(*arguments, "--json", cwd=tmp_path)
@@ -349,3 +360,11 @@ def test_a_study_compares_nothing_before_anything_is_finished(small: dict[str, A
     plan = plan_of(check(small, "t"), seeds=1)
     rows = compare(plan, tmp_path / "none").rows
     assert all(row.seeds == 0 and row.failed == 1 and not row.scores for row in rows)
+
+
+def test_two_seeds_have_a_range_and_no_test() -> None:
+    found = estimate([0.5, 0.25])
+    assert found == Estimate(0.375, None, 2, 0.25, 0.5)
+    assert paired({0: 1.0, 1: 2.0}, {0: 0.5, 1: 1.0}) == (Estimate(0.75, None, 2, 0.5, 1.0), None)
+    other = Other("as-recipe", "fedit", "loss", found, paired({0: 1.0, 1: 2.0}, {0: 0.5, 1: 1.0})[0], None)
+    assert other_cells(other)[3:5] == ["0.3750 (0.2500 to 0.5000)", "+0.7500 (+0.5000 to +1.0000)"]

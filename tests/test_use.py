@@ -1,4 +1,4 @@
-"""What comes out can be used: a finished adapter answers, is measured and says what it is; a run goes on by its name."""
+"""What comes out can be used: a finished adapter answers, is measured, says what it is; a run goes on by its name."""
 
 from __future__ import annotations
 

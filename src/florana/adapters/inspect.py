@@ -30,6 +30,8 @@ class Sheet:
     Args:
         name: a short name of the folder.
         base_model: the base model as the adapter names it.
+        task: its task_type, empty where it does not say.
+        targets: the last parts of the names of its modules, sorted.
         variant: `LoRA` or `rsLoRA`, and whether `with bias`.
         ranks: the ranks that occur, over all modules.
         scalings: the scalings that occur.
@@ -43,6 +45,8 @@ class Sheet:
 
     name: str
     base_model: str
+    task: str
+    targets: tuple[str, ...]
     variant: str
     ranks: tuple[int, ...]
     scalings: tuple[float, ...]
@@ -209,6 +213,8 @@ def _sheet(name: str, reader: AdapterReader, norm: float, dtypes: set[str]) -> S
     return Sheet(
         name=name,
         base_model=reader.card.base_model,
+        task=reader.card.task_type or "",
+        targets=tuple(sorted({module.rpartition(".")[2] for module in reader.modules})),
         variant=variant,
         ranks=tuple(sorted({module.rank for module in modules})),
         scalings=tuple(sorted({module.scaling for module in modules})),

@@ -32,6 +32,10 @@ from florana.aggregate.signed import weighted_sum, whole_tensor
 from florana.aggregate.validate import is_finite
 from florana.errors import InputError, RecipeError, nearest
 from florana.lora.factors import Adapter, Contribution, LoraFactors
+from florana.other_names import method_hint
+
+OF_MERGES = {"cat": "stack", "concat": "stack", "exact": "stack", "oracle": "stack", "fedex": "stack"}
+"""What other tools, and florana's own strategies, call the merges."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -202,7 +206,7 @@ def _check(
     dtype: str | None,
 ) -> None:
     if method not in RULES:
-        raise RecipeError(f"there is no merge method '{method}'", fix=nearest(method, RULES))
+        raise RecipeError(f"there is no merge method '{method}'", fix=method_hint(method, RULES, OF_MERGES))
     if rank is not None and rank < 1:
         raise RecipeError(f"--rank {rank} is not at least 1")
     if rank is not None and method != "best-rank":

@@ -77,15 +77,15 @@ def inspect(
     """
     from florana.adapters.inspect import inspect as inspect_folders
     from florana.cli.console import console_of
-    from florana.cli.display import inspection_tables
+    from florana.cli.display_use import inspection_tables
 
     result = inspect_folders(adapters, _numbers(weights), normalize)
     console = console_of(as_json)
     if as_json:
         typer.echo(json.dumps(result.to_json(), indent=1))
     elif console:
-        for table in inspection_tables(result):
-            console.print(table)
+        for told in inspection_tables(result):
+            console.print(told, highlight=False, soft_wrap=isinstance(told, str))
         for note in result.notes:
             console.print(f"note: {note}", highlight=False, soft_wrap=True)
         bases = sorted({sheet.base_model for sheet in result.sheets})

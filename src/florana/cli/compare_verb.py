@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="The study's folder; one that exists is continued.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Groups of runs at once. Default: cores and memory.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value over the recipe's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs with bytes and time, and end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
 ) -> None:
     """Compare methods over seeds on the same partitions, with controls, intervals, and the fixed-updates ablation.
@@ -41,11 +43,20 @@ def compare(
     )
     folder = out or Path("studies") / recipe.stem
     from florana.cli.console import console_of
-    from florana.cli.display_study import others_table, study_progress, study_table
+    from florana.cli.display_study import forecast_table, others_table, study_progress, study_table
     from florana.study.publish import publish
     from florana.study.runner import execute_study, rounds_left, threads_of
 
     console = console_of(as_json, width=200)
+    if dry_run:
+        from florana.study.forecast import forecast
+
+        lines = forecast(plan, folder)
+        if console:
+            console.print(forecast_table(lines))
+        else:
+            typer.echo(json.dumps([asdict(line) for line in lines], indent=1))
+        return
     left = rounds_left(plan, folder)
     if console:
         console.print(

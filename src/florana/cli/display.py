@@ -25,7 +25,6 @@ from florana.report.page import number, seconds, size
 from florana.report.views import rows_note
 
 if TYPE_CHECKING:
-    from florana.adapters.inspect import Inspection
     from florana.adapters.merge_card import Merged
     from florana.report.views import RunView
     from florana.runs.dry_run import Plan
@@ -145,51 +144,6 @@ def merge_line(merged: Merged) -> str:
         f"rank {merged.rank}: relative error {number(merged.error)} against the exact weighted sum; "
         f"the least any adapter of that rank has: {number(merged.optimum)}"
     )
-
-
-def inspection_tables(result: Inspection) -> list[Table]:
-    """The adapters; their overlap; what each choice loses."""
-    adapters = Table(title="Adapters", title_justify="left")
-    for column in (
-        "adapter",
-        "variant",
-        "rank",
-        "scaling",
-        "dtype",
-        "modules",
-        "parameters",
-        "file",
-        "norm",
-        "whole tensors",
-    ):
-        adapters.add_column(column, justify="left" if column in ("adapter", "variant", "whole tensors") else "right")
-    for s in result.sheets:
-        adapters.add_row(
-            s.name,
-            s.variant,
-            ", ".join(map(str, s.ranks)),
-            ", ".join(f"{x:g}" for x in s.scalings),
-            ", ".join(s.dtypes),
-            str(s.modules),
-            str(s.parameters),
-            size(s.bytes),
-            f"{s.norm:.4g}",
-            ", ".join(s.extra) or "-",
-        )
-    if len(result.sheets) == 1:
-        return [adapters]
-    overlap = Table(title="Overlap of their updates' column spaces: 1 the same, 0 orthogonal", title_justify="left")
-    overlap.add_column("")
-    for s in result.sheets:
-        overlap.add_column(s.name, justify="right")
-    for s, row in zip(result.sheets, result.overlap, strict=True):
-        overlap.add_row(s.name, *(f"{value:.2f}" for value in row))
-    choices = Table(title="What a merge would lose", title_justify="left")
-    for column in ("method", "rank", "relative error", "bytes"):
-        choices.add_column(column, justify="left" if column == "method" else "right")
-    for c in result.choices:
-        choices.add_row(c.method, str(c.rank), "exact" if c.error < 1e-6 else number(c.error), size(c.bytes))
-    return [adapters, overlap, choices]
 
 
 def summary_table(rows: Sequence[dict[str, Any]], title: str, width: int = 120) -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,11 +17,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from florana.cli.display import duration
 from florana.displayable import displayable
 from florana.report.page import size
 
 if TYPE_CHECKING:
     from florana.runs.cost_model import ModelPlan
+    from florana.study.forecast import Forecast
     from florana.study.table import Comparison
 
 
@@ -49,6 +51,22 @@ def study_progress(console: Console | None, rounds: int) -> Iterator[Callable[[i
         yield lambda count, name: progress.update(task, advance=count, name=displayable(name, 80))
 
 
+def forecast_table(lines: Sequence[Forecast]) -> Table:
+    """What a study would do: a line for each method and setting, and the sum."""
+    table = Table(title="Plan of the study: nothing was written", title_justify="left")
+    for index, head in enumerate(("setting", "method", "runs", "rounds left", "up, a run", "down, a run", "time left")):
+        table.add_column(head, justify="left" if index < 2 else "right", overflow="fold")
+    for line in lines:
+        sizes = (size(line.bytes_up), size(line.bytes_down))
+        left = (str(line.runs), str(line.rounds_left), *sizes, duration(line.seconds))
+        table.add_row(line.setting, line.method, *left)
+    table.add_section()
+    whole = duration(sum(line.seconds for line in lines))
+    runs, rounds = (str(sum(values)) for values in ([x.runs for x in lines], [x.rounds_left for x in lines]))
+    table.add_row("all", "one after the other", runs, rounds, "", "", whole)
+    return table
+
+
 def study_table(comparison: Comparison, width: int) -> Table:
     """The study's rows; on a narrow screen the figures a reader looks at first."""
     from florana.study.table import HEADS, cells_of
@@ -57,7 +75,10 @@ def study_table(comparison: Comparison, width: int) -> Table:
     chosen = chosen if width >= 100 else [1, 2, 3, 8]
     if len({row.setting for row in comparison.rows}) == 1:
         chosen = [index for index in chosen if index != 0]
-    table = Table(title=f"{comparison.metric}, mean ± half the 95 % interval over seeds", title_justify="left")
+    table = Table(
+        title=f"{comparison.metric}, mean ± half the 95 % interval over seeds (of two seeds their range)",
+        title_justify="left",
+    )
     for index in chosen:
         table.add_column(HEADS[index], justify="left" if index < 2 else "right", no_wrap=index == 1)
     for row in comparison.rows:

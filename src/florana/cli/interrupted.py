@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from florana.errors import FloranaError
-from florana.federation.journal import read_records
 
 
 class Interrupted(Exception):  # noqa: N818  (a person's wish)
@@ -28,6 +27,8 @@ def safe_rounds(folder: Path, command: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        from florana.federation.journal import read_records
+
         try:
             done = len(read_records(folder / "rounds.jsonl"))
         except (FloranaError, OSError):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from florana.errors import RecipeError, nearest
+from florana.other_names import method_hint
 from florana.strategy import STRATEGIES, builder
 from florana.strategy.base import Strategy
 
@@ -31,7 +32,7 @@ def check_strategy(table: Mapping[str, Any], source: str) -> None:
         raise RecipeError(f"{source}: the key 'strategy.name' is missing", fix=nearest("", STRATEGIES))
     build = builder(name)
     if build is None:
-        raise RecipeError(f"{source}: there is no strategy '{name}'", fix=nearest(name, STRATEGIES))
+        raise RecipeError(f"{source}: there is no strategy '{name}'", fix=method_hint(name, STRATEGIES))
     given = {key: value for key, value in table.items() if key != "name"}
     options = _options(build)
     for key, value in given.items():

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from florana.errors import RecipeError, nearest
+from florana.errors import RecipeError
+from florana.other_names import method_hint
 from florana.strategy import STRATEGIES
 from florana.strategy.base import Strategy
 from florana.strategy.facts import Size
@@ -89,7 +90,7 @@ def plan_model(
     names = list(methods) or list(STRATEGIES)
     for name in names:
         if name not in STRATEGIES:
-            raise RecipeError(f"there is no strategy '{name}'", fix=nearest(name, STRATEGIES))
+            raise RecipeError(f"there is no strategy '{name}'", fix=method_hint(name, STRATEGIES))
     if rank < 1 or clients < 1:
         raise RecipeError(f"--rank {rank} and --clients {clients} must be at least 1")
     narrow = min((min(shape), name) for name, shape in shapes.items())

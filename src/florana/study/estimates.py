@@ -14,20 +14,28 @@ from dataclasses import dataclass
 
 from scipy import stats
 
+FEWEST = 3
+"""Seeds, for an interval or a test."""
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with its interval.
+    """A mean over seeds with its interval; of fewer than three seeds with its range: t of one degree of freedom says
+    nothing.
 
     Args:
         mean: over seeds.
-        half: half the width of its 95 % interval; None for one seed.
+        half: half the width of its 95 % interval; None for fewer than three seeds.
         seeds: how many seeds.
+        low: the smallest of fewer than three, None for more and for one.
+        high: the largest, likewise.
     """
 
     mean: float
     half: float | None
     seeds: int
+    low: float | None = None
+    high: float | None = None
 
 
 def estimate(values: Sequence[float | None]) -> Estimate | None:
@@ -43,6 +51,8 @@ def estimate(values: Sequence[float | None]) -> Estimate | None:
     mean = statistics.fmean(known)
     if len(known) == 1:
         return Estimate(mean, None, 1)
+    if len(known) < FEWEST:
+        return Estimate(mean, None, len(known), min(known), max(known))
     spread = statistics.stdev(known) / math.sqrt(len(known))
     _, upper = stats.t.interval(0.95, len(known) - 1, scale=spread) if spread > 0 else (0.0, 0.0)
     return Estimate(mean, float(upper), len(known))
@@ -51,7 +61,7 @@ def estimate(values: Sequence[float | None]) -> Estimate | None:
 def paired(
     values: Mapping[int, float | None], reference: Mapping[int, float | None]
 ) -> tuple[Estimate | None, float | None]:
-    """The differences of the seeds that both have, and the p-value of the paired t-test (None below two seeds)."""
+    """The differences of the seeds that both have, and the p-value of the paired t-test (None below three seeds)."""
     differences = [
         value - other
         for seed, value in values.items()

@@ -105,8 +105,13 @@ def threads_of(plan: Plan, out: Path, jobs: int | None) -> int:
 
 def rounds_left(plan: Plan, out: Path) -> int:
     """Rounds of the study that are not committed yet."""
-    rounds = plan.base.federation.rounds
-    return sum(max(0, rounds - len(read_records(folder_of(out, cell) / "rounds.jsonl"))) for cell in plan.cells)
+    return sum(rounds_left_of(plan, out, cell) for cell in plan.cells)
+
+
+def rounds_left_of(plan: Plan, out: Path, cell: Cell) -> int:
+    """Rounds of one run that are not committed yet."""
+    done = len(read_records(folder_of(out, cell) / "rounds.jsonl"))
+    return max(0, plan.base.federation.rounds - done)
 
 
 def folder_of(out: Path, cell: Cell) -> Path:

@@ -228,6 +228,9 @@ def _text(found: Estimate | None, sign: str, *, plus: bool = False) -> str:
     if found is None:
         return "-"
     mean = f"{found.mean:+.4f}" if plus else f"{found.mean:.4f}"
+    if found.low is not None and found.high is not None:
+        low, high = (f"{value:+.4f}" if plus else f"{value:.4f}" for value in (found.low, found.high))
+        return f"{mean} ({low} to {high})"
     return mean if found.half is None else f"{mean} {sign} {found.half:.4f}"
 
 
