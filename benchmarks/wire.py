@@ -26,7 +26,8 @@ from pathlib import Path
 import tomli_w
 
 from florana.flower.deploy.invitation import invite
-from florana.flower.deploy.keys import approve, make_server, make_site
+from florana.flower.deploy.keys import make_server, make_site
+from florana.flower.deploy.roster import approve
 
 PROGRAM = [sys.executable, "-m", "florana"]
 

@@ -122,7 +122,7 @@ def lead_with_trainers(recipe_path: str, out: str, roster: str, sockets: str) ->
     """The server's part of a run, in a process that a test can kill: the trainers live elsewhere."""
     from florana.flower.app.server_app import lead
     from florana.flower.app.settings import Settings
-    from florana.flower.deploy.keys import read_roster
+    from florana.flower.deploy.roster import read_roster
     from florana.recipe.load import read_recipe
 
     keys = read_roster(Path(roster))

@@ -21,14 +21,9 @@ from florana.flower.app.codec import brief_frame, read_brief, read_reply, reply_
 from florana.flower.app.flower_records import from_record, to_record
 from florana.flower.app.frames import Frame, from_head
 from florana.flower.app.settings import Settings, from_config, to_config
-from florana.flower.deploy.keys import (
-    Certificates,
-    approve,
-    make_server,
-    make_site,
-    read_private,
-    read_roster,
-)
+from florana.flower.deploy.keys import Certificates, make_server, make_site, read_private
+from florana.flower.deploy.live_roster import LiveRoster
+from florana.flower.deploy.roster import approve, read_roster, read_rows, revoke
 from florana.recipe.load import check
 from florana.strategy.base import Pruning
 from tests.flower_fake import identify
@@ -160,3 +155,38 @@ def test_a_node_of_no_simulation_says_so() -> None:
     asked = Message(to_record(Frame("hello")), dst_node_id=1, message_type=MessageType.QUERY)
     answer = from_record(app(asked, Context(1, 1, {}, RecordDict(), {})).content)
     assert (answer.kind, answer.fields["reason"][:26]) == ("failure", "it is no node of a simulat")
+
+
+def test_a_site_is_revoked_and_its_name_is_free_for_a_new_key(tmp_path: Path) -> None:
+    files = make_server(tmp_path / "fed", ["localhost"])
+    for name in ("a", "b"):
+        approve(files, make_site(tmp_path / name, name)[1], 7)
+    revoke(files, "a")
+    assert list(read_roster(files.roster)) == ["b"]
+    assert read_rows(files.roster) == {"b": 7}
+    with pytest.raises(RecipeError, match="'a' is not on the roster"):
+        revoke(files, "a")
+    assert approve(files, make_site(tmp_path / "new", "a")[1]) == "a"
+
+
+def test_a_server_lets_in_who_is_on_the_roster_now(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Removed or with another key: none; added: not before the next start; unreadable: as it was; gone: nobody."""
+    files = make_server(tmp_path / "fed", ["localhost"])
+    for name in ("a", "b"):
+        approve(files, make_site(tmp_path / name, name)[1])
+    began = read_roster(files.roster)
+    live = LiveRoster(files.roster, began)
+    assert dict(live) == {key: name for name, key in began.items()}
+    revoke(files, "a")
+    assert dict(live) == {began["b"]: "b"}
+    assert "a was taken off the roster" in caplog.text
+    approve(files, make_site(tmp_path / "new", "a")[1])
+    approve(files, make_site(tmp_path / "c", "c")[1])
+    assert dict(live) == {began["b"]: "b"}
+    whole = files.roster.read_bytes()
+    files.roster.write_text("{")
+    assert dict(live) == {began["b"]: "b"}
+    files.roster.write_bytes(whole)
+    assert len(live) == 1
+    files.roster.unlink()
+    assert began["b"] not in live

@@ -25,7 +25,9 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 
 from florana.flower.deploy import connections, gateway
 from florana.flower.deploy.gateway import Door, Receive, Scope, Send, open_door
-from florana.flower.deploy.keys import Certificates, approve, make_server, make_site, read_private, read_roster
+from florana.flower.deploy.keys import Certificates, make_server, make_site, read_private
+from florana.flower.deploy.live_roster import LiveRoster
+from florana.flower.deploy.roster import approve, read_roster, revoke
 from tests.conftest import ROOT
 from tests.deployment import free_port, wait_for
 
@@ -281,7 +283,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from tests.test_flower_gateway import Inside
 from florana.flower.deploy.gateway import Door, open_door
-from florana.flower.deploy.keys import read_roster, Certificates
+from florana.flower.deploy.keys import Certificates
+from florana.flower.deploy.roster import read_roster
 folder, port = Path(sys.argv[1]), int(sys.argv[2])
 files = Certificates(folder)
 door = Door(Inside(), 2**28, {pem: name for name, pem in read_roster(files.roster).items()})
@@ -340,3 +343,18 @@ def test_eight_uploads_under_made_up_keys_take_no_memory(place: Place) -> None:
     finally:
         server.kill()
         server.communicate()
+
+
+def test_a_site_that_is_revoked_while_the_server_runs_is_refused_at_once(tmp_path: Path) -> None:
+    made = Place(tmp_path)
+    door = Door(made.inside, LIMIT, LiveRoster(made.files.roster, read_roster(made.files.roster)))
+    opened = open_door(door, "127.0.0.1", made.port, made.files.certificate, made.files.key)
+    try:
+        assert made.served()
+        revoke(made.files, "a")
+        assert b"412" in made.request(head(PULL, signed(made.key), 2), b"hi").split(b"\r\n")[0]
+        assert len(made.inside.bodies) == 1
+        approve(made.files, tmp_path / "a" / "a.pub")
+        assert made.served(), "approved again, with the same key"
+    finally:
+        opened.close()

@@ -43,8 +43,9 @@ from florana.flower.deploy.fleet import Link, make_link
 from florana.flower.deploy.gateway import Door, open_door
 from florana.flower.deploy.invitation import Invitation
 from florana.flower.deploy.kept_update import remembered
-from florana.flower.deploy.keys import approve, make_server, make_site, read_private, read_roster
+from florana.flower.deploy.keys import make_server, make_site, read_private
 from florana.flower.deploy.node import attend
+from florana.flower.deploy.roster import approve, read_roster
 from tests.deployment import free_port, wait_for
 
 ECHO = Frame("hello", {"word": "x"}, b"tensors")

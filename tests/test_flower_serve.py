@@ -26,7 +26,8 @@ from florana.flower.app.site import Site
 from florana.flower.app.site_card import digest
 from florana.flower.deploy.invitation import Invitation, hosts_of, invite, read_invitation
 from florana.flower.deploy.join import join, told
-from florana.flower.deploy.keys import Certificates, approve, make_server, make_site, read_certificate
+from florana.flower.deploy.keys import Certificates, make_server, make_site, read_certificate
+from florana.flower.deploy.roster import approve
 from florana.flower.deploy.serve import serve
 from florana.recipe.load import check
 from florana.recipe.schema import Recipe

@@ -15,6 +15,7 @@ from florana.recipe.load import check
 from florana.report.page import write_report
 from florana.report.views import summary, views
 from florana.runs.setup import execute, prepare
+from tests.conftest import ROOT
 from tests.hostile import STRINGS, forbidden
 
 
@@ -99,3 +100,15 @@ def test_the_page_of_a_run_with_hostile_names(folders: list[Path], tmp_path: Pat
     page = write_report([run], tmp_path / "r.html").read_text()
     assert forbidden(page, keep="\n\t") == ""
     assert "<script>alert" not in page
+
+
+@pytest.mark.parametrize("name", ["page.html.j2", "comparison.html.j2"])
+def test_pages_allow_no_script_and_load_nothing(name: str) -> None:
+    """Drawn by a browser with this policy, a page of a hostile run can show text and nothing else."""
+    text = (ROOT / "src" / "florana" / "report" / name).read_text()
+    policy = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', text)
+    assert policy == [
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    ]
+    assert text.index("Content-Security-Policy") < text.index("<title>")
+    assert not re.search(r"<script|<link|\bon\w+=|src=\"http", text)

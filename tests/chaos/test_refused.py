@@ -23,7 +23,8 @@ from florana.flower.app.settings import Settings
 from florana.flower.deploy.fleet import make_link
 from florana.flower.deploy.gateway import Door, open_door, trusting
 from florana.flower.deploy.invitation import invite
-from florana.flower.deploy.keys import Certificates, approve, make_server, make_site, read_roster
+from florana.flower.deploy.keys import Certificates, make_server, make_site
+from florana.flower.deploy.roster import approve, read_roster
 from florana.flower.deploy.serve import check_certificates, serve
 from florana.recipe.load import read_recipe
 from tests.deployment import HANGS, PROGRAM, end_all, environment, free_port

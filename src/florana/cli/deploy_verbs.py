@@ -1,4 +1,4 @@
-"""The verbs of a federation over the network: keys, approve, invite, export, serve, join, doctor."""
+"""The verbs of a federation over the network: serve, join, doctor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from florana.cli.say import say
-from florana.cli.verb import Verb
 from florana.displayable import displayable
 from florana.errors import InputError, RecipeError
 from florana.flower import require_flwr
@@ -21,121 +20,11 @@ if TYPE_CHECKING:
     from florana.federation.loop import Event
     from florana.flower.deploy.doctor import Finding
 
-flower = typer.Typer(help="A federation over the network, on Flower: keys, approval, invitations, apps.")
-
 Fed = Annotated[Path, typer.Option(help="The operator's folder, with certificates and roster.")]
 Assign = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
-
-
-@flower.command(cls=Verb)
-def keys(
-    name: Annotated[str, typer.Argument(help="The site's name, or with --server the host's name or address.")],
-    out: Annotated[Path, typer.Option(help="The folder to write into.")],
-    server: Annotated[bool, typer.Option("--server", help="Make the operator's certificates.")] = False,
-    also: Annotated[list[str] | None, typer.Option(help="Another name or address of the host; repeatable.")] = None,
-    days: Annotated[int, typer.Option(min=1, help="How long the certificates are valid.")] = 365,
-) -> None:
-    """Make a site's key pair, or with --server the operator's TLS certificates.
-
-    Example: florana flower keys hospital-a --out site
-    """
-    require_flwr()
-    from florana.flower.deploy.keys import make_server, make_site
-
-    if server:
-        files = make_server(out, [name, *(also or [])], days)
-        say(f"certificates for {name}: {files.folder} (ca.key and server.key stay here)")
-        return
-    private, public = make_site(out, name)
-    say(f"private key: {private} (stays here)\npublic key:  {public} (send it to the operator)")
-
-
-@flower.command(cls=Verb)
-def approve(
-    fed: Annotated[Path, typer.Argument(help="The operator's folder.")],
-    public: Annotated[list[Path], typer.Argument(help="The sites' .pub files.")],
-    rows: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=COUNT", help="How many training rows a site has; it counts with no others."),
-    ] = None,
-) -> None:
-    """Let sites in: put their public keys on the roster.
-
-    Example: florana flower approve fed hospital-a.pub hospital-b.pub --rows hospital-a=5400
-    """
-    require_flwr()
-    from florana.flower.deploy.keys import Certificates, read_public
-    from florana.flower.deploy.keys import approve as put
-
-    counts = dict(_count(text) for text in rows or [])
-    names = {path: read_public(path)[0] for path in public}
-    for name in counts.keys() - names.values():
-        raise RecipeError(f"--rows names '{name}', whose .pub file is not given", fix="name its file too")
-    for path, name in names.items():
-        put(Certificates(fed), path, counts.get(name))
-        say(f"approved: {name}" + (f", {counts[name]} training rows" if name in counts else ""))
-
-
-def _count(text: str) -> tuple[str, int]:
-    name, _, count = text.rpartition("=")
-    if not name or not (count.isascii() and count.isdecimal()) or not 1 <= int(count[:12]) <= 1_000_000_000:
-        raise RecipeError(f"--rows {text!r} is not NAME=COUNT", fix="for example --rows hospital-a=5400")
-    return name, int(count)
-
-
-@flower.command(cls=Verb)
-def invite(
-    recipe: Annotated[Path, typer.Argument(help="The recipe of the run.")],
-    out: Annotated[Path, typer.Option(help="A new folder for the invitation.")],
-    fed: Fed = Path("fed"),
-    host: Annotated[str | None, typer.Option(help="The server, as the sites reach it.")] = None,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The port that sites connect to.")] = 8443,
-    no_base: Annotated[bool, typer.Option("--no-base", help="The operator has no base model to compare with.")] = False,
-) -> None:
-    """Write the folder that every site gets: address, authority, recipe, and the base model's digest.
-
-    Example: florana flower invite recipe.toml --fed fed --out invitation
-    """
-    require_flwr()
-    from florana.flower.deploy.invitation import hosts_of
-    from florana.flower.deploy.invitation import invite as write
-    from florana.flower.deploy.keys import Certificates, read_certificate
-    from florana.recipe.load import read_recipe
-
-    files = Certificates(fed)
-    base = ""
-    if not no_base:
-        from florana.flower.app.site import base_digest
-        from florana.runs.setup import prepare
-
-        resolved = read_recipe(recipe)
-        base = base_digest(prepare(resolved, {} if resolved.partition.kind == "sites" else None))
-    where = host or hosts_of(read_certificate(files.certificate))[0]
-    write(recipe, files, where, port, out, base)
-    say(f"invitation: {out} (send the whole folder to every site; nothing in it is secret)")
-
-
-@flower.command(cls=Verb)
-def export(
-    out: Annotated[Path, typer.Argument(help="A new folder for the app.")],
-    recipe: Annotated[Path, typer.Option(help="The recipe that the app runs.")],
-    assign: Assign = None,
-) -> None:
-    """Write a Flower app that runs a recipe with 'flwr run', in a simulation or on a SuperLink of your own.
-
-    Example: florana flower export app --recipe recipes/sst2-minilm.toml
-    """
-    require_flwr()
-    from florana.flower.app.export import export as write
-    from florana.recipe.load import read_recipe
-
-    resolved = read_recipe(recipe, assign or [])
-    write(resolved, out)
-    nodes = resolved.partition.clients or 2
-    say(f"app: {out}\nrun it: flwr run {out} --stream --federation-config 'num-supernodes={nodes}'")
 
 
 def serve(

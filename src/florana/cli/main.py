@@ -17,8 +17,9 @@ import typer
 
 from florana.cli.adapter_verbs import inspect, merge
 from florana.cli.compare_verb import compare
-from florana.cli.deploy_verbs import doctor, flower, join, serve
+from florana.cli.deploy_verbs import doctor, join, serve
 from florana.cli.extras import missing
+from florana.cli.flower_verbs import flower
 from florana.cli.interrupted import Interrupted
 from florana.cli.plan_verb import plan
 from florana.cli.recipe_verb import recipe
@@ -57,7 +58,7 @@ def demo(
     replace: Annotated[bool, typer.Option("--replace", help="Remove an earlier demo in that folder first.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train four strategies on real text, offline, in about a minute, and write a report.
+    """Train four strategies on real text, offline, in about two minutes, and write a report.
 
     Example: florana demo --out florana-demo
     """

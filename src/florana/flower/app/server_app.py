@@ -31,7 +31,7 @@ from florana.flower.app.registration import Registration
 from florana.flower.app.settings import Settings, from_config
 from florana.flower.app.site import agreed, common_of, starts_anywhere
 from florana.flower.app.site_card import Common
-from florana.flower.deploy.keys import read_roster, read_rows
+from florana.flower.deploy.roster import read_roster, read_rows
 from florana.lora.factors import Adapter
 from florana.recipe import schema as r
 from florana.runs.completions import write_completions

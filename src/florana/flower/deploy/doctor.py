@@ -18,8 +18,9 @@ from florana.errors import FederationError, FloranaError
 from florana.flower.app.site import base_digest
 from florana.flower.deploy.invitation import Invitation
 from florana.flower.deploy.join import prepare_site
-from florana.flower.deploy.keys import Certificates, read_private, read_roster
+from florana.flower.deploy.keys import Certificates, read_private
 from florana.flower.deploy.reachability import clock_difference
+from florana.flower.deploy.roster import read_roster
 from florana.flower.deploy.serve import check_certificates
 from florana.recipe import schema as r
 from florana.runs.setup import Setup, prepare

@@ -8,10 +8,8 @@ in OpenSSH's form, which is what Flower reads.
 
 from __future__ import annotations
 
-import base64
 import datetime as dt
 import ipaddress
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -34,7 +32,6 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from florana.atomic_files import replace_file
-from florana.bounded import read_json
 from florana.errors import InputError, RecipeError
 
 DAYS = 365
@@ -125,57 +122,6 @@ def make_site(folder: Path, name: str) -> tuple[Path, Path]:
     text = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     replace_file(public, text + b" " + name.encode() + b"\n")
     return private, public
-
-
-def approve(files: Certificates, public: Path, rows: int | None = None) -> str:
-    """Put a site's public key on the roster, and how many training rows it is to have; returns the site's name.
-
-    Args:
-        files: the operator's folder.
-        public: the site's .pub file.
-        rows: how many training rows the site has; None leaves the count as it is on the roster. A site without one is
-            believed at its first registration.
-
-    Raises:
-        InputError: the file is no such key.
-        RecipeError: the name or the key is taken.
-    """
-    name, key = read_public(public)
-    roster = read_roster(files.roster)
-    for known, other in roster.items():
-        if known == name and other != key:
-            raise RecipeError(f"'{name}' is approved already, with another key", fix="the site needs a name of its own")
-        if known != name and other == key:
-            raise RecipeError(f"the key in {public} is approved already, as '{known}'", fix="one key per site")
-    counts = read_rows(files.roster) | ({} if rows is None else {name: rows})
-    entries = {
-        client: {"key": base64.b64encode(content).decode()} | ({"rows": counts[client]} if client in counts else {})
-        for client, content in (roster | {name: key}).items()
-    }
-    replace_file(files.roster, (json.dumps({"clients": dict(sorted(entries.items()))}, indent=1) + "\n").encode())
-    return name
-
-
-def read_roster(path: Path) -> dict[str, bytes]:
-    """Client -> its public key as Flower tells it (PEM); empty where nobody was approved yet. Raises InputError."""
-    if not path.exists():
-        return {}
-    try:
-        content = read_json(path)
-        return {str(client): base64.b64decode(entry["key"]) for client, entry in content["clients"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"the roster {path} cannot be read", why=f"{type(error).__name__}: {error}") from None
-
-
-def read_rows(path: Path) -> dict[str, int]:
-    """Client -> the training rows that the operator approved, of those where one was given. Raises InputError."""
-    if not path.exists():
-        return {}
-    try:
-        content = read_json(path)
-        return {str(client): int(entry["rows"]) for client, entry in content["clients"].items() if "rows" in entry}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"the roster {path} cannot be read", why=f"{type(error).__name__}: {error}") from None
 
 
 def read_public(path: Path) -> tuple[str, bytes]:

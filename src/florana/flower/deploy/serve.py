@@ -14,7 +14,9 @@ from florana.flower.app.server_app import lead, noted
 from florana.flower.app.settings import Settings
 from florana.flower.deploy.fleet import logged_to, make_link
 from florana.flower.deploy.gateway import Door, OpenDoor, open_door
-from florana.flower.deploy.keys import Certificates, read_certificate, read_roster
+from florana.flower.deploy.keys import Certificates, read_certificate
+from florana.flower.deploy.live_roster import LiveRoster
+from florana.flower.deploy.roster import read_roster
 from florana.recipe import schema as r
 from florana.runs.rounds import Show
 from florana.runs.run_folder import check_folder, held, locked
@@ -70,7 +72,7 @@ def serve(
     )
     with held(work / "guard", taken), logged_to(work / "link.log"):
         link, fleet = make_link(approved)
-        door = Door(fleet, limit, {key: client for client, key in approved.items()}, lambda: link.asked)
+        door = Door(fleet, limit, LiveRoster(files.roster, approved), lambda: link.asked)
         inside = open_door(door, host, port, files.certificate, files.key)
         try:
             with explained(folder, "the run folder could not be made"):
