@@ -22,7 +22,7 @@ from florana.cli.extras import missing
 from florana.cli.flower_verbs import flower
 from florana.cli.interrupted import Interrupted
 from florana.cli.plan_verb import plan
-from florana.cli.recipe_verb import recipe
+from florana.cli.recipe_verb import init, recipe
 from florana.cli.run_verb import run
 from florana.cli.say import say
 from florana.cli.use_verbs import evaluate, predict
@@ -116,7 +116,7 @@ def report(
         console.print(f"report: {path}", highlight=False, soft_wrap=True)
 
 
-for _verb in (demo, run, recipe, report, predict, evaluate, compare, merge, inspect, plan, serve, join, doctor):
+for _verb in (demo, init, run, recipe, report, predict, evaluate, compare, merge, inspect, plan, serve, join, doctor):
     app.command(cls=Verb)(_verb)
 app.add_typer(flower, name="flower")
 

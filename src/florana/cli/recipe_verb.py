@@ -1,12 +1,16 @@
-"""The verb `recipe`: what can stand in one."""
+"""The verbs `recipe` and `init`: what can stand in a recipe, and a first one for a file."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from florana.cli.say import say
+from florana.errors import RecipeError
 
 
 def recipe(
@@ -38,3 +42,27 @@ def recipe(
     elif console:
         for key in chosen:
             console.print(f"{key.path} = {key.default or '(required)'}", highlight=False, soft_wrap=True)
+
+
+def init(
+    data: Annotated[Path, typer.Argument(help="A csv, tsv, jsonl, json or parquet file.")],
+    out: Annotated[Path, typer.Option(help="The recipe to write; one that exists is not replaced.")] = Path(
+        "recipe.toml"
+    ),
+) -> None:
+    """Look at a file of rows, and write a first recipe for it, with comments.
+
+    Example: florana init reviews.csv
+    """
+    from florana.atomic_files import explained, replace_file
+    from florana.recipe.load import read_recipe
+    from florana.train.data.first_recipe import first_recipe
+
+    if out.exists():
+        raise RecipeError(f"{out} exists already", fix="name another file by --out")
+    text = first_recipe(data, out)
+    with explained(out.parent, "the recipe could not be written"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(out, text.encode())
+    made = read_recipe(out)
+    say(f"{out}: {made.task} of {data}\nlook at it, then: florana run {out} --dry-run")

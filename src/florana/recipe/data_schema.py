@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from florana.score.benchmarks import TaskName
 from florana.score.glue import GLUE, HUB, GlueName
@@ -30,10 +31,10 @@ class Data(Section):
     """Of the training rows, where there is no test set of its own."""
     text: str | list[str] = "text"
     """The column with the text, or two columns (a pair; prompt and continuation for causal-lm)."""
-    instructions: Literal["alpaca", "dolly", "prompt-response", "messages"] | None = None
+    instructions: Literal["alpaca", "dolly", "prompt-response", "messages", "sharegpt"] | None = None
     """causal-lm: rows of prompts and responses in the place of `text`; only responses count in the loss. Columns:
     instruction, input, output; instruction, context, response; prompt, response (or the two that `text` names); a list
-    of messages."""
+    of messages; ShareGPT's conversations."""
     template: Literal["plain", "chat"] = "plain"
     """How instructions become one text: florana's own template (docs/tasks.md), or the tokenizer's chat template."""
     too_long: Literal["error", "drop"] = "error"
@@ -44,6 +45,8 @@ class Data(Section):
     """All classes, in order; required where each site has its own file, which may not show every class."""
     test_mismatched: str | None = None
     """MNLI's second test set, a file or hub name: its figures end in `_mismatched`."""
+    encoding: str = "utf-8"
+    """Of csv, tsv, jsonl and json files, by Python's name for it: latin-1, cp1252, utf-16, shift_jis, ..."""
     max_length: int = Field(128, ge=4)
     """Tokens; longer texts are cut."""
     train_limit: int | None = Field(None, ge=1)
@@ -74,6 +77,15 @@ class Data(Section):
         if "train" not in given:
             known |= {"train": HUB, "test": HUB} | ({"test_mismatched": HUB} if task.mismatched else {})
         return known | given
+
+    @field_validator("encoding")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        try:
+            io.TextIOWrapper(io.BytesIO(), encoding=name)
+        except (LookupError, ValueError):
+            raise ValueError(f"data.encoding is {name!r}, which Python does not know for text") from None
+        return name
 
     @model_validator(mode="after")
     def _only_where_it_means_something(self) -> Data:

@@ -34,7 +34,7 @@ class Usage(Section):
     text: str | list[str] = "text"
     label: str | None = None
     glue: GlueName | None = None
-    instructions: Literal["alpaca", "dolly", "prompt-response", "messages"] | None = None
+    instructions: Literal["alpaca", "dolly", "prompt-response", "messages", "sharegpt"] | None = None
     template: Literal["plain", "chat"] = "plain"
     max_length: int = Field(512, ge=4)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -31,6 +31,12 @@ COLUMNS: Mapping[str, tuple[tuple[str, str], str | None]] = {
 }
 """Kind -> ((prompt, response), the column that may add to the prompt)."""
 
+CHATS = {"messages": ("messages", "role", "content"), "sharegpt": ("conversations", "from", "value")}
+"""Kind -> (column, and in each of its turns the role and the text)."""
+
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+"""ShareGPT's names -> those of chat templates."""
+
 Turn = tuple[str, str]
 """(role, text)."""
 
@@ -57,7 +63,7 @@ def required(settings: r.Data) -> list[str]:
     kind = settings.instructions or ""
     if kind == "prompt-response" and not isinstance(settings.text, str):
         return list(settings.text)
-    return ["messages"] if kind == "messages" else list(COLUMNS[kind][0])
+    return [CHATS[kind][0]] if kind in CHATS else list(COLUMNS[kind][0])
 
 
 def encode_instructions(table: datasets.Dataset, settings: r.Data, tokenizer: Any, source: str) -> Encoded:
@@ -115,8 +121,8 @@ def turns_of(row: Mapping[str, Any], kind: str, place: str, *, plain: bool) -> l
         >>> turns_of({"instruction": "Add.", "input": "1 2", "output": "3"}, "alpaca", "row 1", plain=False)
         [('user', 'Add.\\n\\n1 2'), ('assistant', '3')]
     """
-    if kind == "messages":
-        return _messages(row["messages"], place)
+    if kind in CHATS:
+        return _messages(row[CHATS[kind][0]], place, *CHATS[kind][1:])
     (asked, answered), more = COLUMNS[kind]
     prompt, response = str(row[asked]), str(row[answered])
     for column, text in ((asked, prompt), (answered, response)):
@@ -157,14 +163,17 @@ def prompt_of(text: str, kind: str | None, template: str, tokenizer: Any) -> str
         ) from None
 
 
-def _messages(given: Any, place: str) -> list[Turn]:
+def _messages(given: Any, place: str, speaker: str, spoken_text: str) -> list[Turn]:
     turns: list[Turn] = []
     for message in given if isinstance(given, Sequence) and not isinstance(given, str) else [None]:
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
+        role, content = (message.get(key) for key in (speaker, spoken_text)) if isinstance(message, Mapping) else (0, 0)
+        role = ROLES.get(role, role) if speaker == "from" and isinstance(role, str) else role
         if role not in ("system", "user", "assistant") or not isinstance(content, str) or not content.strip():
             raise InputError(
                 f"{place}: {str(message)[:60]!r} is no message",
-                why="a message has a role (system, user or assistant) and a content",
+                why="a message has a role (system, user or assistant) and a content"
+                if speaker == "role"
+                else "a turn has `from` (system, human or gpt) and `value`",
             )
         turns.append((role, content))
     spoken = [role for role, _ in turns if role != "system"]

@@ -15,7 +15,7 @@ from florana.recipe import schema as r
 from florana.score.glue import GLUE
 from florana.train.data.docstrings import docstrings
 from florana.train.data.glue_rows import glue_rows
-from florana.train.data.instructions import required
+from florana.train.data.instructions import CHATS, required
 from florana.train.data.tables import read_table
 
 DOCSTRINGS = "stdlib-docstrings"
@@ -200,8 +200,10 @@ def _read(name: str, settings: r.Data, split: str) -> datasets.Dataset:
         return _docstrings()
     path = Path(name)
     if path.is_absolute():
-        words = [] if settings.instructions == "messages" else _columns(settings)
-        return read_table(path, split, words, [*words, *([settings.label] if settings.label else [])])
+        words = [] if settings.instructions in CHATS else _columns(settings)
+        return read_table(
+            path, split, words, [*words, *([settings.label] if settings.label else [])], settings.encoding
+        )
     try:
         return datasets.load_dataset(name, settings.hub_config, split=split)
     except FloranaError:

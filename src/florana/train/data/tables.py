@@ -24,7 +24,6 @@ from florana.errors import InputError
 from florana.train.data.bounds import read_parquet, require_bounded, require_few_columns
 
 _CELLS: dict[str, Any] = {
-    "encoding": "utf-8-sig",
     "keep_default_na": False,
     "na_values": [""],
     "low_memory": False,
@@ -35,7 +34,9 @@ one type, found from all of its rows."""
 _SCALARS = (str, bool, int, float, decimal.Decimal, datetime.date, datetime.time)
 
 
-def read_table(path: Path, split: str, texts: Sequence[str], values: Collection[str]) -> datasets.Dataset:
+def read_table(
+    path: Path, split: str, texts: Sequence[str], values: Collection[str], encoding: str = "utf-8"
+) -> datasets.Dataset:
     """The rows of a file as a data set.
 
     Args:
@@ -43,11 +44,12 @@ def read_table(path: Path, split: str, texts: Sequence[str], values: Collection[
         split: `train[600:974]` takes rows by number; without brackets all.
         texts: the columns that are read as text: `007` in a csv file stays `007`.
         values: the columns that must hold one text or number per row.
+        encoding: of a file of text; a byte order mark is passed over.
 
     Raises:
         InputError: the file cannot be read; the line, row and column are named where they are known.
     """
-    frame = _sliced(_read_file(path, texts), split, path)
+    frame = _sliced(_read_file(path, texts, encoding), split, path)
     frame.columns = pd.Index([str(column) for column in frame.columns])
     for column in values:
         if column in frame.columns:
@@ -101,15 +103,16 @@ def _dumped(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _read_file(path: Path, texts: Sequence[str]) -> pd.DataFrame:
+def _read_file(path: Path, texts: Sequence[str], given: str) -> pd.DataFrame:
+    encoding = "utf-8-sig" if given.lower().replace("_", "-") in ("utf-8", "utf8") else given
     suffixes = [suffix for suffix in path.suffixes if suffix.lower() != ".gz"]
     kind = suffixes[-1].lower() if suffixes else ""
     words = dict.fromkeys(texts, str)
     readers: dict[str, Any] = {
-        ".csv": lambda: pd.read_csv(path, dtype=words, **_CELLS),
-        ".tsv": lambda: pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, dtype=words, **_CELLS),
-        ".jsonl": lambda: _read_lines(path),
-        ".json": lambda: _read_json(path),
+        ".csv": lambda: pd.read_csv(path, dtype=words, encoding=encoding, **_CELLS),
+        ".tsv": lambda: pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, dtype=words, encoding=encoding, **_CELLS),
+        ".jsonl": lambda: _read_lines(path, encoding),
+        ".json": lambda: _read_json(path, encoding),
         ".parquet": lambda: read_parquet(path),
     }
     if kind not in readers:
@@ -120,11 +123,11 @@ def _read_file(path: Path, texts: Sequence[str]) -> pd.DataFrame:
         if kind != ".parquet":
             require_bounded(path, kind)
         frame = readers[kind]()
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise InputError(
-            f"{path}, line {_undecodable(path)}: it is not UTF-8",
+            f"{path}, line {_undecodable(path, encoding)}: it is not {'UTF-8' if encoding == 'utf-8-sig' else given}",
             why=str(error),
-            fix="save the file as UTF-8 (a spreadsheet's 'CSV UTF-8')",
+            fix="save the file as UTF-8 (a spreadsheet's 'CSV UTF-8'), or name what it is by data.encoding",
         ) from None
     except InputError:
         raise
@@ -135,27 +138,39 @@ def _read_file(path: Path, texts: Sequence[str]) -> pd.DataFrame:
     return frame
 
 
-def _opened(path: Path) -> Any:
+def _opened(path: Path, encoding: str) -> Any:
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
+        return gzip.open(path, "rt", encoding=encoding)
+    return path.open(encoding=encoding)
 
 
-def _undecodable(path: Path) -> int:
-    """The number of the first line that is not UTF-8."""
+def _undecodable(path: Path, encoding: str) -> int:
+    """The number of the first line that cannot be decoded."""
+    number = 1
+    try:
+        with _opened(path, encoding) as file:
+            for number, _ in enumerate(file, 2):  # noqa: B007  (the line after the last one read)
+                pass
+    except UnicodeError:
+        return _exactly(path, number) if encoding == "utf-8-sig" else number
+    return number
+
+
+def _exactly(path: Path, least: int) -> int:
+    """Of UTF-8 the very line: text is decoded in pieces of many lines."""
     content = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
     for number, line in enumerate(content.split(b"\n"), 1):
         try:
             line.decode("utf-8")
         except UnicodeDecodeError:
             return number
-    return 1
+    return least
 
 
-def _read_lines(path: Path) -> pd.DataFrame:
+def _read_lines(path: Path, encoding: str) -> pd.DataFrame:
     """One JSON object per line; empty lines are passed over."""
     rows: list[dict[str, Any]] = []
-    with _opened(path) as file:
+    with _opened(path, encoding) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -174,9 +189,9 @@ def _read_lines(path: Path) -> pd.DataFrame:
     return _framed(rows, path)
 
 
-def _read_json(path: Path) -> pd.DataFrame:
+def _read_json(path: Path, encoding: str) -> pd.DataFrame:
     """A list of objects, or an object of objects keyed by an id (which is dropped), or an object of columns."""
-    with _opened(path) as file:
+    with _opened(path, encoding) as file:
         whole = json.load(file)
     if isinstance(whole, dict) and whole and all(isinstance(inner, dict) for inner in whole.values()):
         whole = _of_objects(whole)
