@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from florana.adapters.hub import adapter_folder
 from florana.adapters.merge import answer_of, notes_on, widest_dtype
 from florana.adapters.merge_card import coefficients, names_of
 from florana.adapters.merge_rules import RULES
@@ -113,7 +114,7 @@ def inspect(
         RecipeError: as many weights as folders are needed.
         InputError: a folder cannot be read or does not fit.
     """
-    places = [Path(folder) for folder in folders]
+    places = [adapter_folder(Path(folder)) for folder in folders]
     shares = coefficients(weights, len(places), normalize)
     readers = open_together(places)
     common_card(readers, base=readers[0].card.base_model)

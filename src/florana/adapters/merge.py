@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from florana.adapters.adapter_folder import write_adapter
+from florana.adapters.hub import adapter_folder
 from florana.adapters.merge_card import Merged, Source, coefficients, model_card, names_of
 from florana.adapters.merge_rules import RULES, Rule, rule_of
 from florana.adapters.reader import AdapterReader
@@ -74,7 +75,7 @@ def merge(
         InputError: an adapter cannot be read or does not fit the others; the message names the folder, the module and
             both shapes.
     """
-    places, out = [Path(folder) for folder in folders], Path(out)
+    places, out = [adapter_folder(Path(folder)) for folder in folders], Path(out)
     _check(places, out, method, rank, dtype)
     rule = rule_of(method, scope)
     shares = coefficients(weights, len(places), normalize)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from florana.recipe.usage import Usage
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
-Adapter = Annotated[Path, typer.Argument(help="A run folder, a merged folder, or any PEFT LoRA folder.")]
+Adapter = Annotated[Path, typer.Argument(help="A run folder, a merged folder, any PEFT LoRA folder, or a hub name.")]
 Base = Annotated[str | None, typer.Option(help="The base model, where the adapter names one that is not here.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Labels = Annotated[str | None, typer.Option(help="Names of the classes, a,b,c. Default: those in the folder.")]

@@ -134,7 +134,7 @@ def resolve(recipe: Recipe, folder: Path) -> Recipe:
 
     files = ("train", "test", "test_mismatched")
     data = recipe.data.model_copy(update={key: absolute(getattr(recipe.data, key)) for key in files})
-    model = recipe.model.model_copy(update={"base": absolute(recipe.model.base)})
+    model = recipe.model.model_copy(update={key: absolute(getattr(recipe.model, key)) for key in ("base", "adapter")})
     written = recipe.generation
     if written is not None:  # always files: there is no hub here
         paths = {"file": written.file, "examples": written.examples}

@@ -42,6 +42,9 @@ class Model(Section):
     base: str
     """A folder, a hub name, or `package:NAME[/sub/folder]` for a model that an installed Python package carries; a GGUF
     file by its path, as `package:NAME/FILE.gguf`, or as `OWNER/REPOSITORY/FILE.gguf`."""
+    adapter: str | None = None
+    """Start from this adapter: a folder of any PEFT origin, a run's folder, or a hub name; its ranks, scalings and
+    modules must be the recipe's. None: PEFT's own start."""
     target_modules: list[str] | str = "all-linear"
     """The last parts of module names; or a regular expression that matches whole names; or `all-linear`."""
     variant: Literal["lora", "dora"] = "lora"
@@ -219,6 +222,10 @@ class Recipe(Section):
             self.partition.by or self.data.label
         ):
             raise ValueError(f"partition.by is missing: {self.partition.kind} needs a column to split by")
+        if self.model.adapter is not None and self.partition.kind == "sites":
+            raise ValueError("model.adapter does not go with partition.kind = 'sites': the sites would need the folder")
+        if self.model.adapter is not None and self.model.variant == "dora":
+            raise ValueError("model.adapter does not go with model.variant = 'dora': magnitudes are not read back")
         unnamed = self.data.labels is None and self.data.glue is None
         if self.partition.kind == "sites" and self.task == "sequence-classification" and unnamed:
             raise ValueError("data.labels is missing: a site's own file may not show every class")

@@ -11,7 +11,7 @@ from florana.federation.error_feedback import packed_size
 from florana.federation.messages import pack, travelling
 from florana.lora.factors import kind_of
 from florana.recipe import schema as r
-from florana.runs.setup import Setup, begin, strategy_of
+from florana.runs.setup import Setup, first_state, strategy_of
 from florana.score.benchmarks import figure_names
 from florana.strategy.base import Payload
 from florana.train.client import steps_per_round, train_locally
@@ -183,7 +183,7 @@ def _writing(recipe: r.Recipe, setup: Setup, measured: int = 4) -> Writing | Non
 def _traffic(recipe: r.Recipe, setup: Setup) -> tuple[float, float, int]:
     """The first round's bytes down and up, the mean over clients, and the most parameters a client trains."""
     strategy = strategy_of(recipe, sorted(setup.clients))
-    state = strategy.init(begin(recipe, setup, strategy))
+    state = first_state(recipe, setup, strategy)
     setup.bench.load(setup.start)
     payloads = [strategy.brief(state, client) for client in sorted(setup.clients)]
     down = [len(pack(p.adapter, p.work.down, p.residual)) for p in payloads]

@@ -36,6 +36,7 @@ from florana.train.examples import rows_of
 from florana.train.generation_eval import GenerationBenchmark, generation_benchmark
 from florana.train.model import Workbench
 from florana.train.optimizer import reach, require_optimizer
+from florana.train.start_from import require_begun, start_from
 
 WEIGHTINGS = {"examples": by_examples, "uniform": uniformly}
 
@@ -90,6 +91,9 @@ def prepare(recipe: r.Recipe, files: Mapping[str, Path] | None = None) -> Setup:
     require_optimizer(recipe.train, bench.device)
     rows = rows_of(recipe, bench, tables)
     start = bench.adapter()
+    if recipe.model.adapter is not None:
+        start = start_from(recipe.model.adapter, start)
+        bench.load(start)
     return Setup(
         bench=bench,
         start=Adapter(start.modules) if recipe.model.personal else start,
@@ -131,7 +135,7 @@ def execute(
     with settled(recipe, folder, show) as recipe:
         here = setup or prepare(recipe)
         strategy = strategy_of(recipe, sorted(here.clients))
-        begun = strategy.init(begin(recipe, here, strategy))
+        begun = first_state(recipe, here, strategy)
         return execute_rounds(
             recipe,
             folder,
@@ -194,6 +198,14 @@ def begin(recipe: r.Recipe, setup: Setup, strategy: Strategy) -> Adapter:
         batches = {client: data.train[: recipe.train.batch_size] for client, data in setup.clients.items()}
         return lora_init.gradient(setup.bench, setup.start, batches, recipe.train.learning_rate)
     return setup.start
+
+
+def first_state(recipe: r.Recipe, setup: Setup, strategy: Strategy) -> State:
+    """The strategy's state before the first round. Raises RecipeError where it cannot start from `model.adapter`."""
+    begun = strategy.init(begin(recipe, setup, strategy))
+    if recipe.model.adapter is not None:
+        require_begun(strategy, begun, setup.start)
+    return begun
 
 
 def global_scores(setup: Setup, adapter: Adapter, residual: Adapter | None, batch_size: int) -> dict[str, float]:

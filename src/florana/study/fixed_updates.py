@@ -17,7 +17,7 @@ from florana.federation.journal import Journal
 from florana.federation.loop import run_rounds
 from florana.lora.factors import Contribution
 from florana.recipe import schema as r
-from florana.runs.setup import Setup, begin, engine_of, federation_of, global_scores, strategy_of
+from florana.runs.setup import Setup, engine_of, federation_of, first_state, global_scores, strategy_of
 from florana.strategy.base import PAIR, Outcome, State, Strategy
 from florana.study.grid import Method
 
@@ -35,7 +35,7 @@ def hold(recipe: r.Recipe, setup: Setup, rounds: Sequence[int]) -> dict[int, tup
             captured[state.round + 1] = (state, parts)
         return strategy.step(state, parts)
 
-    state = strategy.init(begin(recipe, setup, strategy))
+    state = first_state(recipe, setup, strategy)
     plain = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"personal": "never"})})
     federation = replace(
         federation_of(plain, setup, sorted(setup.clients), setup.examples), rounds=max(rounds), evaluate=None

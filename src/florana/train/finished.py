@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from florana.adapters.headers import read_headers
+from florana.adapters.hub import adapter_folder
 from florana.adapters.peft_config import CONFIG, read_json
 from florana.adapters.reader import open_adapter
 from florana.errors import InputError
@@ -85,7 +86,7 @@ def open_finished(
     Raises:
         InputError: no adapter, a damaged one, one whose head is not in it, a base model that cannot be loaded.
     """
-    place = adapter_in(folder)
+    place = adapter_in(adapter_folder(folder))
     config = _checked(place)
     usage = read_usage(place) or Usage(task=_task(config, place))
     if labels is not None:

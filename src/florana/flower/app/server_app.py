@@ -37,7 +37,7 @@ from florana.recipe import schema as r
 from florana.runs.completions import write_completions
 from florana.runs.rounds import Show, execute_rounds, settled
 from florana.runs.run_folder import OUTCOME, PROGRESS, RUN_NAME, check_folder, locked
-from florana.runs.setup import Setup, begin, facts_of, federation_of, prepare, strategy_of
+from florana.runs.setup import Setup, facts_of, federation_of, first_state, prepare, strategy_of
 from florana.strategy.base import State, Strategy
 
 app = ServerApp()
@@ -92,7 +92,7 @@ def _lead(grid: Nodes, recipe: r.Recipe, settings: Settings, folder: Path, show:
     if here is not None:
         clients = sorted(here.clients if keys is None else keys)
         strategy = strategy_of(recipe, clients)
-        begun = strategy.init(begin(recipe, here, starts_anywhere(strategy)))
+        begun = first_state(recipe, here, starts_anywhere(strategy))
         registration = called(common_of(here, Adapter(begun.adapter.modules, here.head, begun.adapter.cores)))
     else:
         registration = called(None)

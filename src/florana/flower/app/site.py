@@ -21,7 +21,7 @@ from florana.flower.app.frames import Frame
 from florana.flower.app.site_card import Card, Common, digest
 from florana.lora.factors import Adapter
 from florana.recipe import schema as r
-from florana.runs.setup import Setup, begin, clients_of, strategy_of
+from florana.runs.setup import Setup, clients_of, first_state, strategy_of
 from florana.runs.threads import instructions, threads
 from florana.strategy.base import Strategy
 
@@ -88,7 +88,7 @@ def site_of(recipe: r.Recipe, setup: Setup, who: str, folder: Path, step: Callab
         raise RecipeError(f"there is no client '{who}'", why=f"the data have {', '.join(sorted(setup.clients))}")
     with threads(recipe.threads):
         strategy = strategy_of(recipe, sorted(setup.clients))
-        begun = strategy.init(begin(recipe, setup, starts_anywhere(strategy)))
+        begun = first_state(recipe, setup, starts_anywhere(strategy))
         clients = clients_of(recipe, setup, begun, step or (lambda client: None))
         return Site(who, clients.fit, card_of(recipe, setup, who, clients.first), clients.first, folder)
 
