@@ -50,7 +50,7 @@ def proximal(parameters: Sequence[Tensor], mu: float) -> Callable[[], Tensor]:
         >>> term = proximal([w], 0.5)
         >>> with torch.no_grad():
         ...     _ = w.fill_(2.0)
-        >>> float(term())
+        >>> float(term().detach())
         2.0
     """
     received = [parameter.detach().clone() for parameter in parameters]
