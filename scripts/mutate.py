@@ -121,7 +121,7 @@ MUTATIONS = [
     ("train/client.py", "rate * factor(step)", "rate", "test_local_training"),
     ("train/optimizer.py", "rate * settings.loraplus_lr_ratio", "rate", "test_local_training"),
     ("train/optimizer.py", "(round_ - 1) * steps", "0", "test_local_training"),
-    ("train/local_loss.py", "labels[:, 1:] != IGNORED", "labels != IGNORED", "test_local_training"),
+    ("train/local_loss.py", "labels[:, 1:] != IGNORED", "labels != IGNORED", "test_readme"),
     ("train/local_loss.py", "logits[:, :-1]", "logits[:, 1:]", "test_local_training"),
     ("train/local_loss.py", "0.5 * mu", "mu", "test_local_training"),
     ("federation/step_bounds.py", "momentum**j for j in range(t)", "1.0 for j in range(1)", "test_local_training"),

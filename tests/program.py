@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,7 @@ _FORKS.set_forkserver_preload(
         "pytest",
         "florana.cli.main",
         "florana.runs.setup",
+        "florana.train.predict",
         "florana.adapters.merge",
         "florana.adapters.inspect",
         "florana.study.runner",
@@ -36,16 +38,17 @@ def started(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
 
 
 def florana(
-    *arguments: str, cwd: Path = ROOT, killed_at: tuple[Path, int] | None = None
+    *arguments: str, cwd: Path = ROOT, killed_at: tuple[Path, int] | None = None, typed: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """The same, without the seconds that the imports take.
 
     Args:
+        typed: what stands on its standard input.
         killed_at: a folder and a step in it, counted from the first commit on, at which the program ends by SIGKILL.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, error, told = (Path(folder) / name for name in ("out", "error", "told"))
-        given = (arguments, str(cwd), str(out), str(error), killed_at, str(told))
+        given = (arguments, str(cwd), str(out), str(error), killed_at, str(told), typed)
         process = _FORKS.Process(target=_be_florana, args=given)
         process.start()
         process.join()
@@ -78,12 +81,19 @@ def _be_struck(
 
 
 def _be_florana(
-    arguments: tuple[str, ...], cwd: str, out: str, error: str, killed_at: tuple[Path, int] | None, told: str
+    arguments: tuple[str, ...],
+    cwd: str,
+    out: str,
+    error: str,
+    killed_at: tuple[Path, int] | None,
+    told: str,
+    typed: str,
 ) -> None:
     for number, path in ((1, out), (2, error)):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT)
         os.dup2(opened, number)
         os.close(opened)
+    sys.stdin = io.StringIO(typed)
     os.chdir(cwd)
     sys.argv = ["florana", *arguments]
     from florana.cli.main import main

@@ -25,12 +25,7 @@ from florana.train.evaluate import evaluate
 from florana.train.finished import open_finished
 from florana.train.finished_data import rows_with_answers, texts_of
 from florana.train.predict import classify, write
-
-
-def florana(*arguments: str, given: str = "", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "florana", *arguments], input=given, capture_output=True, text=True, cwd=cwd
-    )
+from tests.program import florana
 
 
 def rows_of(sentences: Path, out: Path) -> Path:
@@ -202,7 +197,7 @@ def test_on_the_command_line(recipe_table: dict[str, Any], sentences: Path, tmp_
     run = run_of(recipe_table, tmp_path / "run")
     one = florana("predict", str(run), "a good film", "a sad plot", "--json", "--device", "cpu")
     assert one.returncode == 0, one.stderr
-    typed = florana("predict", str(run), "--json", "--device", "cpu", given="a good film\n\na sad plot\n")
+    typed = florana("predict", str(run), "--json", "--device", "cpu", typed="a good film\n\na sad plot\n")
     assert json.loads(typed.stdout) == json.loads(one.stdout)
     shown = florana("predict", str(run), "[/nope] \x1b[2J film", "--device", "cpu")
     assert shown.returncode == 0, shown.stderr
