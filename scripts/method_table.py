@@ -7,8 +7,9 @@ python scripts/method_table.py --check    end with code 1 where one of them is n
 from __future__ import annotations
 
 import inspect
-import sys
 from pathlib import Path
+
+from generated import settle
 
 from florana.strategy import STRATEGIES
 from florana.strategy.base import Strategy
@@ -97,13 +98,7 @@ def main() -> None:
     built = {name: build() for name, build in STRATEGIES.items()}
     docs = ROOT / "docs"
     wanted = {docs / "which-method.md": choice_with(short_table(built)), docs / "methods.md": page(built)}
-    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
-    if "--check" in sys.argv[1:]:
-        for path in stale:
-            print(f"{path.relative_to(ROOT)} is not what the strategies declare: run python scripts/method_table.py")
-        sys.exit(1 if stale else 0)
-    for path in stale:
-        path.write_text(wanted[path])
+    settle(wanted)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ MUTATIONS = [
     ("train/local_loss.py", "targets", "labels[:, 1:] != IGNORED", "labels != IGNORED", "test_readme"),
     ("train/local_loss.py", "smoothed", "logits[:, :-1]", "logits[:, 1:]", "test_local_training"),
     ("train/local_loss.py", "proximal.term", "0.5 * mu", "mu", "test_local_training"),
-    ("federation/step_bounds.py", "clipped_sgd", "momentum**j for j in range(t)", "1.0 for j in range(1)", "test_local_training"),
+    ("federation/step_bounds.py", "clipped_sgd", "momentum * (1.0 - momentum**steps) / rest", "0.0 * steps", "test_local_training"),
     ("strategy/ravan.py", "build", "some.of(s) + count", "some.of(s)", METHODS),
     ("train/hooks.py", "Core.__call__", "...hk,hjk,h->...hj", "...hk,hkj,h->...hj", TRAIN),
     ("train/hooks.py", "Core.value", "copied(blocks * scale[:, None, None])", "copied(blocks)", TRAIN),

@@ -7,11 +7,11 @@ python scripts/reference.py --check    end with code 1 where one of them is not 
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import typer.cli
 import typer.main
+from generated import settle
 from pydantic import BaseModel
 
 from florana.cli.main import app
@@ -84,13 +84,7 @@ def cli_page() -> str:
 
 def main() -> None:
     wanted = {ROOT / "docs" / "recipe.md": recipe_page(), ROOT / "docs" / "cli.md": cli_page()}
-    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
-    if "--check" in sys.argv[1:]:
-        for path in stale:
-            print(f"{path.relative_to(ROOT)} is not what the code says: run python scripts/reference.py")
-        sys.exit(1 if stale else 0)
-    for path in stale:
-        path.write_text(wanted[path])
+    settle(wanted)
 
 
 if __name__ == "__main__":

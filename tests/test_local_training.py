@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import get_scheduler
 
 from florana.errors import RecipeError
 from florana.federation.step_bounds import clipped_sgd
@@ -304,6 +304,20 @@ def test_no_gradients_move_a_number_further_than_clipped_sgd_can(
     assert abs(float(number.detach())) <= clipped_sgd(rate, momentum, 2.0, len(gradients)).moves * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_claim_of_a_thousand_million_rows_costs_no_time(optimizer: str) -> None:
+    """A site's number of rows says how many steps its update may have had: bounding them must not take as many."""
+    train = Train(epochs=100, batch_size=1, optimizer=optimizer)  # type: ignore[arg-type]
+    started = time.process_time()
+    many = reach(train, steps_per_round(train, 10**9))
+    assert time.process_time() - started < 5
+    few = reach(train, 200_000)
+    assert many is not None
+    assert few is not None
+    assert math.isfinite(many.moves)
+    assert many.moves == pytest.approx(few.moves * 5e5, rel=1e-2)
+
+
 def test_where_an_optimizer_bounds_its_steps_the_gate_knows(recipe: Recipe) -> None:
     zero = torch.zeros(1)
     plus = reach(Train(steps=3, loraplus_lr_ratio=8.0), 3)
@@ -348,4 +362,3 @@ def test_eight_bit_moments_need_their_library_and_a_gpu() -> None:
 def test_plain_adamw_is_torchs() -> None:
     made = optimizer_of(Train(steps=1), [torch.nn.Parameter(torch.zeros(1))], [])
     assert type(made) is torch.optim.AdamW
-    assert get_scheduler is not None

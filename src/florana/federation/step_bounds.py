@@ -31,6 +31,9 @@ from florana.lora.factors import kind_of
 BETAS = (0.9, 0.999)
 """Those of torch's AdamW, with which clients train."""
 
+EARLY = 100_000
+"""After so many steps c_t has come to its limit, to the last bit."""
+
 SLACK = 1.05
 """For float32 and for quantized uplinks: two roundings of an int8 block are one part in 127."""
 
@@ -83,11 +86,13 @@ def reach_of(learning_rate: float, weight_decay: float, steps: int) -> Reach:
 def clipped_sgd(learning_rate: float, momentum: float, norm: float, steps: int) -> Reach:
     """The reach of that many steps of SGD whose gradients are clipped to a norm.
 
-    |v_t| <= sum_{j < t} momentum^j norm, and |w_T - w_0| <= lr sum_t |v_t|.
+    |v_t| <= norm (1 - m^t) / (1 - m), so
+
+        |w_T - w_0| <= lr sum_{t<=T} |v_t| <= lr norm (T - m (1 - m^T) / (1 - m)) / (1 - m)
 
     Args:
         learning_rate: lr.
-        momentum: of the velocity v.
+        momentum: m, of the velocity v; below 1.
         norm: the most that a gradient is long.
         steps: T.
 
@@ -95,14 +100,15 @@ def clipped_sgd(learning_rate: float, momentum: float, norm: float, steps: int) 
         >>> clipped_sgd(0.1, 0.0, 1.0, 3).moves.__round__(3), clipped_sgd(1.0, 0.5, 1.0, 2).moves
         (0.3, 2.5)
     """
-    velocities = [math.fsum(momentum**j for j in range(t)) * norm for t in range(1, steps + 1)]
-    return Reach(learning_rate * math.fsum(velocities), 0.0)
+    rest = 1.0 - momentum
+    return Reach(learning_rate * norm * (steps - momentum * (1.0 - momentum**steps) / rest) / rest, 0.0)
 
 
 @functools.lru_cache(maxsize=64)
 def _steps_together(steps: int) -> float:
-    """sum_{t <= T} c_t."""
-    return math.fsum(_largest_step(t) for t in range(1, steps + 1))
+    """sum_{t <= T} c_t. Steps follow from the rows that a site claims: for late ones the limit of c_t stands."""
+    early = min(steps, EARLY)
+    return math.fsum(_largest_step(t) for t in range(1, early + 1)) + (steps - early) * _largest_step(EARLY * 10)
 
 
 def _largest_step(t: int) -> float:

@@ -62,11 +62,7 @@ class Finished:
 
 
 def adapter_in(folder: Path) -> Path:
-    """The adapter folder itself: of a run folder the one inside.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The adapter folder itself: of a run folder the one inside."""
     if (folder / CONFIG).exists() or not (folder / "adapter" / CONFIG).exists():
         return folder
     return folder / "adapter"
