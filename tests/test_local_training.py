@@ -304,6 +304,17 @@ def test_no_gradients_move_a_number_further_than_clipped_sgd_can(
     assert abs(float(number.detach())) <= clipped_sgd(rate, momentum, 2.0, len(gradients)).moves * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_gradients_of_one_direction_attain_what_clipped_sgd_can(momentum: float) -> None:
+    number = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = torch.optim.SGD([number], lr=0.3, momentum=momentum)
+    for _ in range(12):
+        number.grad = torch.tensor([100.0], dtype=torch.float64)
+        torch.nn.utils.clip_grad_norm_([number], 2.0)
+        optimizer.step()
+    assert -float(number.detach()) == pytest.approx(clipped_sgd(0.3, momentum, 2.0, 12).moves, rel=1e-6)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_claim_of_a_thousand_million_rows_costs_no_time(optimizer: str) -> None:
     """A site's number of rows says how many steps its update may have had: bounding them must not take as many."""
