@@ -29,7 +29,7 @@ from florana.recipe.load import read_recipe
 from florana.runs.setup import prepare
 from florana.study.estimates import estimate
 from florana.study.fixed_updates import exchange, hold
-from florana.study.grid import method_of, split_methods
+from florana.study.named_methods import method_of, split_methods
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 RULES = {

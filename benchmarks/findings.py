@@ -26,7 +26,8 @@ import numpy as np
 
 from florana.report.views import RunView, view
 from florana.study.estimates import Estimate, estimate, paired
-from florana.study.grid import Cell, Setting, method_of
+from florana.study.grid import Cell, Setting
+from florana.study.named_methods import method_of
 from florana.study.publish import rank_correlation
 
 Row = Mapping[str, Any]

@@ -15,7 +15,8 @@ import pytest
 
 from florana.recipe.load import check
 from florana.report.views import view
-from florana.study.grid import Cell, method_of, plan_of
+from florana.study.grid import Cell, plan_of
+from florana.study.named_methods import method_of
 from florana.study.publish import publish
 from florana.study.runner import execute_study, folder_of
 from tests.conftest import ROOT

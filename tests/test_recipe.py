@@ -12,7 +12,7 @@ import tomli_w
 
 from florana.errors import RecipeError
 from florana.recipe.load import check, differences, read_recipe, resolve
-from florana.study.grid import method_of
+from florana.study.named_methods import method_of
 from tests.conftest import ROOT
 
 BASE: dict[str, Any] = {

@@ -24,10 +24,12 @@ from florana.report.views import view
 from florana.strategy.conformance import check_rule
 from florana.study import runner
 from florana.study.estimates import Estimate, estimate, paired
-from florana.study.grid import Cell, Plan, Setting, method_of, plan_of, recipe_of, split_methods
+from florana.study.formats import as_csv, latex, markdown, other_cells
+from florana.study.grid import Cell, Plan, Setting, plan_of, recipe_of
+from florana.study.named_methods import method_of, split_methods
 from florana.study.publish import publish
 from florana.study.runner import execute_study, folder_of, rounds_left, swap_file
-from florana.study.table import Comparison, Other, as_csv, compare, latex, markdown, other_cells
+from florana.study.table import Comparison, Other, compare
 from tests.program import florana
 
 OWN = """

@@ -14,7 +14,8 @@ import torch
 from florana.aggregate.mean import mean
 from florana.recipe.load import check
 from florana.study.fixed_updates import exchange, hold, swap
-from florana.study.grid import method_of, plan_of
+from florana.study.grid import plan_of
+from florana.study.named_methods import method_of
 from florana.study.publish import rank_correlation, summarise
 from florana.study.runner import execute_study, swap_file
 

@@ -21,6 +21,10 @@ def compare(
     seeds: Annotated[int | None, typer.Option(min=1, help="How many; the recipe's seed is the first.")] = None,
     alphas: Annotated[str | None, typer.Option(help="Dirichlet parameters, like 0.1,1.")] = None,
     ranks: Annotated[str | None, typer.Option(help="LoRA ranks, like 4,16; alpha / rank is kept.")] = None,
+    tune: Annotated[
+        list[str] | None,
+        typer.Option(help="key=value,value,...: choose it for each method on the validation rows, before any score."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The study's folder; one that exists is continued.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Groups of runs at once. Default: cores and memory.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value over the recipe's.")] = None,
@@ -32,7 +36,9 @@ def compare(
     Example: florana compare recipes/study-small.toml --seeds 3
     """
     from florana.recipe.load import read_recipe
-    from florana.study.grid import plan_of, split_methods
+    from florana.study.grid import plan_of
+    from florana.study.named_methods import split_methods, tuned_values
+    from florana.study.tune import jobs_of, require_tunable, rounds_of
 
     plan = plan_of(
         read_recipe(recipe, set_ or []),
@@ -40,12 +46,14 @@ def compare(
         seeds=seeds,
         alphas=_numbers(alphas, "--alphas"),
         ranks=[int(number) for number in _numbers(ranks, "--ranks")],
+        tune=tuned_values(tune or []),
     )
+    require_tunable(plan)
     folder = out or Path("studies") / recipe.stem
     from florana.cli.console import console_of
     from florana.cli.display_study import forecast_table, others_table, study_progress, study_table
     from florana.study.publish import publish
-    from florana.study.runner import execute_study, rounds_left, threads_of
+    from florana.study.runner import execute_study, rounds_left, threads_of, tune_study
 
     console = console_of(as_json, width=200)
     if dry_run:
@@ -57,16 +65,20 @@ def compare(
         else:
             typer.echo(json.dumps([asdict(line) for line in lines], indent=1))
         return
+    tuning = sum(rounds_of(job) for job in jobs_of(plan, folder, 1))
     left = rounds_left(plan, folder)
     if console:
         console.print(
             f"{len(plan.cells)} runs ({len(plan.methods)} methods, {len(plan.settings)} settings x seeds), "
-            f"{left} rounds to do, threads {threads_of(plan, folder, jobs)} each",
+            f"{left} rounds to do"
+            + (f" after {tuning} of tuning" if tuning else "")
+            + f", threads {threads_of(plan, folder, jobs)} each",
             highlight=False,
         )
-    with study_progress(console, left) as advance:
-        failures = execute_study(plan, folder, jobs, advance)
-    comparison, swapped, page = publish(plan, folder, failures)
+    with study_progress(console, left + tuning) as advance:
+        plan, tried, failed = tune_study(plan, folder, jobs, advance)
+        failures = execute_study(plan, folder, jobs, advance, failed)
+    comparison, swapped, page = publish(plan, folder, failures, tried)
     if as_json:
         found = {**comparison.to_json(), "swap": swapped, "failures": failures, "report": str(page)}
         typer.echo(json.dumps(found, indent=1))

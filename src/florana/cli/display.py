@@ -93,7 +93,7 @@ class Screen:
             self._console.print(line, style="yellow", highlight=False)
         elif event.kind == "joined":
             self._console.print(f"{client} is here: {detail}", highlight=False)
-        elif event.kind in ("repaired", "resumed"):
+        elif event.kind in ("repaired", "resumed", "ended"):
             self._console.print(event.detail, style="yellow", highlight=False)
         elif event.kind == "committed" and event.record is not None:
             self._console.print(f"{self._name}  {_round_line(event.record, self._figures)}", highlight=False)

@@ -69,7 +69,7 @@ def forecast_table(lines: Sequence[Forecast]) -> Table:
 
 def study_table(comparison: Comparison, width: int) -> Table:
     """The study's rows; on a narrow screen the figures a reader looks at first."""
-    from florana.study.table import HEADS, cells_of
+    from florana.study.formats import HEADS, cells_of
 
     chosen = list(range(len(HEADS))) if width >= 190 else [0, 1, 2, 3, 4, 5, 8, 10, len(HEADS) - 1]
     chosen = chosen if width >= 100 else [1, 2, 3, 8]
@@ -89,7 +89,7 @@ def study_table(comparison: Comparison, width: int) -> Table:
 
 def others_table(comparison: Comparison) -> Table | None:
     """The other figures of the global models; None where there is no other than the loss."""
-    from florana.study.table import OTHER_HEADS, other_cells
+    from florana.study.formats import OTHER_HEADS, other_cells
 
     found = [one for one in comparison.others if one.figure != "loss"]
     if not found:

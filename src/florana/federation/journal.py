@@ -16,7 +16,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from florana.adapters.adapter_folder import AdapterCard, write_adapter
 from florana.aggregate.stack import combined
 from florana.atomic_files import explained, replace_file, sync_folder
 from florana.errors import InputError
+from florana.federation.best import best_round
 from florana.federation.round_record import RoundRecord, record_from_json
 from florana.lora.factors import Adapter, adapter_from_tensors
 from florana.strategy.base import State
@@ -59,10 +60,12 @@ class Journal:
     Args:
         folder: RUN, which exists.
         card: what the exported adapter folder says of itself.
+        keep_by: the figure on the validation rows by which the adapter of the best round is kept; None keeps the last.
     """
 
     folder: Path
     card: AdapterCard
+    keep_by: str | None = None
 
     def commit(
         self, state: State, record: RoundRecord, memories: Mapping[str, Mapping[str, Tensor]] | None = None
@@ -82,13 +85,22 @@ class Journal:
                 raise
             sync_folder(final.parent)
             _append_line(self.folder / "rounds.jsonl", record)
-            self.export(state)
+            kept = self._kept(state.round)
+            if kept == state.round:
+                self.export(state)
             for round_ in self._rounds()[:-KEPT_CHECKPOINTS]:
-                shutil.rmtree(self._checkpoint(round_))
+                if round_ != kept:
+                    shutil.rmtree(self._checkpoint(round_))
 
     def export(self, state: State) -> None:
         """Write the state's adapter (joined with its residual) where PEFT loads it."""
         write_adapter(self.folder / "adapter", combined(state.adapter, state.residual), self.card)
+
+    def _kept(self, last: int) -> int:
+        """The round whose adapter is kept: the last one, or the best so far (before one is measured, the last)."""
+        if self.keep_by is None:
+            return last
+        return best_round(read_records(self.folder / "rounds.jsonl"), self.keep_by) or last
 
     def recover(self) -> tuple[Committed | None, list[str]]:
         """The last round whose checkpoint is whole, with rounds.jsonl and adapter/ brought in line with it.
@@ -109,7 +121,7 @@ class Journal:
                 continue
             with explained(self.folder, "the run could not be brought in order"):
                 repaired += self._mend_rounds(last.record)
-                self.export(last.state)
+                repaired += self._export_kept(last)
             return last, repaired
         if read_records(self.folder / "rounds.jsonl"):
             raise InputError(
@@ -118,6 +130,18 @@ class Journal:
                 fix="adapter/ still holds the last adapter; start the run anew in another folder",
             )
         return None, repaired
+
+    def _export_kept(self, last: Committed) -> list[str]:
+        """Bring adapter/ in line with the round that is kept; what could not be, in words."""
+        kept = self._kept(last.state.round)
+        if kept == last.state.round:
+            self.export(last.state)
+            return []
+        try:
+            self.export(_read_checkpoint(self._checkpoint(kept)).state)
+        except InputError as error:
+            return [f"the checkpoint of the best round, {kept}, is damaged; adapter/ stays as it is: {error.why}"]
+        return []
 
     def _mend_rounds(self, last: RoundRecord) -> list[str]:
         path = self.folder / "rounds.jsonl"
@@ -163,10 +187,10 @@ def read_records(path: Path) -> list[RoundRecord]:
     return records
 
 
-def first_rows(path: Path) -> dict[str, int]:
-    """Client -> the training rows it had in the first round of a rounds.jsonl that counted it."""
+def first_rows(records: Sequence[RoundRecord]) -> dict[str, int]:
+    """Client -> the training rows it had in the first of these rounds that counted it."""
     found: dict[str, int] = {}
-    for record in read_records(path):
+    for record in records:
         found = {**record.examples, **found}
     return found
 

@@ -11,10 +11,10 @@ from florana.aggregate.error import AggregationError, measure
 from florana.displayable import displayable
 from florana.errors import FederationError
 from florana.federation.gate import MAX_CHANGE, Expected, RejectedUpdate, oversized, validate
-from florana.federation.journal import Journal, first_rows
+from florana.federation.journal import Journal, first_rows, read_records
 from florana.federation.messages import Brief, Engine, Failure, Reply, pack
 from florana.federation.quantize import Format
-from florana.federation.round_record import RoundRecord
+from florana.federation.round_record import RoundRecord, slim
 from florana.federation.sampling import derive, sample
 from florana.federation.step_bounds import Reach
 from florana.federation.weighting import Weighing, weigh
@@ -33,7 +33,7 @@ class Event:
     """Something to show while a run goes on.
 
     Args:
-        kind: joined, resumed, repaired, round, reply, refused or committed.
+        kind: joined, resumed, repaired, round, reply, refused, committed or ended.
         round: counted from 1.
         client: whom it is about, where it is one client.
         detail: what happened, in words.
@@ -64,6 +64,8 @@ class Federation:
         examples: client -> its training rows, where the server knows them.
         uplink: how clients write what they send, see `federation.quantize`.
         max_change: see `gate.oversized`.
+        validate: as `evaluate`, on the rows to choose by; None where there are none.
+        enough: whether the run ends with these records, before its last round.
         reach: training rows -> see `federation.step_bounds`; None where nobody knows.
     """
 
@@ -79,6 +81,8 @@ class Federation:
     examples: Mapping[str, int] = field(default_factory=dict)
     uplink: Format = "float32"
     max_change: float = MAX_CHANGE
+    validate: Callable[[State], Scores] | None = None
+    enough: Callable[[Sequence[RoundRecord]], bool] = lambda records: False
     reach: Callable[[int], Reach | None] | None = None
 
 
@@ -103,12 +107,17 @@ def run_rounds(
     Raises:
         FederationError: fewer usable updates than the minimum; the rounds before stand.
     """
-    rows: Mapping[str, int] = first_rows(journal.folder / "rounds.jsonl")
-    while state.round < federation.rounds:
+    records = read_records(journal.folder / "rounds.jsonl")
+    rows = first_rows(records)
+    records = [slim(record) for record in records]
+    while state.round < federation.rounds and not federation.enough(records):
         state, record = _one_round(strategy, state, engine, federation, rows, show)
         journal.commit(state, record, engine.memories())
         rows = {**record.examples, **rows}
+        records.append(slim(record))
         show(Event("committed", state.round, record=record))
+    if state.round < federation.rounds:
+        show(Event("ended", state.round, detail="nothing better for evaluate.patience measured rounds"))
     return state
 
 
@@ -254,12 +263,14 @@ def _weighted(name: str, updates: Sequence[Update], parts: Sequence[Contribution
 def _scores(
     state: State, updates: Sequence[Update], federation: Federation, *, one_model: bool
 ) -> dict[str, dict[str, float]]:
-    """`global`: the server's model on the common test set. `personal`: the mean over this round's clients of a
-    client's own model on its local test split. `clients_on_common`: the same models on the common test set, averaged.
-    `gap` = personal - global."""
+    """`global`: the server's model on the common test set. `validation`: the same model on the rows to choose by.
+    `personal`: the mean over this round's clients of a client's own model on its local test split.
+    `clients_on_common`: the same models on the common test set, averaged. `gap` = personal - global."""
     scores: dict[str, dict[str, float]] = {}
     if one_model and federation.measured(state.round) and federation.evaluate is not None:
         scores["global"] = dict(federation.evaluate(state))
+    if one_model and federation.measured(state.round) and federation.validate is not None:
+        scores["validation"] = dict(federation.validate(state))
     for figure in ("personal", "clients_on_common"):
         prefix = f"{figure}/"
         names = sorted({n for update in updates for n in update.metrics if n.startswith(prefix)})

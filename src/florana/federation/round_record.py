@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -49,6 +49,11 @@ class RoundRecord:
     def to_json(self) -> dict[str, Any]:
         """The record as JSON's own types, in the order of the fields."""
         return asdict(self)
+
+
+def slim(record: RoundRecord) -> RoundRecord:
+    """The record without what grows with modules and clients: what a long run may hold of all its rounds."""
+    return replace(record, refused={}, weights={}, examples={}, clients=(), error={}, notes={}, traffic={})
 
 
 def record_from_json(data: Mapping[str, Any]) -> RoundRecord:

@@ -29,6 +29,11 @@ class Data(Section):
     """The common test set; None sets `test_share` of the training rows apart, by the seed (of sites: there is none)."""
     test_share: float = Field(0.2, gt=0, lt=1)
     """Of the training rows, where there is no test set of its own."""
+    validation: str | None = None
+    """Rows to choose by, a file or hub name: by `evaluate.keep`, `evaluate.patience` and `compare --tune`. They are
+    neither trained on nor scored."""
+    validation_share: float = Field(0.0, ge=0, lt=1)
+    """Of the training rows, set apart by the seed for the same, where `validation` is not given; 0: none."""
     text: str | list[str] = "text"
     """The column with the text, or two columns (a pair; prompt and continuation for causal-lm)."""
     instructions: Literal["alpaca", "dolly", "prompt-response", "messages", "sharegpt"] | None = None
@@ -59,6 +64,8 @@ class Data(Section):
     """Of a hub name. Rows by number may follow, of a file too: `train[600:974]` are the 601st to the 974th."""
     test_split: str = "test"
     """As `train_split`, of the test set."""
+    validation_split: str = "validation"
+    """As `train_split`, of the validation rows."""
 
     @model_validator(mode="before")
     @classmethod
@@ -93,7 +100,14 @@ class Data(Section):
             raise ValueError("data.template and data.too_long are of data.instructions, which is not given")
         if self.test_mismatched is not None and self.glue != "mnli":
             raise ValueError("data.test_mismatched is of data.glue = 'mnli' alone")
+        if self.validation is not None and self.validation_share > 0:
+            raise ValueError("data.validation and data.validation_share are both given: leave one of the two out")
         return self
+
+    @property
+    def validated(self) -> bool:
+        """Whether there are rows to choose by."""
+        return self.validation is not None or self.validation_share > 0
 
 
 class Partition(Section):

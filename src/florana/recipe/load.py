@@ -87,6 +87,13 @@ def _check_combinations(recipe: Recipe, strategy: Strategy) -> None:
             why="its server has no model of its own that could write",
             fix="leave the section out, or choose another strategy",
         )
+    chooses = recipe.evaluate.keep == "best" or recipe.evaluate.patience is not None
+    if chooses and not strategy.facts.one_model:
+        raise RecipeError(
+            f"the strategy '{strategy.name}' does not go with evaluate.keep = 'best' or evaluate.patience",
+            why="its server has no model of its own to measure",
+            fix="leave both out, or choose another strategy (of a study: leave it out of the controls)",
+        )
     asked = recipe.federation.clients_per_round or recipe.partition.clients
     if strategy.facts.most is not None and asked is not None and asked * recipe.model.rank > strategy.facts.most:
         raise RecipeError(
@@ -132,7 +139,7 @@ def resolve(recipe: Recipe, folder: Path) -> Recipe:
         place = (folder / Path(name).expanduser()).resolve()
         return str(place) if looks or place.exists() else name
 
-    files = ("train", "test", "test_mismatched")
+    files = ("train", "test", "test_mismatched", "validation")
     data = recipe.data.model_copy(update={key: absolute(getattr(recipe.data, key)) for key in files})
     model = recipe.model.model_copy(update={key: absolute(getattr(recipe.model, key)) for key in ("base", "adapter")})
     written = recipe.generation
@@ -178,16 +185,30 @@ def _override(table: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_][\w.-]*", key.strip()):
         raise RecipeError(f"--set {text!r} is not key=value", fix="for example --set federation.rounds=20")
+    put(table, key.strip(), parsed(value))
+
+
+def parsed(value: str) -> Any:
+    """A value as TOML has it; a bare word is a string.
+
+    Examples:
+        >>> parsed("1e-3"), parsed("adam")
+        (0.001, 'adam')
+    """
     try:
-        parsed = toml(f"value = {value}")["value"]
+        return toml(f"value = {value}")["value"]
     except ValueError:
-        parsed = value  # a bare word is a string
-    *path, last = key.strip().split(".")
+        return value
+
+
+def put(table: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of a recipe's table. Raises RecipeError where a part of it is a value, not a table."""
+    *path, last = key.split(".")
     for name in path:
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
-            raise RecipeError(f"--set {text!r}: '{name}' is a value, not a table")
-    table[last] = parsed
+            raise RecipeError(f"'{key}': '{name}' is a value, not a table")
+    table[last] = value
 
 
 def _fault(fault: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from florana.recipe.data_schema import Data, Generation, Partition, Section
 from florana.recipe.robust_schema import Robust
 from florana.recipe.server_schema import Server
+from florana.recipe.study_schema import Study
 from florana.recipe.train_schema import Train
 from florana.score.glue import GLUE
 from florana.strategy import builder
@@ -34,6 +35,13 @@ __all__ = [
     "Study",
     "Train",
 ]
+
+FIGURES = {
+    "sequence-classification": ("loss", "accuracy", "macro_f1", "matthews", "f1"),
+    "sequence-regression": ("loss", "pearson", "spearman"),
+    "causal-lm": ("loss", "perplexity"),
+}
+"""What a task's rows are measured by, as `florana.train.evaluate` has it."""
 
 
 class Model(Section):
@@ -147,23 +155,13 @@ class Evaluate(Section):
     """Rows per batch when measuring."""
     personal_limit: int | None = Field(512, ge=1)
     """The most rows of the common test set each client is measured on."""
-
-
-class Study(Section):
-    """What `florana compare` varies; the command line's options come before these."""
-
-    methods: list[str] = Field([])
-    """Names of strategies, with options in brackets (`best-rank[carry_rank=8]`), or FILE.py:FUNCTION."""
-    seeds: int = Field(3, ge=1)
-    """How many; the recipe's `seed` is the first, the others follow it."""
-    alphas: list[Annotated[float, Field(gt=0)]] = Field([])
-    """Dirichlet parameters to compare at; empty: the recipe's partition."""
-    ranks: list[Annotated[int, Field(ge=1)]] = Field([])
-    """LoRA ranks to compare at, alpha / rank kept; empty: the recipe's."""
-    controls: list[Literal["oracle", "centralised", "local-only"]] = Field(["oracle", "centralised", "local-only"])
-    """What stands beside the methods: the exact average, one client with all rows, clients that never send."""
-    fixed_updates_rounds: list[Annotated[int, Field(ge=1)]] = Field([])
-    """Rounds whose client adapters are given to every rule in turn (the swap test); empty: the first and the last."""
+    keep: Literal["last", "best"] = "last"
+    """Which round's adapter RUN/adapter holds: the last one's, or that of the measured round which was best on the
+    validation rows."""
+    patience: int | None = Field(None, ge=1)
+    """End the run after so many measured rounds in a row without a better one on the validation rows."""
+    by: str = "loss"
+    """The figure that says which is better: one of the validation rows' (accuracy, matthews, pearson, loss, ...)."""
 
 
 class Recipe(Section):
@@ -204,6 +202,15 @@ class Recipe(Section):
             wanted = "sequence-classification" if GLUE[self.data.glue].labels else "sequence-regression"
             if self.task != wanted:
                 raise ValueError(f"data.glue = '{self.data.glue}' needs task = '{wanted}', not '{self.task}'")
+        if self.evaluate.by not in FIGURES[self.task]:
+            raise ValueError(f"evaluate.by is {self.evaluate.by!r}; of {self.task}: {', '.join(FIGURES[self.task])}")
+        if self.evaluate.keep == "best" or self.evaluate.patience is not None:
+            self._chooses()
+        if self.partition.kind == "sites" and self.data.validation_share > 0:
+            raise ValueError(
+                "data.validation_share has no meaning for sites, whose rows stay with them: give the "
+                "server rows of its own by data.validation"
+            )
         if self.task == "sequence-regression" and self.train.label_smoothing:
             raise ValueError("train.label_smoothing is of classes and tokens: a score has none")
         if self.task == "causal-lm" and self.model.head == "personal":
@@ -250,6 +257,18 @@ class Recipe(Section):
                 f"model.quantization = '{self.model.quantization}' needs model.device = 'cuda' (or 'auto' finding one)"
             )
         return self
+
+    def _chooses(self) -> None:
+        """Whether there is what `evaluate.keep` and `evaluate.patience` need; else a ValueError."""
+        if not self.data.validated:
+            raise ValueError(
+                "evaluate.keep = 'best' and evaluate.patience choose by rows that are neither trained on nor scored: "
+                "give data.validation_share = 0.1, or a file as data.validation"
+            )
+        if self.model.personal:
+            raise ValueError(
+                "evaluate.keep = 'best' and evaluate.patience need a model at the server: nothing may be personal"
+            )
 
     def build_strategy(self) -> Strategy:
         """The strategy with its options, and with what `[server]` puts around it."""

@@ -24,6 +24,25 @@ class Series:
     points: Sequence[Mapping[str, float | None]]
 
 
+@dataclass(frozen=True)
+class Further:
+    """A further table of the page.
+
+    Args:
+        title: its heading.
+        heads: of its columns.
+        rows: as text, in the order of the heads.
+        note: a sentence below it.
+        words: how many columns hold words; the others are numbers.
+    """
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    words: int = 3
+
+
 def write_comparison(
     out: Path,
     *,
@@ -31,12 +50,12 @@ def write_comparison(
     summary: str,
     heads: Sequence[str],
     rows: Sequence[Sequence[str]],
-    other_heads: Sequence[str],
-    others: Sequence[Sequence[str]],
+    tables: Sequence[Further],
     series: Sequence[Series],
     swapped: Sequence[Series],
     metric: str,
     failures: Mapping[str, str],
+    rates: str,
 ) -> Path:
     """Write the page. Raises FederationError where the file cannot be written."""
     pictures = []
@@ -69,8 +88,8 @@ def write_comparison(
         summary=summary,
         heads=heads,
         rows=rows,
-        other_heads=other_heads,
-        others=others,
+        rates=rates,
+        tables=[table for table in tables if table.rows],
         failures=sorted(failures.items()),
         pictures=[unique(picture, index) for index, picture in enumerate(pictures)],
     )

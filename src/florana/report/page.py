@@ -14,8 +14,9 @@ from typing import Any
 import jinja2
 
 from florana.atomic_files import explained, replace_file
+from florana.federation.best import LOWER_IS_BETTER
 from florana.report import figures
-from florana.report.views import LOWER_IS_BETTER, RunView, rows_note, summary, views
+from florana.report.views import RunView, rows_note, summary, views
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def unique(picture: Picture, index: int) -> Picture:
 
 def _settings(recipe: Any, setup: Any) -> list[tuple[str, str]]:
     model, data, parts, train, rounds = (recipe[k] for k in ("model", "data", "partition", "train", "federation"))
+    asked = recipe.get("evaluate", {})
     length = f"{train['steps']} steps" if "steps" in train else f"{train['epochs']} epochs"
     return [
         ("Task", recipe["task"]),
@@ -163,6 +165,7 @@ def _settings(recipe: Any, setup: Any) -> list[tuple[str, str]]:
         *([("Long rows", rows_note(setup))] if rows_note(setup) else []),
         ("Partition", parts["kind"] + (f", alpha {parts['alpha']:g}" if parts["kind"] == "dirichlet" else "")),
         ("Local training", f"{length} of {train['batch_size']} rows, learning rate {train['learning_rate']:g}"),
+        *([("Kept", f"the best round by {asked['by']} on the validation rows")] if asked.get("keep") == "best" else []),
         ("Weights", "by number of examples" if rounds["weighting"] == "examples" else "uniform"),
         *([("Uplink", rounds["uplink"])] if rounds.get("uplink", "float32") != "float32" else []),
         *([("Written", _written(recipe["generation"]))] if "generation" in recipe else []),

@@ -9,13 +9,13 @@ from typing import Any
 
 from florana.displayable import displayable
 from florana.errors import InputError
+from florana.federation.best import up_to_kept
 from florana.federation.round_record import RoundRecord, record_from_json
 from florana.runs.completions import last_completions
 from florana.runs.run_folder import read_run
 from florana.score.benchmarks import figure_names
 from florana.score.glue import GLUE
 
-LOWER_IS_BETTER = {"loss", "perplexity"}
 SHOWN = 4
 """Completions of a generation benchmark on the page."""
 
@@ -88,13 +88,14 @@ class RunView:
         """Name -> (the starting model's, the global model's last) of the `shown_figures` that a round has."""
         start: Mapping[str, float] = self.setup.get("start") or {}
         last: dict[str, float] = {}
-        for record in self.records:
+        for record in up_to_kept(self.recipe, self.records):
             last |= record.eval.get("global", {})
         return {name: (start.get(name), last[name]) for name in shown_figures(self.recipe) if name in last}
 
     def final(self, figure: str) -> float | None:
-        """The last measured value."""
-        series = self.scores(figure)
+        """The last measured value; of a run that keeps its best round, that of the round that is kept."""
+        kept = up_to_kept(self.recipe, self.records)[-1].round
+        series = [(round_, value) for round_, value in self.scores(figure) if round_ <= kept]
         return series[-1][1] if series else None
 
     @property

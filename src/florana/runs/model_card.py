@@ -12,6 +12,7 @@ from typing import Any
 
 from florana.atomic_files import explained, replace_file
 from florana.displayable import displayable
+from florana.federation.best import up_to_kept
 from florana.federation.round_record import RoundRecord
 from florana.recipe.usage import Usage
 from florana.runs.run_folder import read_run
@@ -73,6 +74,7 @@ def card_of(recipe: Mapping[str, Any], setup: Mapping[str, Any], records: Sequen
         records: the committed rounds; one at least.
         usage: how the model is asked.
     """
+    records = up_to_kept(recipe, records)
     base, last = str(recipe["model"]["base"]), records[-1]
     title = displayable(str(recipe.get("title") or f"{usage.task} by {last.strategy}"))
     clients = sorted({client for record in records for client in record.clients})

@@ -99,7 +99,7 @@ def execute_rounds(
     with explained(folder, "the run folder could not be made"):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder), logged(folder):
-        journal = Journal(folder, card)
+        journal = Journal(folder, card, recipe.evaluate.by if recipe.evaluate.keep == "best" else None)
         last, repaired = journal.recover()
         for line in repaired:
             show(Event("repaired", last.state.round if last else 0, detail=line))

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from florana.federation.best import enough
 from florana.federation.local_engine import LocalEngine
 from florana.federation.loop import Federation
 from florana.federation.weighting import Weighing, by_examples, uniformly
@@ -54,6 +55,7 @@ class Setup:
         partition: who holds what, as written to setup.json.
         benchmark: the benchmark that the global model is scored on by what it generates, where the recipe asks for it.
         more: further common test sets, by the ending of their figures' names.
+        validation: the rows to choose by, which are neither trained on nor scored; may be empty.
     """
 
     bench: Workbench
@@ -64,6 +66,7 @@ class Setup:
     partition: Mapping[str, Any]
     benchmark: GenerationBenchmark | None = None
     more: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
+    validation: tuple[Example, ...] = ()
 
     @property
     def examples(self) -> dict[str, int]:
@@ -103,6 +106,7 @@ def prepare(recipe: r.Recipe, files: Mapping[str, Path] | None = None) -> Setup:
         partition=rows.facts,
         benchmark=generation_benchmark(recipe, bench),
         more=rows.more,
+        validation=rows.validation,
     )
 
 
@@ -114,6 +118,7 @@ def execute(
     resume: bool = False,
     show: Show = lambda event: None,
     step: Callable[[str], None] = lambda client: None,
+    until: int | None = None,
 ) -> Result:
     """Run a recipe into a folder, or continue the run that the folder holds, with the number of threads it began with.
 
@@ -124,6 +129,7 @@ def execute(
         resume: continue; a folder without a committed round starts anew. Without it the folder must not exist.
         show: told of rounds, replies, rejected updates and commits.
         step: told of every optimizer step.
+        until: stop after this round, as a kill would; None goes on to the recipe's last.
 
     Raises:
         RecipeError: the folder is taken, or was made by another recipe.
@@ -136,6 +142,8 @@ def execute(
         here = setup or prepare(recipe)
         strategy = strategy_of(recipe, sorted(here.clients))
         begun = first_state(recipe, here, strategy)
+        keep = functools.partial(write_completions, folder)
+        whole = federation_of(recipe, here, sorted(here.clients), here.examples, keep)
         return execute_rounds(
             recipe,
             folder,
@@ -143,9 +151,7 @@ def execute(
             begun,
             here.bench.card,
             lambda memories: engine_of(recipe, here, begun, memories, step),
-            federation_of(
-                recipe, here, sorted(here.clients), here.examples, functools.partial(write_completions, folder)
-            ),
+            replace(whole, rounds=min(until or whole.rounds, whole.rounds)),
             lambda: facts_of(recipe, here, here.partition),
             show,
             here.partition.get("labels", ()),
@@ -246,6 +252,11 @@ def federation_of(
             return figures
         return figures | setup.benchmark.run(setup.bench, functools.partial(keep, state.round))
 
+    def validation(state: State) -> Mapping[str, float]:
+        assert setup is not None
+        setup.bench.load(state.adapter, state.residual)
+        return evaluate(setup.bench, setup.validation, recipe.evaluate.batch_size)
+
     personal: dict[str, Callable[[int], bool]] = {
         "never": lambda round_: False,
         "last": lambda round_: round_ == rounds,
@@ -264,12 +275,14 @@ def federation_of(
         ),
         # A personal head leaves the server without one, so there is no global model to measure.
         evaluate=None if recipe.model.personal or setup is None or not setup.common else scores,
+        validate=None if recipe.model.personal or setup is None or not setup.validation else validation,
         measured=lambda round_: round_ % every == 0 or round_ == rounds or asked(round_),
         personal=personal[recipe.evaluate.personal],
         minimum=recipe.federation.min_clients,
         examples=examples,
         uplink=recipe.federation.uplink,
         max_change=recipe.federation.max_change,
+        enough=lambda records: enough(records, recipe.evaluate.by, recipe.evaluate.patience),
         reach=lambda rows: reach(recipe.train, steps_per_round(recipe.train, rows)),
     )
 
@@ -283,4 +296,5 @@ def facts_of(recipe: r.Recipe, setup: Setup, partition: Mapping[str, Any]) -> di
         "trainable_parameters": setup.start.parameters,
         "base_parameters": setup.bench.base_parameters,
         "common_test": len(setup.common),
+        "validation": len(setup.validation),
     }

@@ -74,3 +74,27 @@ def paired(
         return found, 1.0 if found.mean == 0 else 0.0
     t = found.mean / (statistics.stdev(differences) / math.sqrt(found.seeds))
     return found, float(2 * stats.t.sf(abs(t), found.seeds - 1))
+
+
+def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """p-values corrected for being m comparisons that were declared together (Holm 1979): with the p-values in
+    ascending order,
+
+        adjusted_(i) = max over j <= i of min(1, (m - j + 1) p_(j))
+
+    The chance of calling any difference real that is none stays below what one comparison's would be.
+
+    Args:
+        p_values: name -> p; None where there was no test, which still counts as one of the m.
+
+    Examples:
+        >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
+        {'a': 0.03, 'b': 0.06, 'c': 0.06}
+    """
+    count, highest = len(p_values), 0.0
+    adjusted: dict[str, float | None] = dict.fromkeys(p_values)
+    known = sorted((p, name) for name, p in p_values.items() if p is not None)
+    for place, (p, name) in enumerate(known):
+        highest = max(highest, min(1.0, (count - place) * p))
+        adjusted[name] = highest
+    return adjusted

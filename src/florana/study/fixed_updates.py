@@ -19,7 +19,7 @@ from florana.lora.factors import Contribution
 from florana.recipe import schema as r
 from florana.runs.setup import Setup, engine_of, federation_of, first_state, global_scores, strategy_of
 from florana.strategy.base import PAIR, Outcome, State, Strategy
-from florana.study.grid import Method
+from florana.study.named_methods import Method
 
 Held = Mapping[int, tuple[State, Sequence[Contribution]]]
 """Round -> the state that was broadcast at its start, and what the clients sent back, weighted."""

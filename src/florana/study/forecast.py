@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from florana.runs.dry_run import plan as plan_run
 from florana.runs.setup import Setup, prepare
 from florana.runs.threads import threads
-from florana.study.grid import CENTRALISED, Plan, recipe_of
-from florana.study.runner import rounds_left_of
+from florana.study.grid import Plan, recipe_of
+from florana.study.runner import prepared_by, rounds_left_of
+from florana.study.tune import grid_of, jobs_of, rounds_of
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,7 @@ def forecast(plan: Plan, out: Path) -> list[Forecast]:
             cells = [c for c in plan.cells if c.method == method and c.setting.name == name]
             recipe = recipe_of(plan.base, cells[0])
             with threads(recipe.threads):
-                own = str(method.strategy["name"])
-                key = f"{name} {own}" if own in (CENTRALISED, "local-only") else name
+                key = prepared_by(recipe)
                 if key not in shared:
                     shared[key] = prepare(recipe)
                 one = plan_run(recipe, shared[key])
@@ -70,4 +71,17 @@ def forecast(plan: Plan, out: Path) -> list[Forecast]:
                     seconds=one.seconds * left / rounds,
                 )
             )
+    return [*_of_tuning(plan, out, found), *found]
+
+
+def _of_tuning(plan: Plan, out: Path, runs: Sequence[Forecast]) -> list[Forecast]:
+    """A line for each tuning, at the pace of its method's runs; what is done of it is not taken off."""
+    found = []
+    for job in jobs_of(plan, out, 1):
+        one = next(line for line in runs if (line.setting, line.method) == (job.setting.name, job.method.label))
+        rounds, number = rounds_of(job), len(grid_of(plan, job.method)) * plan.tune_seeds
+        pace = one.seconds / one.rounds_left if one.rounds_left else 0.0
+        whole = plan.base.federation.rounds
+        found.append(Forecast(one.setting, f"tuning of {one.method}", number, rounds, one.bytes_up // whole * rounds
+                              // number, one.bytes_down // whole * rounds // number, pace * rounds))  # fmt: skip
     return found

@@ -5,27 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from florana.bounded import toml
-from florana.errors import RecipeError
+from florana.errors import RecipeError, nearest
 from florana.recipe import schema as r
-from florana.recipe.load import check
-from florana.recipe.renamed import current
+from florana.recipe.load import check, put
 from florana.strategy.conformance import check_rule
 from florana.strategy.custom import is_own, load_rule
+from florana.study.named_methods import Method, method_of
 
 CENTRALISED = "centralised"
 """The control that trains one client on all rows: no strategy, but a recipe of its own."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method as a study calls it: the label of its rows, and the recipe's strategy table."""
-
-    label: str
-    strategy: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,10 +42,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study."""
+    """One run of a study.
+
+    Args:
+        setting: what it has in common with its group.
+        method: what makes it differ.
+        tuned: dotted keys of the recipe -> what tuning chose for this method in this setting.
+    """
 
     setting: Setting
     method: Method
+    tuned: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -72,17 +69,29 @@ class Plan:
         methods: the methods, controls included.
         settings: the settings, each a seed, an alpha and a rank.
         fixed_updates_rounds: the rounds of the fixed-updates ablation.
+        tune: dotted key -> the values tried, see `florana.study.tune`.
+        tune_seeds: on how many seeds each is tried.
+        comparisons: pairs of methods' labels, the first minus the second: declared before any score.
+        tuned: (setting's name, method's label) -> dotted key -> the value chosen; empty before tuning.
     """
 
     base: r.Recipe
     methods: Sequence[Method]
     settings: Sequence[Setting]
     fixed_updates_rounds: Sequence[int] = field(default_factory=tuple)
+    tune: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    tune_seeds: int = 1
+    comparisons: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    tuned: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def cells(self) -> list[Cell]:
         """Every run, group by group."""
-        return [Cell(setting, method) for setting in self.settings for method in self.methods]
+        return [
+            Cell(setting, method, self.tuned.get((setting.name, method.label), {}))
+            for setting in self.settings
+            for method in self.methods
+        ]
 
 
 def plan_of(
@@ -92,6 +101,7 @@ def plan_of(
     seeds: int | None = None,
     alphas: Sequence[float] = (),
     ranks: Sequence[int] = (),
+    tune: Mapping[str, Sequence[Any]] | None = None,
 ) -> Plan:
     """The study of a recipe: its `[study]` section, what is given here coming first; every cell's recipe is checked.
 
@@ -103,6 +113,7 @@ def plan_of(
         seeds: how many; the recipe's seed is the first.
         alphas: Dirichlet's parameters.
         ranks: LoRA ranks; alpha / rank is kept.
+        tune: dotted key -> the values to try for each method.
 
     Raises:
         RecipeError: no methods, an unknown one, one that breaks the contract, or a combination that cannot hold.
@@ -111,8 +122,8 @@ def plan_of(
     wanted = list(methods) or list(study.methods) or ["fedit", "flora-na", "best-rank"]
     controls = [name for name in study.controls if name not in wanted]
     names = list(dict.fromkeys([*(["fedit"] if "fedit" not in wanted else []), *wanted, *controls]))
-    parsed = [method_of(name) for name in names]
-    for method in parsed:
+    found = [method_of(name) for name in names]
+    for method in found:
         own = str(method.strategy["name"])
         if is_own(own):
             check_rule(load_rule(own), method.label)
@@ -128,53 +139,46 @@ def plan_of(
     swap = study.fixed_updates_rounds or sorted({1, last})
     if max(swap) > last:
         raise RecipeError(f"study.fixed_updates_rounds has {max(swap)}, but there are {last} rounds")
-    plan = Plan(recipe.model_copy(update={"study": None}), parsed, settings, swap)
+    wanted_tuning = tune or study.tune
+    if wanted_tuning and not recipe.data.validated:
+        raise RecipeError(
+            "tuning chooses by rows that are neither trained on nor scored, and the recipe has none",
+            fix="give data.validation_share = 0.1, or a file as data.validation",
+        )
+    plan = Plan(
+        recipe.model_copy(update={"study": None}),
+        found,
+        settings,
+        swap,
+        wanted_tuning,
+        study.tune_seeds,
+        _declared(study.comparisons, found),
+    )
     for cell in plan.cells:
         recipe_of(plan.base, cell)
     return plan
 
 
-def method_of(text: str) -> Method:
-    """A method by name, with options in brackets.
-
-    Examples:
-        >>> method_of("best-rank[carry_rank=8, factorization=aligned]").strategy["carry_rank"]
-        8
-    """
-    found = re.fullmatch(r"\s*([^\[\]]+?)\s*(?:\[(.*)\])?\s*", text)
-    if found is None:
-        raise RecipeError(f"{text!r} is no method", fix="for example best-rank, or best-rank[carry_rank=8]")
-    name, inner = found[1], found[2] or ""
-    options: dict[str, Any] = {}
-    for pair in filter(None, (part.strip() for part in inner.split(","))):
-        key, equals, value = (word.strip() for word in pair.partition("="))
-        if not equals:
-            raise RecipeError(f"the option {pair!r} of '{name}' is not key=value")
-        try:
-            options[key] = toml(f"value = {value}")["value"]
-        except ValueError:
-            options[key] = value  # a bare word is a string
-    if is_own(name):
-        path, _, function = name.rpartition(":")
-        return Method(function, {"name": f"{Path(path).expanduser().resolve()}:{function}"})
-    options = current("strategy", options)
-    label = name + (f"[{', '.join(f'{k}={v}' for k, v in options.items())}]" if options else "")
-    return Method(label, {"name": name, **options})
-
-
-def split_methods(text: str) -> list[str]:
-    """The methods of a comma-separated list; commas in brackets belong to a method.
-
-    Examples:
-        >>> split_methods("fedit, best-rank[carry_rank=8,factorization=aligned]")
-        ['fedit', 'best-rank[carry_rank=8,factorization=aligned]']
-    """
-    return [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
+def _declared(pairs: Sequence[Sequence[str]], methods: Sequence[Method]) -> list[tuple[str, str]]:
+    """The declared pairs by the methods' labels; of none, each method but the controls minus FedIT."""
+    labels = [method.label for method in methods]
+    if not pairs:
+        own = [m.label for m in methods if m.strategy["name"] not in (CENTRALISED, "local-only", "oracle", "fedit")
+               or m.settings]  # fmt: skip
+        return [(label, "fedit") for label in own]
+    declared = [(method_of(first).label, method_of(second).label) for first, second in pairs]
+    for label in (name for pair in declared for name in pair):
+        if label not in labels:
+            raise RecipeError(f"study.comparisons names '{label}', which is none of the methods",
+                              fix=nearest(label, labels))  # fmt: skip
+    return declared
 
 
 def recipe_of(base: r.Recipe, cell: Cell) -> r.Recipe:
     """The recipe of one run. Raises RecipeError where method and setting do not go together."""
     table = base.model_dump(exclude_none=True)
+    for key, value in {**cell.method.settings, **cell.tuned}.items():
+        put(table, key, value)
     table["seed"] = cell.setting.seed
     if cell.setting.alpha is not None:
         table["partition"] |= {"kind": "dirichlet", "alpha": cell.setting.alpha}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +14,49 @@ import numpy as np
 from scipy import stats
 
 from florana.atomic_files import explained, replace_file
-from florana.report.comparison import Series, write_comparison
-from florana.report.views import LOWER_IS_BETTER
+from florana.federation.best import LOWER_IS_BETTER
+from florana.report.comparison import Further, Series, write_comparison
 from florana.study.estimates import estimate, paired
-from florana.study.grid import Plan
-from florana.study.runner import swap_file
-from florana.study.table import (
+from florana.study.formats import (
+    DECLARED_HEADS,
     HEADS,
     OTHER_HEADS,
-    Comparison,
+    TUNED_HEADS,
     as_csv,
     cells_of,
-    compare,
+    declared_cells,
     latex,
     markdown,
     other_cells,
+    tuned_cells,
 )
+from florana.study.grid import Plan
+from florana.study.runner import swap_file
+from florana.study.table import Comparison, compare
+from florana.study.tune import Tuning
 
 
-def publish(plan: Plan, out: Path, failures: Mapping[str, str]) -> tuple[Comparison, dict[str, Any], Path]:
+def publish(
+    plan: Plan, out: Path, failures: Mapping[str, str], tried: Sequence[Tuning] = ()
+) -> tuple[Comparison, dict[str, Any], Path]:
     """Write every file of the study; returns the comparison, the fixed-updates ablation's summary, and the page.
 
     Args:
         plan: the study.
         out: its folder.
         failures: cell id -> why it failed.
+        tried: what tuning found, where there was any.
     """
     comparison = compare(plan, out)
     rows = swap_rows(plan, out)
     swapped = summarise(rows, comparison.metric)
     seeds = len({setting.seed for setting in plan.settings})
     with explained(out, "the study's tables could not be written"):
-        replace_file(out / "table.md", markdown(comparison).encode())
+        replace_file(out / "table.md", markdown(comparison, tried).encode())
         replace_file(out / "table.csv", as_csv(comparison).encode())
         replace_file(out / "table.tex", latex(comparison).encode())
         content = {**comparison.to_json(), "swap": swapped, "swap_rows": rows, "failures": dict(failures)}
+        content |= {"tuning": [asdict(one) for one in tried]}
         replace_file(out / "study.json", (json.dumps(content, indent=1) + "\n").encode())
     page = write_comparison(
         out / "report.html",
@@ -56,8 +65,27 @@ def publish(plan: Plan, out: Path, failures: Mapping[str, str]) -> tuple[Compari
         f"Score: {comparison.metric} on the common test set. " + " ".join(swapped["text"]),
         heads=HEADS,
         rows=[cells_of(row) for row in comparison.rows],
-        other_heads=OTHER_HEADS,
-        others=[other_cells(one) for one in comparison.others],
+        tables=[
+            Further(
+                "The declared comparisons",
+                DECLARED_HEADS,
+                [declared_cells(one) for one in comparison.declared],
+                "Paired by seed, with 95 % intervals; p, Holm: corrected over all of these comparisons together.",
+                2,
+            ),
+            Further("Other figures of the global models", OTHER_HEADS, [other_cells(o) for o in comparison.others]),
+            Further(
+                "What was tuned",
+                TUNED_HEADS,
+                [tuned_cells(one) for one in tried],
+                "Chosen on the validation rows, on seeds that are not scored, by successive halving: in brackets the "
+                "rounds a candidate was trained. The test set was not read.",
+                4,
+            ),
+        ],
+        rates="Each method's settings were tuned alike (the last table)."
+        if tried
+        else "All methods use the recipe's learning rate: those that train one factor may want another.",
         series=[Series(row.setting, row.method, row.points) for row in comparison.rows],
         swapped=_swap_series(rows, comparison.metric),
         metric=comparison.metric,

@@ -6,28 +6,33 @@ OUT/failures.json                       cell -> why it failed; the table marks t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from florana.atomic_files import explained, replace_file
 from florana.errors import FloranaError
+from florana.federation.best import enough
 from florana.federation.journal import read_records
 from florana.federation.loop import Event
+from florana.federation.round_record import RoundRecord
 from florana.recipe import schema as r
 from florana.runs.run_folder import recorded_threads
 from florana.runs.threads import threads
 from florana.study.grid import CENTRALISED, Cell, Plan, Setting, recipe_of
+from florana.study.named_methods import Method
+from florana.study.tune import Tuning, jobs_of, tune
 
 MEMORY_PER_JOB = 2 * 2**30
 """Bytes of free memory a group of cells should have before another one starts beside it."""
@@ -45,7 +50,13 @@ class Group:
     fixed_updates_rounds: Sequence[int]
 
 
-def execute_study(plan: Plan, out: Path, jobs: int | None, advance: Callable[[int, str], None]) -> dict[str, str]:
+def execute_study(
+    plan: Plan,
+    out: Path,
+    jobs: int | None,
+    advance: Callable[[int, str], None],
+    failed: Mapping[str, str] | None = None,
+) -> dict[str, str]:
     """Run every cell that is not finished; `advance` is told of committed rounds (how many, of what).
 
     Args:
@@ -53,36 +64,85 @@ def execute_study(plan: Plan, out: Path, jobs: int | None, advance: Callable[[in
         out: its folder; finished runs in it are kept.
         jobs: groups of runs at once; None: by cores and memory.
         advance: told of committed rounds (how many, of what).
+        failed: cell id -> why it cannot be run, of those that tuning gave up.
 
     Returns:
         cell id -> why it failed, for those that did. The rest of the study goes on.
     """
     with explained(out, "the study's folder could not be made"):
         out.mkdir(parents=True, exist_ok=True)
-    count = min(jobs or default_jobs(), len(plan.settings))
+    failures = dict(failed or {})
     groups = [
-        Group(plan.base, setting, [cell for cell in plan.cells if cell.setting == setting], out,
+        Group(plan.base, setting,
+              [cell for cell in plan.cells if cell.setting == setting and cell.id not in failures], out,
               threads_of(plan, out, jobs), plan.fixed_updates_rounds)
         for setting in plan.settings
     ]  # fmt: skip
-    failures: dict[str, str] = {}
-    if count == 1:
-        for group in groups:
-            failures |= work(group, lambda name: advance(1, name))
-    else:
-        context = multiprocessing.get_context("spawn")
-        with context.Manager() as manager, ProcessPoolExecutor(count, mp_context=context) as pool:
-            events = manager.Queue()
-            pending = [pool.submit(work, group, events.put) for group in groups]
-            while pending:
-                try:
-                    advance(1, events.get(timeout=0.5))
-                except Empty:
-                    for future in [one for one in pending if one.done()]:
-                        failures |= future.result()
-                        pending.remove(future)
+    for found in side_by_side(work, groups, jobs, advance):
+        failures |= found
     replace_file(out / "failures.json", (json.dumps(failures, indent=1) + "\n").encode())
     return failures
+
+
+def tune_study(
+    plan: Plan, out: Path, jobs: int | None, advance: Callable[[int, str], None]
+) -> tuple[Plan, list[Tuning], dict[str, str]]:
+    """Choose each method's settings as `florana.study.tune` does.
+
+    Args:
+        plan: the study; one without `tune` comes back as it is.
+        out: the study's folder.
+        jobs: methods at once; None: by cores and memory.
+        advance: told of committed rounds (how many, of what).
+
+    Returns:
+        The study with what was chosen, what was tried, and cell id -> why it cannot be run.
+    """
+    todo = jobs_of(plan, out, threads_of(plan, out, jobs))
+    found = side_by_side(tune, todo, jobs, advance)
+    chosen = {(one.setting, one.method): one.chosen for one in found if one.chosen is not None}
+    lost = {(one.setting, one.method): one for one in found if one.chosen is None}
+    failures = {
+        cell.id: "every candidate of its tuning failed: " + lost[key].candidates[0].why
+        for cell in plan.cells
+        if (key := (cell.setting.name, cell.method.label)) in lost
+    }
+    return replace(plan, tuned=chosen), found, failures
+
+
+Item = TypeVar("Item")
+Done = TypeVar("Done")
+
+
+def side_by_side(
+    do: Callable[[Item, Callable[[str], Any]], Done],
+    items: Sequence[Item],
+    jobs: int | None,
+    advance: Callable[[int, str], None],
+) -> list[Done]:
+    """`do` for each item, in processes beside one another where there are several; the results in the items' order.
+
+    Args:
+        do: given an item, and whom to tell of each committed round.
+        items: what is to be done.
+        jobs: how many at once; None: by cores and memory.
+        advance: told of committed rounds (how many, of what).
+    """
+    count = min(jobs or default_jobs(), len(items))
+    if count <= 1:
+        return [do(item, lambda name: advance(1, name)) for item in items]
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(count, mp_context=context) as pool:
+        events = manager.Queue()
+        futures = [pool.submit(do, item, events.put) for item in items]
+        while not all(future.done() for future in futures):
+            with contextlib.suppress(Empty):
+                advance(1, events.get(timeout=0.5))
+        while True:
+            try:
+                advance(1, events.get(block=False))
+            except Empty:
+                return [future.result() for future in futures]
 
 
 def default_jobs() -> int:
@@ -110,8 +170,14 @@ def rounds_left(plan: Plan, out: Path) -> int:
 
 def rounds_left_of(plan: Plan, out: Path, cell: Cell) -> int:
     """Rounds of one run that are not committed yet."""
-    done = len(read_records(folder_of(out, cell) / "rounds.jsonl"))
-    return max(0, plan.base.federation.rounds - done)
+    recipe, records = recipe_of(plan.base, cell), read_records(folder_of(out, cell) / "rounds.jsonl")
+    return 0 if complete(recipe, records) else recipe.federation.rounds - len(records)
+
+
+def complete(recipe: r.Recipe, records: Sequence[RoundRecord]) -> bool:
+    """Whether these are all rounds that the recipe's run will have: the last one, or those that its patience allows."""
+    asked = recipe.evaluate
+    return len(records) >= recipe.federation.rounds or enough(records, asked.by, asked.patience)
 
 
 def folder_of(out: Path, cell: Cell) -> Path:
@@ -136,7 +202,7 @@ def _work(group: Group, tell: Callable[[str], Any]) -> dict[str, str]:
     from florana.study.fixed_updates import swap
 
     failures: dict[str, str] = {}
-    setup = None
+    setup, of = None, None
     todo = [cell for cell in group.cells if not finished(group, cell)]
     for cell in todo:
         recipe = recipe_of(group.base, cell)
@@ -146,22 +212,20 @@ def _work(group: Group, tell: Callable[[str], Any]) -> dict[str, str]:
                 tell(label)
 
         try:
-            shared = cell.method.strategy["name"] not in (CENTRALISED, "local-only")
-            if shared and setup is None:
-                setup = prepare(recipe)
+            if setup is None or of != prepared_by(recipe):
+                setup, of = prepare(recipe), prepared_by(recipe)
             folder = folder_of(group.out, cell)
-            execute(recipe, folder, setup=setup if shared else None, resume=folder.exists(), show=show)
+            execute(recipe, folder, setup=setup, resume=folder.exists(), show=show)
         except FloranaError as error:
             failures[cell.id] = str(error).replace("\n", "; ")
     target, asked = swap_file(group.out, group.setting), swap_asked(group)
     if group.fixed_updates_rounds and not swapped(target, asked):
         started = time.perf_counter()
         recipe = recipe_of(group.base, next(cell for cell in group.cells if cell.method.label == "fedit"))
-        methods = [
-            cell.method for cell in group.cells if cell.method.strategy["name"] not in (CENTRALISED, "local-only")
-        ]
+        methods = [cell.method for cell in group.cells if rule_alone(cell.method)]
         try:
-            rows = swap(recipe, setup or prepare(recipe), methods, group.fixed_updates_rounds)
+            fitting = setup if of == prepared_by(recipe) else None
+            rows = swap(recipe, fitting or prepare(recipe), methods, group.fixed_updates_rounds)
         except FloranaError as error:
             failures[f"fixed-updates ablation, {group.setting.name}, seed {group.setting.seed}"] = str(error).replace(
                 "\n", "; "
@@ -174,12 +238,24 @@ def _work(group: Group, tell: Callable[[str], Any]) -> dict[str, str]:
     return failures
 
 
+def prepared_by(recipe: r.Recipe) -> str:
+    """What `runs.setup.prepare` makes of a recipe follows from this part of it: cells that agree in it share a model
+    and rows."""
+    parts = {"seed", "task", "model", "data", "partition", "generation"}
+    return json.dumps(recipe.model_dump(include=parts), sort_keys=True)
+
+
+def rule_alone(method: Method) -> bool:
+    """Whether the method is a rule for given updates and nothing more: what the fixed-updates ablation can judge."""
+    return not method.settings and method.strategy["name"] not in (CENTRALISED, "local-only")
+
+
 def finished(group: Group, cell: Cell) -> bool:
     """Whether the cell's folder holds all its rounds, made by this very recipe."""
     folder = folder_of(group.out, cell)
-    if len(read_records(folder / "rounds.jsonl")) < group.base.federation.rounds:
-        return False
     recipe, recorded = recipe_of(group.base, cell), recorded_threads(folder)
+    if not complete(recipe, read_records(folder / "rounds.jsonl")):
+        return False
     wanted = recipe.model_copy(update={"threads": recipe.threads or recorded})
     return recorded is not None and (folder / "recipe.toml").read_text() == wanted.to_toml()
 

@@ -6,18 +6,17 @@ named.
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from florana.report.views import LOWER_IS_BETTER, RunView, view
-from florana.study.estimates import Estimate, estimate, paired
-from florana.study.grid import Plan
-from florana.study.runner import folder_of
+from florana.federation.best import LOWER_IS_BETTER
+from florana.report.views import RunView, view
+from florana.study.estimates import Estimate, estimate, holm, paired
+from florana.study.grid import Plan, recipe_of
+from florana.study.runner import complete, folder_of
 
 FIGURES = ("global", "personal", "gap", "clients_on_common")
 
@@ -78,14 +77,37 @@ class Other:
 
 
 @dataclass(frozen=True)
+class Declared:
+    """A comparison that the recipe declared before any score.
+
+    Args:
+        setting: the name of the setting.
+        first: a method.
+        second: the method it is compared with.
+        difference: of the global scores, the first minus the second, paired by seed.
+        p_value: of the paired t-test.
+        adjusted: the same, corrected over all declared comparisons of all settings (Holm).
+    """
+
+    setting: str
+    first: str
+    second: str
+    difference: Estimate | None
+    p_value: float | None
+    adjusted: float | None
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """A study's rows, their metric, FedIT's last score in each setting (mean over seeds), other figures."""
+    """A study's rows, their metric, FedIT's last score in each setting (mean over seeds), other figures, and the
+    declared comparisons."""
 
     metric: str
     rows: Sequence[Row]
     targets: Mapping[str, float | None]
     start: float | None
     others: Sequence[Other]
+    declared: Sequence[Declared] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as JSON's own types."""
@@ -94,14 +116,13 @@ class Comparison:
 
 def compare(plan: Plan, out: Path) -> Comparison:
     """The comparison of what is finished in a study's folder."""
-    rounds = plan.base.federation.rounds
     runs: dict[tuple[str, str], dict[int, RunView]] = {}
     for cell in plan.cells:
         folder = folder_of(out, cell)
         place = runs.setdefault((cell.setting.name, cell.method.label), {})
         if (folder / "rounds.jsonl").exists():
             run = view(folder, cell.method.label)
-            if len(run.records) >= rounds:
+            if complete(recipe_of(plan.base, cell), run.records):
                 place[cell.setting.seed] = run
     every = [run for place in runs.values() for run in place.values()]
     metric = every[0].score if every else "accuracy"
@@ -116,11 +137,23 @@ def compare(plan: Plan, out: Path) -> Comparison:
         for (setting, method), place in runs.items()
     ]
     start = next((run.start for run in every if run.start is not None), None)
-    return Comparison(metric, rows, targets, start, _others(runs, metric))
+    return Comparison(metric, rows, targets, start, _others(runs, metric), _declared(plan, runs))
 
 
 Runs = Mapping[tuple[str, str], Mapping[int, RunView]]
 """(setting, method) -> seed -> a finished run."""
+
+
+def _declared(plan: Plan, runs: Runs) -> list[Declared]:
+    found = []
+    for setting in dict.fromkeys(setting.name for setting in plan.settings):
+        for pair in plan.comparisons:
+            first, second = (
+                {seed: run.final("global") for seed, run in runs.get((setting, label), {}).items()} for label in pair
+            )
+            found.append(Declared(setting, *pair, *paired(first, second), None))
+    adjusted = holm({str(index): one.p_value for index, one in enumerate(found)})
+    return [replace(one, adjusted=adjusted[str(index)]) for index, one in enumerate(found)]
 
 
 def _others(runs: Runs, metric: str) -> list[Other]:
@@ -199,87 +232,3 @@ def _first_at(run: RunView, target: float | None, metric: str) -> tuple[int, int
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
-
-
-HEADS = ["setting", "method", "global", "minus fedit", "p", "personal", "gap", "clients on common", "error, round 1",
-         "error, mean", "optimum", "MB up", "MB down", "server s", "rounds to target", "seeds"]  # fmt: skip
-
-
-def cells_of(row: Row, sign: str = "±") -> list[str]:
-    """The row as text, in the order of HEADS."""
-    seeds = f"{row.seeds}" + (f" ({row.failed} failed)" if row.failed else "")
-    return [
-        row.setting,
-        row.method,
-        *(_text(row.scores.get(figure), sign) for figure in ("global",)),
-        _text(row.difference, sign, plus=True),
-        "-" if row.p_value is None else f"{row.p_value:.3f}",
-        *(_text(row.scores.get(figure), sign) for figure in ("personal", "gap", "clients_on_common")),
-        *("-" if found is None else f"{found.mean:.4f}" for found in (row.first_error, row.error, row.optimum)),
-        f"{row.bytes_up / 1e6:.2f}",
-        f"{row.bytes_down / 1e6:.2f}",
-        f"{row.server_seconds:.2f}",
-        "-" if row.rounds_to_target is None else f"{row.rounds_to_target:.1f} ({row.reached}/{row.seeds})",
-        seeds,
-    ]
-
-
-def _text(found: Estimate | None, sign: str, *, plus: bool = False) -> str:
-    if found is None:
-        return "-"
-    mean = f"{found.mean:+.4f}" if plus else f"{found.mean:.4f}"
-    if found.low is not None and found.high is not None:
-        low, high = (f"{value:+.4f}" if plus else f"{value:.4f}" for value in (found.low, found.high))
-        return f"{mean} ({low} to {high})"
-    return mean if found.half is None else f"{mean} {sign} {found.half:.4f}"
-
-
-OTHER_HEADS = ["setting", "method", "figure", "mean", "minus fedit", "p", "seeds"]
-
-
-def other_cells(one: Other, sign: str = "±") -> list[str]:
-    """The figure as text, in the order of OTHER_HEADS."""
-    p_value = "-" if one.p_value is None else f"{one.p_value:.3f}"
-    mean, difference = _text(one.value, sign), _text(one.difference, sign, plus=True)
-    return [one.setting, one.method, one.figure, mean, difference, p_value, str(one.value.seeds)]
-
-
-def markdown(comparison: Comparison) -> str:
-    """The table as Markdown, and that of the other figures."""
-    text = _markdown(HEADS, [cells_of(row) for row in comparison.rows], 2)
-    if comparison.others:
-        text += "\n" + _markdown(OTHER_HEADS, [other_cells(one) for one in comparison.others], 3)
-    return text
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * words + "---:|" * (len(heads) - words)]
-    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)]) + "\n"
-
-
-def latex(comparison: Comparison) -> str:
-    """The table as a LaTeX tabular (booktabs)."""
-
-    def escaped(text: str) -> str:
-        return text.replace("_", r"\_").replace("&", r"\&").replace("%", r"\%").replace("±", r"$\pm$")
-
-    lines = [r"\begin{tabular}{ll" + "r" * (len(HEADS) - 2) + "}", r"\toprule"]
-    lines.append(" & ".join(escaped(head) for head in HEADS) + r" \\")
-    lines.append(r"\midrule")
-    lines += [" & ".join(escaped(cell) for cell in cells_of(row)) + r" \\" for row in comparison.rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
-def as_csv(comparison: Comparison) -> str:
-    """One line per row, every number on its own: means, half widths, seeds."""
-    out = io.StringIO()
-    writer = csv.writer(out)
-    names = ["setting", "method", "seeds", "failed"]
-    figures = [*FIGURES, "difference", "first_error", "error", "optimum"]
-    plain = ["p_value", "bytes_up", "bytes_down", "server_seconds", "rounds_to_target", "bytes_to_target", "reached"]
-    writer.writerow([*names, *(f"{figure}{end}" for figure in figures for end in ("", "_half_width")), *plain])
-    for row in comparison.rows:
-        found = [row.scores.get(figure) if figure in FIGURES else getattr(row, figure) for figure in figures]
-        numbers = [x for one in found for x in ((one.mean, one.half) if one else (None, None))]
-        writer.writerow([*(getattr(row, name) for name in names), *numbers, *(getattr(row, name) for name in plain)])
-    return out.getvalue()

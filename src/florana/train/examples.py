@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 
+from florana.errors import InputError
 from florana.recipe import schema as r
 from florana.train.client import ClientData
 from florana.train.data.instructions import Encoded, encode_instructions
@@ -27,20 +28,32 @@ class Rows:
         common: the common test set.
         more: further ones, by the ending of their figures.
         facts: who holds what, as setup.json has it; of instructions also `left_out` and `cut_responses`.
+        validation: the rows to choose by, which nothing else uses; may be empty.
     """
 
     clients: Mapping[str, ClientData]
     common: tuple[Example, ...]
     more: Mapping[str, tuple[Example, ...]]
     facts: Mapping[str, Any]
+    validation: tuple[Example, ...] = ()
 
 
 def rows_of(recipe: r.Recipe, bench: Workbench, tables: Tables) -> Rows:
     """The tables as tokens, the training rows dealt out. Raises InputError where they cannot be."""
+    if recipe.evaluate.by == "f1" and len(tables.labels) != 2:
+        raise InputError(
+            "evaluate.by is 'f1', that of the second of two classes",
+            why=f"there are {len(tables.labels)}",
+            fix="set evaluate.by = 'macro_f1'",
+        )
     train = encode(recipe.data, bench.tokenizer, tables.train, tables.target, recipe.data.train)
     test = encode(recipe.data, bench.tokenizer, tables.test, tables.target, recipe.data.test or recipe.data.train)
     more = {name: encode(recipe.data, bench.tokenizer, own, tables.target, name) for name, own in tables.more.items()}
+    chosen_by = tables.validation if tables.validation is not None else tables.test.select([])
+    name = recipe.data.validation or f"{recipe.data.train} (validation rows)"
+    validation = encode(recipe.data, bench.tokenizer, chosen_by, tables.target, name)
     encoded = {"data.train": train, "data.test": test} | {f"data.test_{name}": own for name, own in more.items()}
+    encoded |= {"data.validation": validation}
     check_rows(bench, {name: dict(zip(own.kept, own.examples, strict=True)) for name, own in encoded.items()})
     table, by, classes, labels = _classes(recipe, tables)
     if train.left_out:
@@ -55,6 +68,7 @@ def rows_of(recipe: r.Recipe, bench: Workbench, tables: Tables) -> Rows:
         common=tuple(test.examples),
         more={name: tuple(own.examples) for name, own in more.items()},
         facts=facts,
+        validation=tuple(validation.examples),
     )
 
 

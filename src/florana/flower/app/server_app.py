@@ -23,7 +23,7 @@ from torch import Tensor
 from florana.atomic_files import explained, replace_file
 from florana.displayable import log
 from florana.errors import FloranaError, RecipeError
-from florana.federation.journal import first_rows
+from florana.federation.journal import first_rows, read_records
 from florana.federation.loop import Event
 from florana.federation.messages import Engine, unpack_whole
 from florana.flower.app.flower_engine import FlowerEngine, Nodes
@@ -171,7 +171,7 @@ def _rows_before(folder: Path) -> dict[str, int]:
     """Client -> the training rows it had when this run first counted it; empty for a new run."""
     path = folder / "setup.json"
     clients = json.loads(path.read_text(encoding="utf-8"))["clients"] if path.exists() else {}
-    return first_rows(folder / "rounds.jsonl") | {name: holds["train"] for name, holds in clients.items()}
+    return first_rows(read_records(folder / "rounds.jsonl")) | {name: holds["train"] for name, holds in clients.items()}
 
 
 def _run_name(folder: Path) -> str:

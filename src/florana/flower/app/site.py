@@ -27,7 +27,16 @@ from florana.strategy.base import Strategy
 
 PLACES = {
     "model": {"base", "device"},
-    "data": {"train", "test", "test_mismatched", "test_split", "test_limit", "hub_config"},
+    "data": {
+        "train",
+        "test",
+        "test_mismatched",
+        "test_split",
+        "test_limit",
+        "hub_config",
+        "validation",
+        "validation_split",
+    },
 }
 """Keys of the recipe that may differ between the sites: where things are, not what they are."""
 

@@ -96,8 +96,9 @@ def site_recipe(invitation: Invitation, base: str | None, test: Path | None, ass
     recipe = read_recipe(invitation.recipe, assign)
     model = recipe.model if base is None else recipe.model.model_copy(update={"base": base})
     own_test = str(test.resolve()) if test is not None else None
-    if recipe.partition.kind == "sites":  # the operator's test set stays with the operator
-        return recipe.model_copy(update={"model": model, "data": recipe.data.model_copy(update={"test": own_test})})
+    if recipe.partition.kind == "sites":  # the operator's test and validation rows stay with the operator
+        data = recipe.data.model_copy(update={"test": own_test, "validation": None})
+        return recipe.model_copy(update={"model": model, "data": data})
     return recipe.model_copy(update={"model": model})
 
 

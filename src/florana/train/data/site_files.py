@@ -11,7 +11,16 @@ from florana.errors import InputError
 from florana.federation.sampling import derive
 from florana.recipe import schema as r
 from florana.train.data.partition import SITE
-from florana.train.data.sources import Tables, labelled, limited, require_column, source, wanted
+from florana.train.data.sources import (
+    Tables,
+    checked,
+    labelled,
+    limited,
+    require_column,
+    source,
+    validation_file,
+    wanted,
+)
 
 
 def site_files(settings: r.Data) -> dict[str, Path]:
@@ -56,4 +65,8 @@ def load_sites(settings: r.Data, task: str, seed: int, files: Mapping[str, Path]
         for column in columns:
             require_column(test, column, settings.test)
         test = limited(test, settings.test_limit, derive(seed, "test limit"))
-    return labelled(datasets.concatenate_datasets(tables) if tables else empty, test, settings, task, seed)
+    validation = validation_file(settings, task)
+    if validation is not None:
+        checked(validation, settings, settings.validation or "data.validation")
+    train = datasets.concatenate_datasets(tables) if tables else empty
+    return labelled(train, test, settings, task, seed, validation)

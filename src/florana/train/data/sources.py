@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -31,6 +32,7 @@ class Tables:
         labels: the classes' names.
         target: the column of class indices or scores, None for language.
         more: further test sets, by the ending of their figures' names.
+        validation: rows to choose by, which are neither trained on nor scored; None where none are set apart.
     """
 
     train: datasets.Dataset
@@ -38,6 +40,7 @@ class Tables:
     labels: tuple[str, ...]
     target: str | None = None
     more: Mapping[str, datasets.Dataset] = field(default_factory=dict)
+    validation: datasets.Dataset | None = None
 
 
 def load_tables(settings: r.Data, task: str, seed: int) -> Tables:
@@ -46,7 +49,7 @@ def load_tables(settings: r.Data, task: str, seed: int) -> Tables:
     Args:
         settings: the recipe's data section.
         task: the recipe's task.
-        seed: of the rows that a limit draws, and of a test set that is set apart.
+        seed: of the rows that a limit draws, and of the test and validation rows that are set apart.
 
     Raises:
         InputError: a file or hub name that cannot be read, a column that is not there, an empty text column, a test
@@ -65,23 +68,48 @@ def load_tables(settings: r.Data, task: str, seed: int) -> Tables:
         train, test = parts["train"], parts["test"]
     train = limited(train, settings.train_limit, derive(seed, "train limit"))
     test = limited(test, settings.test_limit, derive(seed, "test limit"))
-    for table, name in ((train, settings.train), (test, settings.test or settings.train)):
-        for column in wanted(settings):
-            require_column(table, column, name)
-        if len(table) == 0:
-            raise InputError(f"{name} holds no rows")
-    return labelled(train, test, settings, task, seed)
+    validation = validation_file(settings, task)
+    if settings.validation_share > 0:
+        parts = train.train_test_split(settings.validation_share, seed=derive(seed, "validation") % 2**32)
+        train, validation = parts["train"], parts["test"]
+    own = settings.validation or settings.train
+    for table, name in ((train, settings.train), (test, settings.test or settings.train), (validation, own)):
+        if table is not None:
+            checked(table, settings, name)
+    return labelled(train, test, settings, task, seed, validation)
 
 
-def labelled(train: datasets.Dataset, test: datasets.Dataset, settings: r.Data, task: str, seed: int) -> Tables:
+def checked(table: datasets.Dataset, settings: r.Data, source: str) -> None:
+    """Raise InputError where a column that the recipe reads is not there or has gaps, or where there are no rows."""
+    for column in wanted(settings):
+        require_column(table, column, source)
+    if len(table) == 0:
+        raise InputError(f"{source} holds no rows")
+
+
+def validation_file(settings: r.Data, task: str) -> datasets.Dataset | None:
+    """The rows of `data.validation`; None where it is not given."""
+    if settings.validation is None:
+        return None
+    return source(settings.validation, settings.validation_split, settings, task)
+
+
+def labelled(
+    train: datasets.Dataset,
+    test: datasets.Dataset,
+    settings: r.Data,
+    task: str,
+    seed: int,
+    validation: datasets.Dataset | None = None,
+) -> Tables:
     """Checked rows with what is to be learnt of them: classes, scores, or nothing but the text."""
     if task == "causal-lm" or settings.label is None:
-        return Tables(train, test, ())
+        return Tables(train, test, (), validation=validation)
     if task == "sequence-regression":
-        return Tables(train, test, (), settings.label)
+        return Tables(train, test, (), settings.label, validation=validation)
     if settings.glue is not None:
-        return Tables(train, test, GLUE[settings.glue].labels, settings.label, _more(settings, seed))
-    return _with_classes(train, test, settings)
+        return Tables(train, test, GLUE[settings.glue].labels, settings.label, _more(settings, seed), validation)
+    return _with_classes(train, test, validation, settings)
 
 
 def wanted(settings: r.Data) -> list[str]:
@@ -121,60 +149,71 @@ def texts(table: datasets.Dataset, columns: str | Sequence[str]) -> list[tuple[s
     return list(zip(*([str(value) for value in table[name]] for name in names), strict=True))
 
 
-def _with_classes(train: datasets.Dataset, test: datasets.Dataset, settings: r.Data) -> Tables:
+def _with_classes(
+    train: datasets.Dataset, test: datasets.Dataset, validation: datasets.Dataset | None, settings: r.Data
+) -> Tables:
     assert settings.label is not None
+    others = {settings.test or settings.train: test}
+    if validation is not None:
+        others |= {settings.validation or f"{settings.train} (validation rows)": validation}
     if settings.labels is not None:
-        return _with_given_classes(train, test, settings.label, settings.labels)
-    train, test = _alike(train, test, settings.label)
+        labels: Sequence[Any] = settings.labels
+        train, *rest = (_with_given_classes(table, settings.label, labels) for table in (train, *others.values()))
+    else:
+        train, *rest = _alike([train, *others.values()], settings.label)
+        labels = _labels_of(train, dict(zip(others, rest, strict=True)), settings)
+        index = {value: position for position, value in enumerate(labels)}
+        train, *rest = (_indexed(table, settings.label, index) for table in (train, *rest))
+    names = tuple(str(value) for value in labels)
+    return Tables(train, rest[0], names, "class_index", validation=rest[1] if len(rest) > 1 else None)
+
+
+def _labels_of(train: datasets.Dataset, others: Mapping[str, datasets.Dataset], settings: r.Data) -> list[Any]:
+    """The labels that the training rows show, sorted; each of the other tables may show no further one."""
+    assert settings.label is not None
     seen = set(train[settings.label])
     labels = sorted(seen, key=lambda value: (str(type(value)), value))
-    for value in test[settings.label]:
-        if value not in seen:
-            raise InputError(
-                f"the label {value!r} in column '{settings.label}' of {settings.test or settings.train} never "
-                f"occurs in the training rows",
-                why=f"those show {', '.join(map(repr, labels[:8]))}{' ...' if len(labels) > 8 else ''}",
-                fix="check the label column of both files, or raise data.train_limit",
-            )
+    for name, table in others.items():
+        for value in table[settings.label]:
+            if value not in seen:
+                raise InputError(
+                    f"the label {value!r} in column '{settings.label}' of {name} never occurs in the training rows",
+                    why=f"those show {', '.join(map(repr, labels[:8]))}{' ...' if len(labels) > 8 else ''}",
+                    fix="check the label column of both files, or raise data.train_limit",
+                )
     if len(labels) < 2:
         raise InputError(f"column '{settings.label}' of {settings.train} holds the single label {labels[0]!r}")
-    index = {value: position for position, value in enumerate(labels)}
-
-    def add(table: datasets.Dataset) -> datasets.Dataset:
-        values = [index[value] for value in table[settings.label]]
-        if "class_index" in table.column_names:
-            table = table.remove_columns("class_index")
-        return table.add_column("class_index", values)
-
-    return Tables(add(train), add(test), tuple(str(value) for value in labels), "class_index")
+    return labels
 
 
-def _alike(train: datasets.Dataset, test: datasets.Dataset, column: str) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """The tables as they are; with labels as text where the two files have them in different types (0 and "0")."""
-    if len({type(value) for table in (train, test) for value in table[column]}) == 1:
-        return train, test
-
-    def named(table: datasets.Dataset) -> datasets.Dataset:
-        return table.remove_columns(column).add_column(column, [str(value) for value in table[column]])
-
-    return named(train), named(test)
+def _indexed(table: datasets.Dataset, column: str, index: Mapping[Any, int]) -> datasets.Dataset:
+    """The table with the class of each row as a number, in the column `class_index`."""
+    values = [index[value] for value in table[column]]
+    if "class_index" in table.column_names:
+        table = table.remove_columns("class_index")
+    return table.add_column("class_index", values)
 
 
-def _with_given_classes(train: datasets.Dataset, test: datasets.Dataset, column: str, labels: Sequence[str]) -> Tables:
+def _alike(tables: Sequence[datasets.Dataset], column: str) -> list[datasets.Dataset]:
+    """The tables as they are; with labels as text where the files have them in different types (0 and "0")."""
+    if len({type(value) for table in tables for value in table[column]}) == 1:
+        return list(tables)
+    return [
+        table.remove_columns(column).add_column(column, [str(value) for value in table[column]]) for table in tables
+    ]
+
+
+def _with_given_classes(table: datasets.Dataset, column: str, labels: Sequence[str]) -> datasets.Dataset:
     index = {label: position for position, label in enumerate(labels)}
-
-    def add(table: datasets.Dataset) -> datasets.Dataset:
-        values = [str(value) for value in table[column]]
-        for row, value in enumerate(values, 1):
-            if value not in index:
-                raise InputError(
-                    f"row {row} has the label '{value}' in column '{column}'",
-                    why=f"data.labels names {', '.join(labels)}",
-                    fix="mend the row, or add the label to data.labels at every site",
-                )
-        return table.add_column("class_index", [index[value] for value in values])
-
-    return Tables(add(train), add(test), tuple(labels), "class_index")
+    values = [str(value) for value in table[column]]
+    for row, value in enumerate(values, 1):
+        if value not in index:
+            raise InputError(
+                f"row {row} has the label '{value}' in column '{column}'",
+                why=f"data.labels names {', '.join(labels)}",
+                fix="mend the row, or add the label to data.labels at every site",
+            )
+    return table.add_column("class_index", [index[value] for value in values])
 
 
 def _with_scores(table: datasets.Dataset, column: str, source: str) -> datasets.Dataset:
