@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from florana.errors import InputError
 from florana.recipe.load import check
+from florana.report.figures import not_too_close
 from florana.report.page import write_report
 from florana.report.views import summary, views
 from florana.runs.setup import execute, prepare
@@ -112,3 +114,41 @@ def test_pages_allow_no_script_and_load_nothing(name: str) -> None:
     ]
     assert text.index("Content-Security-Policy") < text.index("<title>")
     assert not re.search(r"<script|<link|\bon\w+=|src=\"http", text)
+
+
+def test_a_run_that_the_server_did_not_measure_shows_what_the_clients_said(folders: list[Path], tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (folders[0] / "rounds.jsonl").read_text().splitlines()]
+    shutil.copytree(folders[0], tmp_path / "run")
+    unmeasured = "".join(json.dumps({**line, "eval": {}}) + "\n" for line in lines)
+    (tmp_path / "run" / "rounds.jsonl").write_text(unmeasured)
+    page = write_report([tmp_path / "run"], tmp_path / "r.html").read_text()
+    assert "mean training loss, round by round" in page
+    assert "on the common test set, round by round" not in page
+
+
+def test_pictures_take_the_pages_own_colours(folders: list[Path], tmp_path: Path) -> None:
+    page = write_report([folders[0]], tmp_path / "r.html").read_text()
+    assert "prefers-color-scheme: dark" in page
+    pictures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert pictures
+    for picture in pictures:
+        assert "currentColor" in picture
+        assert "#000000" not in picture
+        assert not re.search(r'<path[^>]*style="fill: #ffffff[^"]*"[^>]*/>\s*</g>\s*<g id="[^"]*axes_1"', picture)
+
+
+def test_a_scale_of_scores_is_a_tenth_at_least() -> None:
+    axes = Figure().subplots()
+    axes.plot([0, 1], [0.50, 0.51])
+    not_too_close(axes, "accuracy")
+    low, high = axes.get_ylim()
+    assert (round(high - low, 6), low < 0.5 < 0.51 < high) == (0.1, True)
+    wide = Figure().subplots()
+    wide.plot([0, 1], [0.1, 0.9])
+    before = wide.get_ylim()
+    not_too_close(wide, "accuracy")
+    assert wide.get_ylim() == before
+    loss = Figure().subplots()
+    loss.plot([0, 1], [0.50, 0.51])
+    not_too_close(loss, "loss")
+    assert loss.get_ylim()[1] - loss.get_ylim()[0] < 0.1

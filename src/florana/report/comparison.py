@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from florana.atomic_files import explained, replace_file
-from florana.report.figures import COLOURS, MARKERS, STYLE, svg_of
+from florana.report.figures import COLOURS, MARKERS, STYLE, legend, not_too_close, svg_of
 from florana.report.page import Picture, template, unique
 
 
@@ -86,8 +86,7 @@ def write_comparison(
     page = template("comparison.html.j2").render(
         title=title,
         summary=summary,
-        heads=heads,
-        rows=rows,
+        **dict(zip(("heads", "rows"), without_gaps(heads, rows), strict=True)),
         rates=rates,
         tables=[table for table in tables if table.rows],
         failures=sorted(failures.items()),
@@ -97,6 +96,24 @@ def write_comparison(
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(out, page.encode())
     return out
+
+
+def without_gaps(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], gap: str = "-"
+) -> tuple[list[str], list[list[str]]]:
+    """The table without the columns that hold nothing in any row.
+
+    Args:
+        heads: of the columns.
+        rows: as text.
+        gap: how nothing is written.
+
+    Examples:
+        >>> without_gaps(["method", "gap", "p"], [["a", "-", "-"], ["b", "-", "0.1"]])
+        (['method', 'p'], [['a', '-'], ['b', '0.1']])
+    """
+    kept = [place for place in range(len(heads)) if any(row[place] != gap for row in rows)]
+    return [heads[place] for place in kept], [[row[place] for place in kept] for row in rows]
 
 
 def scatter(series: Sequence[Series], order: Sequence[str], x: str, xlabel: str, ylabel: str, *, log: bool) -> str:
@@ -111,12 +128,13 @@ def scatter(series: Sequence[Series], order: Sequence[str], x: str, xlabel: str,
                 continue
             colour, marker = COLOURS[index % 8], MARKERS[(index + index // 8) % 8]
             xs, ys = zip(*known, strict=True)
-            axes.scatter(xs, ys, s=14, color=colour, marker=marker, alpha=0.45, linewidths=0)
+            axes.scatter(xs, ys, s=20, color=colour, marker=marker, alpha=0.7, linewidths=0)
             axes.scatter([statistics.fmean(xs)], [statistics.fmean(ys)], s=64, color=colour, marker=marker,
                          label=one.method, edgecolors="white", linewidths=0.8)  # fmt: skip
         if log:
             axes.set_xscale("log")
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
-        figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+        not_too_close(axes, ylabel)
+        legend(axes, "outside lower center", 8)
         return svg_of(figure)

@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from florana.federation.best import LOWER_IS_BETTER
 from florana.report.views import RunView
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
@@ -17,6 +18,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 EXACT = 1e-6
 """Below this relative error an aggregation is exact to the rounding of float32."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+GRID, INK = "#e6e6e6", "#000000"
+"""What the page's own colours take the place of: dark lines and text are light ones on a dark page."""
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "florana",
@@ -25,7 +28,10 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#e6e6e6",
+    "grid.color": GRID,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
@@ -55,8 +61,34 @@ def learning_curves(runs: Sequence[RunView]) -> str:
         axes.set_xlabel("round")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(f"{runs[0].score} on the common test set")
-        _legend(axes, len(runs))
+        not_too_close(axes, runs[0].score)
+        legend(axes)
         return svg_of(figure)
+
+
+def loss_curves(runs: Sequence[RunView]) -> str:
+    """The clients' mean training loss by round: what a server knows that measures nothing itself."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+        axes = figure.subplots()
+        for index, run in enumerate(runs):
+            _line(axes, run.losses, index, run.name)
+        axes.set_xlabel("round")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylabel("training loss, mean over the clients")
+        legend(axes)
+        return svg_of(figure)
+
+
+LEAST_SPAN = 0.1
+
+
+def not_too_close(axes: Any, score: str) -> None:
+    """A scale of a tenth at least, for scores between 0 and 1: closer, noise looks like a difference."""
+    low, high = axes.get_ylim()
+    if score not in LOWER_IS_BETTER and high - low < LEAST_SPAN:
+        middle = (low + high) / 2
+        axes.set_ylim(middle - LEAST_SPAN / 2, middle + LEAST_SPAN / 2)
 
 
 def has_error(run: RunView) -> bool:
@@ -82,7 +114,7 @@ def error_curves(runs: Sequence[RunView]) -> str:
             _line(axes, error, index, run.name)
             axes.plot(*zip(*best, strict=True), color=COLOURS[index % 8], linestyle="--", linewidth=1, alpha=0.7)
         _errors_by_round(axes, "relative error of the aggregation")
-        _legend(axes, len(runs))
+        legend(axes)
         return svg_of(figure)
 
 
@@ -95,7 +127,7 @@ def uplink_curves(runs: Sequence[RunView]) -> str:
             series = [(round_, max(error, EXACT)) for round_, error in run.uplink_errors]
             _line(axes, series, index, f"{run.name}, {run.uplink}")
         _errors_by_round(axes, "relative error of the uplink")
-        _legend(axes, len(runs))
+        legend(axes)
         return svg_of(figure)
 
 
@@ -140,9 +172,10 @@ def bytes_against_score(runs: Sequence[RunView]) -> str:
         for index, run in enumerate(runs):
             sent = run.bytes_so_far
             _line(axes, [(sent[r] / 2**20, value) for r, value in run.scores("global")], index, run.name)
+        not_too_close(axes, runs[0].score)
         axes.set_xlabel("MiB sent, up and down, all clients")
         axes.set_ylabel(f"{runs[0].score} on the common test set")
-        _legend(axes, len(runs))
+        legend(axes)
         return svg_of(figure)
 
 
@@ -195,8 +228,12 @@ def _line(axes: Any, series: Sequence[tuple[float, float]], index: int, name: st
         )
 
 
-def _legend(axes: Any, count: int) -> None:
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=min(count, 4))
+def legend(axes: Any, place: str = "outside upper center", size: float = 10) -> None:
+    """The names of the series beside the axes, in as many columns as there is room for."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        columns = max(1, min(len(labels), 4, int(800 / size) // (8 + max(map(len, labels)))))
+        axes.figure.legend(handles, labels, loc=place, ncols=columns, fontsize=size, frameon=False)
 
 
 def _ticks(rounds: Sequence[int]) -> tuple[list[int], list[str]]:
@@ -221,4 +258,4 @@ def svg_of(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return text[text.index("<svg") :].replace(INK, "currentColor").replace(GRID, f"var(--grid, {GRID})")

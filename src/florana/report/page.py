@@ -60,6 +60,7 @@ def render(runs: Sequence[RunView], title: str) -> str:
         rows=rows,
         best=better(measured) if measured else None,
         score=runs[0].score,
+        personal=any(row["personal"] is not None or row["clients_on_common"] is not None for row in rows),
         narrow=any(run.uplink != "float32" for run in runs),
         pictures=[unique(picture, index) for index, picture in enumerate(_pictures(runs))],
         settings=_settings(runs[0].recipe, runs[0].setup),
@@ -86,6 +87,14 @@ def _pictures(runs: Sequence[RunView]) -> list[Picture]:
                 "Learning",
                 f"The global model's {score} on the common test set, round by round.",
                 figures.learning_curves(runs),
+            )
+        )
+    elif any(run.losses for run in runs):
+        pictures.append(
+            Picture(
+                "Training",
+                "The clients' mean training loss, round by round: the server measures nothing itself.",
+                figures.loss_curves(runs),
             )
         )
     inexact = [run for run in runs if figures.has_error(run) and not figures.is_exact(run)]

@@ -99,6 +99,11 @@ class RunView:
         return series[-1][1] if series else None
 
     @property
+    def losses(self) -> list[tuple[int, float]]:
+        """(round, the clients' mean training loss), where every client said one."""
+        return [(r.round, r.train_loss) for r in self.records if r.train_loss is not None]
+
+    @property
     def uplink(self) -> str:
         """The format of what clients send; runs made before there was a choice sent float32."""
         return str(self.recipe["federation"].get("uplink", "float32"))
