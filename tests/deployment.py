@@ -103,7 +103,7 @@ def federation(table: dict[str, Any], folder: Path, names: list[str], join: bool
             done = fed.florana(*arguments)
             assert done.returncode == 0, done.stdout + done.stderr
         for name in names if join else []:
-            fed.join(name)
+            fed.join(name, "--stay")  # servers come and go
         yield fed
     finally:
         for process in fed.sites.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,13 @@ class Place:
             opened.close()
 
     @contextmanager
-    def site(self, answer: Callable[[Frame], Frame], who: str = "a") -> Iterator[threading.Thread]:
+    def site(
+        self, answer: Callable[[Frame], Frame], who: str = "a", ends: Collection[str] = ()
+    ) -> Iterator[threading.Thread]:
         done = threading.Event()
         key = read_private(self.folder / who)[1]
         thread = threading.Thread(
-            target=attend, args=(self.invitation, key, answer, done, self.said.append), daemon=True
+            target=attend, args=(self.invitation, key, answer, done, self.said.append, ends), daemon=True
         )
         thread.start()
         try:
@@ -305,8 +307,34 @@ def test_a_site_that_leaves_for_good_is_missed_before_the_deadline(
             node = online(link)
         answer = ask(link, ECHO, deadline=30, node=node)
         assert isinstance(answer, Failure)
-        assert "Flower reports error" in answer.reason
+        assert answer.reason == "left, or was not heard of any more"
         assert stored(link) == dict.fromkeys(stored(link), 0)
+
+
+def test_a_site_leaves_after_the_last_answer_and_says_before_what_it_waits_for(place: Place) -> None:
+    with place.server() as link, place.site(lambda frame: Frame("ended"), ends=["ended"]) as site:
+        node = online(link)
+        assert wait_for(lambda: bool(place.said), 20)
+        assert place.said == ["connected; waiting for the server to ask (it begins when enough sites are there)"]
+        answer = ask(link, Frame("ended"), node=node)
+        assert isinstance(answer, Frame)
+        assert answer.kind == "ended"
+        site.join(20)
+        assert not site.is_alive()
+        assert wait_for(lambda: not list(link.get_nodes()), 20), "it did not say that it leaves"
+
+
+def test_a_last_answer_to_a_server_that_is_gone_ends_the_site_all_the_same(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(client: Any, request: Any) -> Any:
+        raise httpx.ConnectError("refused")
+
+    monkeypatch.setattr(node_of.FleetHttpClient, "PushMessages", gone)
+    with place.server() as link, place.site(lambda frame: Frame("ended"), ends=["ended"]) as site:
+        ask(link, Frame("ended"), deadline=2)
+        site.join(20)
+        assert not site.is_alive()
 
 
 def test_a_key_that_is_not_approved_ends_with_advice(place: Place) -> None:

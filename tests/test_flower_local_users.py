@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -163,6 +162,4 @@ def test_another_account_gets_nothing_at_either_end(recipe_table: dict[str, Any]
         assert server.wait(400) == 0, (tmp_path / "serve.log").read_text()
         assert len((fed.out / "rounds.jsonl").read_text().splitlines()) == 2
         assert "refused" not in log.read_text()
-        assert site.poll() is None
-        site.send_signal(signal.SIGTERM)
-        assert site.wait(90) in (130, 143, 0)
+        assert site.wait(90) == 0, "it ends with the run"

@@ -102,6 +102,11 @@ def test_the_page_makes_a_federation_of_three_sites(tiny_bert: Path, sentences: 
         assert {name: own["threads"] for name, own in computes.items()} == dict.fromkeys(SITES, recipe["threads"])
         adapter = "adapter/adapter_model.safetensors"
         assert (run / adapter).read_bytes() == (run.parent / "rehearsal" / adapter).read_bytes()
+        for site in SITES:  # each has the run's adapter, and has left by itself
+            own = tmp_path / site / "site" / adapter
+            assert wait_for(own.exists), place.said(site)
+            assert own.read_bytes() == (run / adapter).read_bytes()
+            assert wait_for(lambda site=site: all(p.poll() == 0 for name, p in place.left if name == site))
         for site in SITES:
             assert (tmp_path / site / "site" / f"{site}.key").stat().st_mode & 0o077 == 0
         for secret in ("ca.key", "server.key"):

@@ -92,9 +92,10 @@ def join(
     data: Annotated[Path | None, typer.Option(help="This site's rows.")] = None,
     base: Annotated[str | None, typer.Option(help="Where this site has the base model.")] = None,
     test: Annotated[Path | None, typer.Option(help="A common test set, where the operator gave one.")] = None,
+    stay: Annotated[bool, typer.Option("--stay", help="Wait for the next run when this one has ended.")] = False,
     assign: Assign = None,
 ) -> None:
-    """Take part with this site's data until stopped (Ctrl-C). The data stay here.
+    """Take part with this site's data until the run has ended; the data stay here, and the final adapter comes here.
 
     Example: florana join invitation --site site --data rows.csv
     """
@@ -105,7 +106,7 @@ def join(
     read = read_invitation(invitation)
     recipe = site_recipe(read, base, test, assign or [])
     done = _end_on_signal()
-    take_part(recipe, read, site, data, done=done, say=lambda text: say(displayable(text)))
+    take_part(recipe, read, site, data, done=done, stay=stay, say=lambda text: say(displayable(text)))
 
 
 def doctor(

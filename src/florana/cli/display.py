@@ -91,8 +91,12 @@ class Screen:
         if event.kind == "refused":
             line = f"{self._name}  round {event.round}: refused {client}: {detail}"
             self._console.print(line, style="yellow", highlight=False)
-        elif event.kind == "joined":
-            self._console.print(f"{client} is here: {detail}", highlight=False)
+        elif event.kind in ("joined", "back"):
+            self._console.print(
+                f"{client} is {'here' if event.kind == 'joined' else 'back'}: {detail}", highlight=False
+            )
+        elif event.kind == "told":
+            self._console.print(f"{client} {detail}", highlight=False)
         elif event.kind in ("repaired", "resumed", "ended"):
             self._console.print(event.detail, style="yellow", highlight=False)
         elif event.kind == "committed" and event.record is not None:

@@ -102,6 +102,11 @@ class Journal:
             return last
         return best_round(read_records(self.folder / "rounds.jsonl"), self.keep_by) or last
 
+    def kept(self) -> Adapter:
+        """The adapter that adapter/ holds, from its checkpoint: joined with its residual. Raises InputError."""
+        state = _read_checkpoint(self._checkpoint(self._kept(self._rounds()[-1]))).state
+        return combined(state.adapter, state.residual)
+
     def recover(self) -> tuple[Committed | None, list[str]]:
         """The last round whose checkpoint is whole, with rounds.jsonl and adapter/ brought in line with it.
 

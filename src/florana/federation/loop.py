@@ -33,7 +33,7 @@ class Event:
     """Something to show while a run goes on.
 
     Args:
-        kind: joined, resumed, repaired, round, reply, refused, committed or ended.
+        kind: joined, back, resumed, repaired, round, reply, refused, committed, ended, or told (of the end).
         round: counted from 1.
         client: whom it is about, where it is one client.
         detail: what happened, in words.

@@ -99,7 +99,7 @@ def execute_rounds(
     with explained(folder, "the run folder could not be made"):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder), logged(folder):
-        journal = Journal(folder, card, recipe.evaluate.by if recipe.evaluate.keep == "best" else None)
+        journal = journal_of(recipe, folder, card)
         last, repaired = journal.recover()
         for line in repaired:
             show(Event("repaired", last.state.round if last else 0, detail=line))
@@ -118,6 +118,11 @@ def execute_rounds(
         run_rounds(strategy, last.state if last else begun, engine, federation, journal, show)
         write_card(folder, usage)
     return Result(folder, tuple(read_records(folder / "rounds.jsonl")))
+
+
+def journal_of(recipe: r.Recipe, folder: Path, card: AdapterCard) -> Journal:
+    """The journal of a recipe's run, which keeps the adapter of the round that the recipe asks for."""
+    return Journal(folder, card, recipe.evaluate.by if recipe.evaluate.keep == "best" else None)
 
 
 def environment(recipe: r.Recipe) -> dict[str, Any]:

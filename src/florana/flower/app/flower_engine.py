@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flwr.app import Message, MessageType
+from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from torch import Tensor
 
@@ -20,6 +21,13 @@ from florana.flower.app.flower_records import from_record, to_record
 from florana.flower.app.frames import Frame
 
 POLL_SECONDS = 0.05
+
+PLAIN = {
+    ErrorCode.MESSAGE_UNAVAILABLE: "was not reached before the time was over",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "did not answer before the time was over",
+    ErrorCode.NODE_UNAVAILABLE: "left, or was not heard of any more",
+}
+"""What Flower's numbers mean for a person who waits for a site."""
 
 
 class Nodes(Protocol):
@@ -109,7 +117,7 @@ def exchange(
     waiting = {client: identity for client, identity in zip(clients, identities, strict=True) if identity}
     for client in clients:
         if client not in waiting:
-            yield client, Failure(client, "Flower did not take the message for it")
+            yield client, Failure(client, "is not connected any more")
     arrived: queue.SimpleQueue[tuple[str, Frame | Failure | Exception]] = queue.SimpleQueue()
     done, pause = threading.Event(), max(POLL_SECONDS, 0.01 * len(waiting))
     # a thread for each: Flower waits for the rest of an answer that was begun, and one site must not hold up the others
@@ -156,7 +164,8 @@ def _wait(
 def _frame_of(message: Any) -> Frame | Failure:
     if message.has_error():
         reason = " ".join(str(message.error.reason or "").split())
-        return Failure("", f"Flower reports error {message.error.code} for it: {reason[:300]}")
+        known = PLAIN.get(message.error.code)
+        return Failure("", known or f"Flower reports error {message.error.code} for it: {reason[:300]}")
     try:
         return from_record(message.content)
     except (ValueError, TypeError, KeyError, RecursionError) as error:

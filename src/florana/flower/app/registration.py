@@ -170,11 +170,13 @@ class Registration:
                 claimed = "" if isinstance(card, str) else card.client[:80]
                 self._refuse(name or claimed or f"node {node}", problem)
                 continue
+            back = card.client in self.cards
             self.cards[card.client], self.examples[card.client] = card, card.holds.train
             self._clients[node], self._again[node] = card.client, math.inf
             self.refused.pop(card.client, None)
             if self._fits(card.client, self._settled):
-                self.show(Event("joined", 0, card.client, card.introduced(self.began.get(card.client))))
+                detail = card.introduced(self.began.get(card.client))
+                self.show(Event("back" if back else "joined", 0, card.client, detail))
 
     def _known(self, new: Mapping[int, bytes]) -> dict[int, str]:
         """The new nodes whose keys are approved, with their names; in a simulation all, and no names."""

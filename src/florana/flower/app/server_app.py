@@ -26,6 +26,7 @@ from florana.errors import FloranaError, RecipeError
 from florana.federation.journal import first_rows, read_records
 from florana.federation.loop import Event
 from florana.federation.messages import Engine, unpack_whole
+from florana.flower.app.farewell import ended_frame, farewell
 from florana.flower.app.flower_engine import FlowerEngine, Nodes
 from florana.flower.app.registration import Registration
 from florana.flower.app.settings import Settings, from_config
@@ -35,7 +36,7 @@ from florana.flower.deploy.roster import read_roster, read_rows
 from florana.lora.factors import Adapter
 from florana.recipe import schema as r
 from florana.runs.completions import write_completions
-from florana.runs.rounds import Show, execute_rounds, settled
+from florana.runs.rounds import Show, execute_rounds, journal_of, settled
 from florana.runs.run_folder import OUTCOME, PROGRESS, RUN_NAME, check_folder, locked
 from florana.runs.setup import Setup, facts_of, federation_of, first_state, prepare, strategy_of
 from florana.strategy.base import State, Strategy
@@ -104,18 +105,23 @@ def _lead(grid: Nodes, recipe: r.Recipe, settings: Settings, folder: Path, show:
         del memories  # they lie with the clients
         return FlowerEngine(grid, registration.connected, registration.doubt, run, settings.deadline)
 
-    execute_rounds(
+    card = replace(registration.common.adapter, base_model=recipe.model.base) if here is None else here.bench.card
+    result = execute_rounds(
         recipe,
         folder,
         strategy,
         begun,
-        replace(registration.common.adapter, base_model=recipe.model.base) if here is None else here.bench.card,
+        card,
         engine,
         federation_of(recipe, here, clients, registration.examples, functools.partial(write_completions, folder)),
         lambda: _facts(recipe, here, registration, begun),
         show,
         here.partition.get("labels", ()) if here is not None else recipe.data.labels or (),
     )
+    if keys is not None:  # of a simulation, all are on this machine
+        kept = journal_of(recipe, folder, card).kept() if strategy.facts.one_model else None
+        last = ended_frame(run, len(result.records), kept)
+        farewell(grid, registration.connected()[0], last, settings.deadline, show)
 
 
 def _from_a_client(recipe: r.Recipe, strategy: Strategy, registration: Registration) -> Adapter:

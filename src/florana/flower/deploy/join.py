@@ -7,16 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from florana.atomic_files import explained
-from florana.errors import FederationError, InputError
+from florana.errors import FederationError, FloranaError, InputError
+from florana.federation.client_state import recall
+from florana.flower.app.codec import failure_frame
+from florana.flower.app.farewell import ENDED
 from florana.flower.app.frames import Frame
 from florana.flower.app.site import Site, site_of
 from florana.flower.app.site_card import digest
+from florana.flower.deploy.final_adapter import checked, written
 from florana.flower.deploy.fleet import logged_to
 from florana.flower.deploy.invitation import Invitation
 from florana.flower.deploy.kept_update import remembered
 from florana.flower.deploy.keys import read_private
 from florana.flower.deploy.node import attend
 from florana.recipe import schema as r
+from florana.recipe.usage import usage_of
 from florana.runs.run_folder import held
 from florana.runs.setup import Setup, prepare
 
@@ -46,10 +51,11 @@ def join(
     data: Path | None,
     *,
     done: threading.Event,
+    stay: bool = False,
     say: Callable[[str], None] = lambda text: None,
     step: Callable[[str], None] = lambda client: None,
 ) -> None:
-    """Take part until `done` is set.
+    """Take part until the run has ended, or `done` is set.
 
     Args:
         recipe: `invitation.site_recipe`.
@@ -57,6 +63,7 @@ def join(
         keys: the site's folder, with its private key; the client state is written below it.
         data: this site's rows; None where the recipe deals out one data set to all.
         done: set by whoever wants to leave.
+        stay: go on waiting after a run has ended, for the next one.
         say: told of what happens.
         step: told of every optimizer step.
 
@@ -75,11 +82,37 @@ def join(
         setup = prepare_site(recipe, who, data)
         site = site_of(recipe, setup, who, keys / "kept", step)
         say(f"{who}: {site.card.introduced(None)}; connecting to {invitation.address}")
-        attend(invitation, key, lambda frame: told(site, frame, keys / "kept" / "answer", say), done, say)
+
+        def end(frame: Frame) -> Frame:
+            """The server's last word: the adapter is written down, where it sent one."""
+            run, rounds = str(frame.fields.get("run")), int(frame.fields.get("rounds", 0))
+            say(f"{who}: the federation has ended after {rounds} rounds")
+            if frame.payload:
+                adapter = checked(frame, site.start, recall(site.folder, run, who, rounds + 1))
+                labels = setup.partition.get("labels", ())
+                say(f"{who}: adapter: {written(adapter, setup.bench.card, usage_of(recipe, labels), keys)}")
+            return Frame(ENDED)
+
+        ends = frozenset() if stay else frozenset({ENDED})
+        attend(invitation, key, lambda frame: told(site, frame, keys / "kept" / "answer", say, end), done, say, ends)
 
 
-def told(site: Site, frame: Frame, kept: Path, say: Callable[[str], None]) -> Frame:
-    """The site's answer to a request: the one in the file `kept`, where it was made for just this request."""
+def told(
+    site: Site,
+    frame: Frame,
+    kept: Path,
+    say: Callable[[str], None],
+    end: Callable[[Frame], Frame] = lambda frame: frame,
+) -> Frame:
+    """The site's answer to a request: the one in the file `kept`, where it was made for just this request; `end` takes
+    the run's last one."""
+    if frame.kind == ENDED:
+        try:
+            return end(frame)
+        except (FloranaError, ValueError, TypeError) as error:
+            reason = str(error).replace("\n", "; ")
+            say(f"{site.who}: {reason}")
+            return failure_frame(reason)
     brief = frame.fields.get("brief")
     if isinstance(brief, dict):
         say(f"{site.who}: round {brief.get('round')}")

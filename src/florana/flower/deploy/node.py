@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +80,7 @@ def attend(
     answer: Callable[[Frame], Frame],
     done: threading.Event,
     say: Callable[[str], None] = lambda text: None,
+    ends: Collection[str] = (),
 ) -> None:
     """Answer the server's requests until `done` is set; wait for the server where it is away.
 
@@ -89,6 +90,7 @@ def attend(
         answer: the reply to one request, which never raises.
         done: ends the loop when it is set.
         say: told what a person at the site should see.
+        ends: kinds of answers after which `done` is set.
 
     Raises:
         FederationError: the server's certificate does not hold, or it does not know this key.
@@ -106,7 +108,7 @@ def attend(
                     if away:
                         say("the server is there again")
                     away = False
-                    _attend(line, answer, done, say)
+                    _attend(line, answer, done, say, ends)
             except httpx.HTTPStatusError as error:
                 _judge(error, invitation)
             except (httpx.TransportError, OSError) as error:
@@ -166,21 +168,36 @@ def _beat(line: Line, left: threading.Event) -> None:
             log.info("a heartbeat did not reach the server")  # whoever asks next finds out what is wrong
 
 
-def _attend(line: Line, answer: Callable[[Frame], Frame], done: threading.Event, say: Callable[[str], None]) -> None:
+def _attend(
+    line: Line,
+    answer: Callable[[Frame], Frame],
+    done: threading.Event,
+    say: Callable[[str], None],
+    ends: Collection[str],
+) -> None:
+    waiting = False
     while not done.is_set():
         got = line.client.PullMessages(PullMessagesRequest(node=line.node))
         asked = _whole(line, got) if got.messages_list else None
         if asked is None:
+            if not waiting:
+                say("connected; waiting for the server to ask (it begins when enough sites are there)")
+            waiting = True
             done.wait(ASKS_AGAIN)
             continue
+        frame = _answered(asked, answer)
+        # the last answer is news for a server that may be gone by now: it is sent once
+        pause = (lambda seconds: True) if frame.kind in ends else done.wait
         try:
-            waited_for = _sent(line, Message(to_record(_answered(asked, answer)), reply_to=asked), done)
+            waited_for = _sent(line, Message(to_record(frame), reply_to=asked), pause)
         except httpx.HTTPStatusError as error:
             if error.response.status_code != _TOO_LARGE:
                 raise
             reason = Frame("failure", {"reason": f"its answer is too large: {error.response.text[:100]}"})
-            waited_for = _sent(line, Message(to_record(reason), reply_to=asked), done)
-        if not waited_for and not done.is_set():
+            waited_for = _sent(line, Message(to_record(reason), reply_to=asked), pause)
+        if frame.kind in ends:
+            done.set()
+        elif not waited_for and not done.is_set():
             say("the server does not wait for this answer any more")
 
 
@@ -208,8 +225,9 @@ def _answered(asked: Message, answer: Callable[[Frame], Frame]) -> Frame:
     return answer(frame)
 
 
-def _sent(line: Line, reply: Message, done: threading.Event) -> bool:
-    """Send the whole of an answer, over as many broken connections as it takes; False where nobody waits for it."""
+def _sent(line: Line, reply: Message, pause: Callable[[float], bool]) -> bool:
+    """Send the whole of an answer, over as many broken connections as `pause` waits for (it returns True where it is
+    time to stop); False where nobody waits for the answer."""
     reply.metadata.__dict__["_message_id"] = reply.object_id
     run = reply.metadata.run_id
     with no_object_id_recompute():
@@ -218,7 +236,7 @@ def _sent(line: Line, reply: Message, done: threading.Event) -> bool:
             messages_list=[message_to_proto(remove_content_from_message(reply))],
             message_object_trees=[get_object_tree(reply)],
         )
-        while not done.is_set():
+        while True:
             try:
                 told = line.client.PushMessages(request)
                 if not told.objects_to_push:
@@ -227,5 +245,5 @@ def _sent(line: Line, reply: Message, done: threading.Event) -> bool:
                 push_objects(get_all_nested_objects(reply), push, object_ids_to_push=set(told.objects_to_push))
                 return True
             except (httpx.TransportError, ObjectPushError):
-                done.wait(TRIES_AGAIN)
-    return False
+                if pause(TRIES_AGAIN):
+                    return False

@@ -1,0 +1,142 @@
+"""The end of a federation: every site has the adapter of the run, and what is no adapter of its model is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
+
+from florana.adapters.adapter_folder import read_adapter
+from florana.errors import InputError
+from florana.federation.client_state import recall
+from florana.federation.journal import Journal
+from florana.federation.messages import pack
+from florana.flower.app.farewell import ENDED, ended_frame
+from florana.flower.app.frames import Frame
+from florana.flower.app.site import Site
+from florana.flower.deploy.final_adapter import checked, written
+from florana.flower.deploy.join import told
+from florana.lora.factors import Adapter, LoraFactors
+from florana.recipe.load import check
+from florana.recipe.usage import Usage, read_usage
+from tests.federation import CARD
+from tests.flower_grid import FakeGrid
+from tests.flower_sites import led, roster_of, sites
+
+
+def federated(table: dict[str, Any], folder: Path, ends: Callable[[Site, Frame], Frame]) -> tuple[Any, dict[str, Site]]:
+    """A run whose sites take its end by `ends`; the events, and the sites."""
+    members = sites(check(table, "t"), folder / "kept")
+
+    def answers(site: Site) -> Callable[[Frame], Frame]:
+        return lambda frame: told(site, frame, folder / site.who, lambda text: None, lambda last: ends(site, last))
+
+    nodes = {number: (name.encode(), answers(site)) for number, (name, site) in enumerate(members.items(), 1)}
+    roster = roster_of(members, folder)
+    return led(check(table, "t"), FakeGrid(nodes), roster, folder / "run", base=True), members
+
+
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [
+        ("best-rank", {}),
+        ("oracle", {}),
+        ("fed-sb", {}),
+        ("fedit", {"head": "personal"}),
+        ("fedit", {"variant": "dora"}),
+    ],
+)
+def test_every_site_has_the_adapter_of_the_run(
+    strategy: str, more: dict[str, Any], recipe_table: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe_table["strategy"] = {"name": strategy}
+    recipe_table["model"] |= more
+    recipe_table["federation"] = {"rounds": 2}
+    taken: dict[str, Adapter] = {}
+
+    def take(site: Site, frame: Frame) -> Frame:
+        own = recall(site.folder, str(frame.fields["run"]), site.who, int(frame.fields["rounds"]) + 1)
+        taken[site.who] = checked(frame, site.start, own)
+        return Frame(ENDED)
+
+    events, members = federated(recipe_table, tmp_path, take)
+    said = [(event.client, event.detail) for event in events if event.kind == "told"]
+    assert sorted(said) == [(name, "has the adapter") for name in sorted(members)]
+    whole = Journal(tmp_path / "run", CARD).kept()
+    for adapter in taken.values():
+        assert adapter.scalings == whole.scalings
+        for name, tensor in whole.tensors().items():
+            assert torch.equal(adapter.tensors()[name], tensor)
+    if "variant" not in more:  # florana reads no DoRA back
+        assert read_adapter(tmp_path / "run" / "adapter")[0].modules.keys() == whole.modules.keys()
+    if more.get("head") == "personal":
+        heads = [{name: tensor.flatten().tolist() for name, tensor in one.extra.items()} for one in taken.values()]
+        assert all(head and head != heads[0] for head in heads[1:])  # each its own
+
+
+def test_a_site_that_does_not_take_it_changes_nothing(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe_table["federation"] = {"rounds": 1}
+
+    def refuses(site: Site, frame: Frame) -> Frame:
+        raise InputError("no room")
+
+    events, _ = federated(recipe_table, tmp_path, refuses)
+    details = {event.detail for event in events if event.kind == "told"}
+    assert details == {"did not take the adapter: no room"}
+    assert (tmp_path / "run" / "adapter" / "README.md").exists()
+
+
+def test_a_run_without_a_global_model_ends_without_an_adapter() -> None:
+    frame = ended_frame("x", 3, None)
+    assert (frame.kind, frame.payload) == (ENDED, b"")
+
+
+def of(rank: int, *, inner: int = 5, module: str = "m", head: str = "head", value: float = 1.0) -> Adapter:
+    pair = LoraFactors(torch.full((3, rank), value), torch.full((rank, inner), value), 2.0)
+    return Adapter({module: pair}, {head: torch.full((2, 2), value)})
+
+
+def frame_of(adapter: Adapter, **fields: Any) -> Frame:
+    return Frame(ENDED, {"run": "x", "rounds": 1, "scalings": adapter.scalings, **fields}, pack(adapter))
+
+
+def test_only_the_rank_may_be_another() -> None:
+    assert checked(frame_of(of(4)), of(2), {}).modules["m"].rank == 4
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (frame_of(of(2, inner=6)), "does not fit module 'm'"),
+        (frame_of(of(2, module="n")), "other modules"),
+        (frame_of(of(2, head="eval")), "a tensor 'eval'"),
+        (frame_of(of(2, value=math.nan)), "not finite in 'A/m'"),
+        (frame_of(of(2), scalings={}), "without a single LoRA module"),
+        (frame_of(of(2), scalings=None), "no scalings"),
+        (frame_of(of(2), scalings={"m": math.inf}), "no scalings"),
+        (frame_of(of(2), scalings={"m": True}), "no scalings"),
+        (frame_of(of(2), scalings={"m": 1.0, "n": 1.0}), "KeyError"),
+        (replace(frame_of(of(2)), payload=b"x" * 40), "no adapter"),
+    ],
+)
+def test_what_is_no_adapter_of_this_model_is_refused(frame: Frame, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        checked(frame, of(2), {})
+
+
+def test_the_adapter_before_is_kept_and_none_before_that(tmp_path: Path) -> None:
+    for value in (1.0, 2.0, 3.0):
+        place = written(of(2, value=value), replace(CARD, target_modules=("m",)), Usage(task="causal-lm"), tmp_path)
+    assert float(read_adapter(place)[0].modules["m"].B[0, 0]) == 3.0
+    assert float(read_adapter(tmp_path / "adapter-before")[0].modules["m"].B[0, 0]) == 2.0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "adapter-before"]
+    assert read_usage(place) == Usage(task="causal-lm")
+    assert json.loads((place / "adapter_config.json").read_text())["peft_type"] == "LORA"
