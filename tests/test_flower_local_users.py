@@ -17,6 +17,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
+from florana.flower.deploy.audit_log import read_log
 from tests.deployment import Fed, environment, federation, wait_for
 
 NOBODY = [
@@ -163,3 +164,25 @@ def test_another_account_gets_nothing_at_either_end(recipe_table: dict[str, Any]
         assert len((fed.out / "rounds.jsonl").read_text().splitlines()) == 2
         assert "refused" not in log.read_text()
         assert site.wait(90) == 0, "it ends with the run"
+        assert fed.sites["client-1"].wait(90) == 0
+        both_ends_tell_one_story(fed.files.folder, [tmp_path / "client-0", tmp_path / "client-1"])
+        for folder in (tmp_path / "client-0", tmp_path / "client-1", fed.out, fed.files.folder / "flower"):
+            written = [path for path in folder.rglob("*") if path.suffix != ".pub"]
+            assert written
+            assert [path for path in written if path.stat().st_mode & 0o077] == [], "for others to read"
+
+
+def both_ends_tell_one_story(operator: Path, sites: list[Path]) -> None:
+    """By their audit logs: what the server got is what the sites sent."""
+    entries, _ = read_log(operator)
+    events = [entry.event for entry in entries]
+    assert events[:3] == ["approved", "approved", "serving"]
+    assert events[-1] == "done"
+    counts = {event: events.count(event) for event in ("joined", "asked", "answered", "committed", "told")}
+    assert counts == {"joined": 2, "asked": 4, "answered": 4, "committed": 2, "told": 2}
+    arrived = {(entry.facts["site"], entry.facts["sha256"]) for entry in entries if entry.event == "answered"}
+    for site in sites:
+        own, _ = read_log(site)
+        sent = {e.facts["sha256"] for e in own if e.event == "answered" and e.facts["kind"] == "reply"}
+        assert sent == {digest for name, digest in arrived if name == site.name}
+        assert (own[0].event, own[-1].event) == ("joining", "left")

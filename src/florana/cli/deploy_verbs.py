@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
     from florana.federation.loop import Event
     from florana.flower.deploy.doctor import Finding
+
+OURS_ALONE = 0o077
+"""The umask of a federation's programs: what they write, run folders and adapters too, is for this account alone."""
 
 Fed = Annotated[Path, typer.Option(help="The operator's folder, with certificates and roster.")]
 Assign = Annotated[
@@ -47,6 +51,7 @@ def serve(
     Example: florana serve recipe.toml --fed fed --out runs/first
     """
     require_flwr()
+    os.umask(OURS_ALONE)
     from florana.cli.console import console_of
     from florana.cli.display import Screen, summary_table
     from florana.flower.app.settings import Settings
@@ -100,6 +105,7 @@ def join(
     Example: florana join invitation --site site --data rows.csv
     """
     require_flwr()
+    os.umask(OURS_ALONE)
     from florana.flower.deploy.invitation import read_invitation, site_recipe
     from florana.flower.deploy.join import join as take_part
 

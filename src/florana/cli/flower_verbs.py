@@ -1,7 +1,9 @@
-"""The verbs below `flower`, before a federation: keys, approve, revoke, invite, export."""
+"""The verbs below `flower`, around a federation: keys, approve, revoke, invite, audit, export."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +11,7 @@ import typer
 
 from florana.cli.say import say
 from florana.cli.verb import Verb
+from florana.displayable import displayable
 from florana.errors import RecipeError
 from florana.flower import require_flwr
 
@@ -61,6 +64,8 @@ def approve(
     Example: florana flower approve fed hospital-a.pub hospital-b.pub --rows hospital-a=5400
     """
     require_flwr()
+    from florana.flower.deploy.audit_chain import digest_of
+    from florana.flower.deploy.audit_log import NAME, AuditLog
     from florana.flower.deploy.keys import Certificates, read_public
     from florana.flower.deploy.roster import approve as put
 
@@ -70,6 +75,8 @@ def approve(
         raise RecipeError(f"--rows names '{name}', whose .pub file is not given", fix="name its file too")
     for path, name in names.items():
         put(Certificates(fed), path, counts.get(name))
+        facts = {"rows": counts[name]} if name in counts else {}
+        AuditLog(fed / NAME).add("approved", site=name, key=digest_of(path.read_bytes()), **facts)
         say(f"approved: {name}" + (f", {counts[name]} training rows" if name in counts else ""))
 
 
@@ -85,11 +92,13 @@ def revoke(
     Example: florana flower revoke fed hospital-b
     """
     require_flwr()
+    from florana.flower.deploy.audit_log import NAME, AuditLog
     from florana.flower.deploy.keys import Certificates
     from florana.flower.deploy.roster import revoke as take
 
     for name in dict.fromkeys(names):
         take(Certificates(fed), name)
+        AuditLog(fed / NAME).add("revoked", site=name)
         say(f"revoked: {name}")
 
 
@@ -130,6 +139,35 @@ def invite(
     where = host or hosts_of(read_certificate(files.certificate))[0]
     write(recipe, files, where, port, out, base)
     say(f"invitation: {out} (send the whole folder to every site; nothing in it is secret)")
+
+
+@flower.command(cls=Verb)
+def audit(
+    place: Annotated[Path, typer.Argument(help="The folder of an operator or a site, or a log.")],
+    head: Annotated[
+        str | None, typer.Option(help="A digest that must be in the log, as it was noted elsewhere.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check that nothing in an audit log was changed, and print it.
+
+    Example: florana flower audit site
+    """
+    require_flwr()
+    from florana.flower.deploy.audit_log import read_log
+
+    entries, torn = read_log(place, head)
+    if as_json:
+        typer.echo(json.dumps([asdict(entry) for entry in entries], indent=1))
+        return
+    for entry in entries:
+        facts = "  ".join(f"{name} {fact}" for name, fact in entry.facts.items() if name != "before")
+        say(displayable(f"{entry.number:>5}  {entry.time}  {entry.event:<10} {facts}"))
+    if torn:
+        say("the last line was cut off: the next entry will close it")
+    last = entries[-1].digest if entries else "-"
+    say(f"{len(entries)} entries, each holds the digest of the one before it")
+    say(f"head: {last} (note it elsewhere: lines cut off at the end are seen by it alone)")
 
 
 @flower.command(cls=Verb)

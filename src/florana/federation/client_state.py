@@ -22,6 +22,10 @@ KEPT_ROUNDS = 2
 """The last round a client took part in, and the one before, should the server have lost the last."""
 
 
+KEPT_RUNS = 64
+"""A folder takes no more: each name of a run that a server sends makes another."""
+
+
 def recall(folder: Path, run: str, client: str, round_: int) -> dict[str, Tensor]:
     """What the client kept when it last took part before `round_`; empty where it kept nothing.
 
@@ -48,10 +52,28 @@ def recall(folder: Path, run: str, client: str, round_: int) -> dict[str, Tensor
 
 
 def keep(folder: Path, run: str, client: str, round_: int, tensors: Mapping[str, Tensor]) -> None:
-    """Write what the client keeps after `round_`; nothing where there is nothing."""
+    """Write what the client keeps after `round_`; nothing where there is nothing.
+
+    Args:
+        folder: the site's folder.
+        run: the name of the run.
+        client: the client's name.
+        round_: the round that was done.
+        tensors: what is kept.
+
+    Raises:
+        InputError: the folder holds `KEPT_RUNS` other runs already.
+    """
     if not tensors:
         return
     place = _place(folder, run, client)
+    runs = {path for path in folder.glob("*") if path.is_dir()} if folder.is_dir() else set()
+    if place.parent not in runs and len(runs) >= KEPT_RUNS:
+        raise InputError(
+            f"{folder} holds what clients keep of {len(runs)} runs, and this would be another",
+            why="a server could fill the disk with runs that it makes up",
+            fix="remove the folders of runs that are done with",
+        )
     place.mkdir(parents=True, exist_ok=True)
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     replace_file(place / f"round-{round_:06d}.safetensors", content)

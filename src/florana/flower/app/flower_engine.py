@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import secrets
 import threading
@@ -54,6 +55,19 @@ class Seat:
     card: str
 
 
+Note = Callable[..., None]
+"""Given an event and facts about it by name: what an audit log writes down."""
+
+
+def unnoted(event: str, **facts: object) -> None:
+    """Nothing is written down: a simulation."""
+
+
+def size_and_digest(payload: bytes) -> dict[str, object]:
+    """What an audit log says of bytes."""
+    return {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
+
+
 @dataclass(frozen=True, eq=False)
 class FlowerEngine:
     """Carries briefs over a Grid.
@@ -65,6 +79,7 @@ class FlowerEngine:
         changed: told of a client that is not what it said at registration.
         run: the name of the run, under which clients keep their client state.
         deadline: seconds from sending to the last answer that counts.
+        note: told what each site was asked and answered (see `Note`).
     """
 
     grid: Nodes
@@ -72,6 +87,7 @@ class FlowerEngine:
     changed: Callable[[str], None]
     run: str
     deadline: float
+    note: Note = unnoted
 
     def memories(self) -> Mapping[str, Mapping[str, Tensor]]:
         """Nothing: the client state lies with the clients, see `federation.client_state`."""
@@ -86,7 +102,11 @@ class FlowerEngine:
                 yield Failure(brief.client, absent.get(brief.client, "is not connected"))
         nonces = {brief.client: secrets.token_hex(16) for brief in asked}
         frames = {b.client: (seats[b.client].node, self._frame(b, seats, nonces)) for b in asked}
+        for brief in asked:
+            self.note("asked", site=brief.client, round=brief.round, run=self.run, **size_and_digest(brief.payload))
         for client, answer in exchange(self.grid, frames, self.deadline):
+            if isinstance(answer, Frame):
+                self.note("answered", site=client, kind=answer.kind, **size_and_digest(answer.payload))
             if isinstance(answer, Frame) and answer.kind == "changed":
                 self.changed(client)
             yield answer if isinstance(answer, Failure) else read_reply(answer, client, nonces[client])

@@ -27,7 +27,7 @@ from florana.federation.journal import first_rows, read_records
 from florana.federation.loop import Event
 from florana.federation.messages import Engine, unpack_whole
 from florana.flower.app.farewell import ended_frame, farewell
-from florana.flower.app.flower_engine import FlowerEngine, Nodes
+from florana.flower.app.flower_engine import FlowerEngine, Nodes, Note, unnoted
 from florana.flower.app.registration import Registration
 from florana.flower.app.settings import Settings, from_config
 from florana.flower.app.site import agreed, common_of, starts_anywhere
@@ -64,8 +64,9 @@ def main(grid: Grid, context: Context) -> None:
     _end(folder, 0)
 
 
-def lead(grid: Nodes, recipe: r.Recipe, settings: Settings, folder: Path, show: Show) -> None:
-    """Register the clients, then run every round that the folder does not hold yet.
+def lead(grid: Nodes, recipe: r.Recipe, settings: Settings, folder: Path, show: Show, note: Note = unnoted) -> None:
+    """Register the clients, then run every round that the folder does not hold yet; `note` writes down what sites are
+    asked and answer.
 
     Raises:
         FederationError: too few clients, at the start or in a round.
@@ -73,10 +74,12 @@ def lead(grid: Nodes, recipe: r.Recipe, settings: Settings, folder: Path, show: 
         InputError: a model or data that cannot be read.
     """
     with settled(recipe, folder, show) as own:
-        _lead(grid, own, settings, folder, show, named=recipe.threads)
+        _lead(grid, own, settings, folder, show, note, named=recipe.threads)
 
 
-def _lead(grid: Nodes, recipe: r.Recipe, settings: Settings, folder: Path, show: Show, named: int | None) -> None:
+def _lead(
+    grid: Nodes, recipe: r.Recipe, settings: Settings, folder: Path, show: Show, note: Note, named: int | None
+) -> None:
     """`named`: the number of threads that the operator's recipe asks of everybody."""
     keys = read_roster(Path(settings.roster)) if settings.roster else None
     here = prepare(recipe, {} if recipe.partition.kind == "sites" else None) if settings.base else None
@@ -103,7 +106,7 @@ def _lead(grid: Nodes, recipe: r.Recipe, settings: Settings, folder: Path, show:
 
     def engine(memories: Mapping[str, Mapping[str, Tensor]] | None) -> Engine:
         del memories  # they lie with the clients
-        return FlowerEngine(grid, registration.connected, registration.doubt, run, settings.deadline)
+        return FlowerEngine(grid, registration.connected, registration.doubt, run, settings.deadline, note)
 
     card = replace(registration.common.adapter, base_model=recipe.model.base) if here is None else here.bench.card
     result = execute_rounds(

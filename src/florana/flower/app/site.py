@@ -16,6 +16,7 @@ from florana.errors import FloranaError, RecipeError
 from florana.federation.client_state import keep, recall
 from florana.federation.local_engine import Fit
 from florana.federation.messages import pack
+from florana.federation.quantize import Format
 from florana.flower.app.codec import failure_frame, read_brief, reply_frame
 from florana.flower.app.frames import Frame
 from florana.flower.app.site_card import Card, Common, digest
@@ -51,6 +52,7 @@ class Site:
         card: what `hello` says of the site.
         start: the adapter before the first round, head included.
         folder: where the client state is kept.
+        uplink: how the site's own recipe says that updates are written.
     """
 
     who: str
@@ -58,6 +60,7 @@ class Site:
     card: Card
     start: Adapter
     folder: Path
+    uplink: Format = "float32"
 
     def answer(self, frame: Frame) -> Frame:
         """The reply to one frame of the server. What goes wrong becomes a `failure` with its reason."""
@@ -80,6 +83,8 @@ class Site:
             return failure_frame(f"is '{self.who}', but was asked as '{brief.client[:80]}'")
         if frame.fields.get("card") != digest(self.card):  # it was started anew since, with something else
             return Frame("changed")
+        if brief.uplink != self.uplink or (self.uplink == "float32" and brief.feedback):
+            return failure_frame(f"is asked to answer in {brief.uplink[:20]}; its own recipe says {self.uplink}")
         memory = recall(self.folder, run, self.who, brief.round)
         with threads(self.card.threads):  # in whatever thread Flower asks
             reply, kept = self.fit(brief, memory)
@@ -99,7 +104,8 @@ def site_of(recipe: r.Recipe, setup: Setup, who: str, folder: Path, step: Callab
         strategy = strategy_of(recipe, sorted(setup.clients))
         begun = first_state(recipe, setup, starts_anywhere(strategy))
         clients = clients_of(recipe, setup, begun, step or (lambda client: None))
-        return Site(who, clients.fit, card_of(recipe, setup, who, clients.first), clients.first, folder)
+        card = card_of(recipe, setup, who, clients.first)
+        return Site(who, clients.fit, card, clients.first, folder, recipe.federation.uplink)
 
 
 def starts_anywhere(strategy: Strategy) -> Strategy:

@@ -11,9 +11,11 @@ from florana.errors import FederationError, FloranaError, InputError
 from florana.federation.client_state import recall
 from florana.flower.app.codec import failure_frame
 from florana.flower.app.farewell import ENDED
+from florana.flower.app.flower_engine import size_and_digest
 from florana.flower.app.frames import Frame
 from florana.flower.app.site import Site, site_of
 from florana.flower.app.site_card import digest
+from florana.flower.deploy.audit_log import NAME, AuditLog
 from florana.flower.deploy.final_adapter import checked, written
 from florana.flower.deploy.fleet import logged_to
 from florana.flower.deploy.invitation import Invitation
@@ -93,8 +95,27 @@ def join(
                 say(f"{who}: adapter: {written(adapter, setup.bench.card, usage_of(recipe, labels), keys)}")
             return Frame(ENDED)
 
+        audit = AuditLog(keys / NAME)
+
+        def asked(frame: Frame) -> Frame:
+            """The answer to a request, both written down before it is sent."""
+            facts = {"kind": frame.kind, "run": str(frame.fields.get("run", "")), "round": _round_of(frame)}
+            audit.add("asked", **{n: f for n, f in facts.items() if f}, **size_and_digest(frame.payload))
+            made = told(site, frame, keys / "kept" / "answer", say, end)
+            why = str(made.fields.get("reason", ""))
+            audit.add("answered", kind=made.kind, **({"reason": why} if why else {}), **size_and_digest(made.payload))
+            return made
+
+        audit.add("joining", site=who, server=invitation.address, rows=len(setup.clients[who].train))
         ends = frozenset() if stay else frozenset({ENDED})
-        attend(invitation, key, lambda frame: told(site, frame, keys / "kept" / "answer", say, end), done, say, ends)
+        attend(invitation, key, asked, done, say, ends)
+        audit.add("left", site=who)
+
+
+def _round_of(frame: Frame) -> int:
+    brief = frame.fields.get("brief")
+    round_ = brief.get("round") if isinstance(brief, dict) else frame.fields.get("rounds")
+    return round_ if isinstance(round_, int) else 0
 
 
 def told(

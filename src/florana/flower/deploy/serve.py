@@ -12,6 +12,8 @@ from florana.errors import FederationError, InputError, RecipeError
 from florana.federation.loop import Event
 from florana.flower.app.server_app import lead, noted
 from florana.flower.app.settings import Settings
+from florana.flower.deploy.audit_chain import digest_of
+from florana.flower.deploy.audit_log import NAME, AuditLog
 from florana.flower.deploy.fleet import logged_to, make_link
 from florana.flower.deploy.gateway import Door, OpenDoor, open_door
 from florana.flower.deploy.keys import Certificates, read_certificate
@@ -79,12 +81,19 @@ def serve(
                 folder.mkdir(parents=True, exist_ok=True)
             with locked(folder):
                 opened(inside)
-                told = noted(folder, show)
+                audit, asked = AuditLog(files.folder / NAME), digest_of(recipe.to_toml().encode())
+                audit.add("serving", run=folder.name, recipe=asked, sites=sorted(approved))
+                told = noted(folder, audit.shown(show))
                 if resume and not (folder / "rounds.jsonl").exists():
                     told(
                         Event("repaired", 0, detail=f"{folder} holds no committed round: the run begins with the first")
                     )
-                lead(link, recipe, own, folder, told)
+                try:
+                    lead(link, recipe, own, folder, told, audit.add)
+                except BaseException as error:  # Ctrl-C and a bug are ends too
+                    audit.add("stopped", run=folder.name, detail=getattr(error, "what", type(error).__name__))
+                    raise
+                audit.add("done", run=folder.name)
         finally:
             inside.close()
 
