@@ -27,6 +27,7 @@ from florana.cli.run_verb import run
 from florana.cli.say import say
 from florana.cli.use_verbs import evaluate, predict
 from florana.cli.verb import Verb
+from florana.cli.watch_verb import watch
 from florana.displayable import displayable
 from florana.errors import FloranaError, InputError, RecipeError
 
@@ -116,7 +117,10 @@ def report(
         console.print(f"report: {path}", highlight=False, soft_wrap=True)
 
 
-for _verb in (demo, init, run, recipe, report, predict, evaluate, compare, merge, inspect, plan, serve, join, doctor):
+_VERBS = (
+    demo, init, run, recipe, report, watch, predict, evaluate, compare, merge, inspect, plan, serve, join, doctor,
+)  # fmt: skip
+for _verb in _VERBS:
     app.command(cls=Verb)(_verb)
 app.add_typer(flower, name="flower")
 

@@ -1,0 +1,149 @@
+"""The live page: what it says of a run at every stage, who may read it, and that it writes nothing."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from florana.errors import FederationError, InputError
+from florana.recipe.load import check
+from florana.report.live import live_of
+from florana.report.watch import page_of, watching
+from florana.runs.run_folder import PROGRESS
+from florana.runs.setup import execute
+from tests.hostile import STRINGS, forbidden
+from tests.program import florana
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, sentences: Path) -> Path:
+    table: dict[str, Any] = {
+        "title": "a <b>title</b>",
+        "task": "sequence-classification",
+        "model": {"base": str(tiny_bert), "target_modules": ["query"], "rank": 2, "alpha": 4},
+        "data": {"train": str(sentences), "label": "label", "max_length": 16},
+        "partition": {"kind": "iid", "clients": 2},
+        "train": {"steps": 1, "batch_size": 4},
+        "federation": {"rounds": 3},
+        "strategy": {"name": "fedit"},
+    }
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    execute(check(table, "t"), folder)
+    for place, name in enumerate(("round-000002", "round-000003")):
+        os.utime(folder / "checkpoint" / name / "state.json", (100 + 40 * place, 100 + 40 * place))
+    return folder
+
+
+def stage(done: Path, folder: Path, rounds: int) -> Path:
+    """The run as it was after so many rounds."""
+    shutil.copytree(done, folder)
+    lines = (done / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (folder / "rounds.jsonl").write_text("".join(lines[:rounds]))
+    return folder
+
+
+@contextmanager
+def served(folder: Path, port: int = 0) -> Iterator[int]:
+    with watching(folder, "127.0.0.1", port, 7) as (server, address):
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        assert address == f"http://127.0.0.1:{server.server_address[1]}/"
+        yield server.server_address[1]
+        server.shutdown()
+
+
+def asked(port: int, path: str = "/", method: str = "GET", host: str | None = None) -> tuple[int, str, dict[str, str]]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request(method, path, headers={} if host is None else {"Host": host})
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode(), dict(answer.getheaders())
+
+
+def test_a_run_that_goes_on(done: Path, tmp_path: Path) -> None:
+    live = live_of(stage(done, tmp_path / "run", 2), 7)
+    assert (live.round, live.rounds, live.running, list(live.answered)) == (2, 3, True, ["client-0", "client-1"])
+    assert live.seconds_left == 40.0  # one round, at the pace of the last one
+    page = page_of(tmp_path / "run", 7)
+    assert "Round 3 of 3 is running" in page
+    assert "2 clients counted (client-0, client-1), none was refused or missing" in page
+    assert '<meta http-equiv="refresh" content="7">' in page
+    assert "a &lt;b&gt;title&lt;/b&gt;" in page
+    assert "<b>title" not in page
+
+
+def test_a_run_that_has_ended_and_one_that_begins(done: Path, tmp_path: Path) -> None:
+    assert "The run has ended after 3 rounds" in page_of(done, 7)
+    page = page_of(stage(done, tmp_path / "run", 0), 7)
+    assert "Round 1 of 3 is running" in page
+    assert "No round is committed yet" in page
+
+
+def test_a_federation_says_who_is_there_and_why_not(done: Path, tmp_path: Path) -> None:
+    folder = stage(done, tmp_path / "run", 1)
+    events = [
+        {"kind": "joined", "round": 0, "client": "old", "detail": "before the last round"},
+        {"kind": "committed", "round": 1, "client": "", "detail": ""},
+        {"kind": "round", "round": 2, "client": "", "detail": "2"},
+        {"kind": "reply", "round": 2, "client": "a", "detail": ""},
+        {"kind": "refused", "round": 2, "client": "b", "detail": "did not <i>answer</i>"},
+    ]
+    text = "".join(json.dumps({"time": 1.0, **event}) + "\n" for event in events)
+    (folder / PROGRESS).write_text('half a line"}\n' + text + '{"not yet')
+    assert live_of(folder, 7).now == ["round 2: 2 clients are asked", "reply a", "refused b did not <i>answer</i>"]
+    assert "refused b did not &lt;i&gt;answer&lt;/i&gt;" in page_of(folder, 7)
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    (fresh / PROGRESS).write_text(json.dumps({"time": 1.0, **events[0]}) + "\n")
+    assert "Waiting for the sites" in page_of(fresh, 7)
+
+
+@pytest.mark.parametrize("text", STRINGS[:40])
+def test_nothing_that_a_site_says_reaches_the_page_as_it_is(text: str, done: Path, tmp_path: Path) -> None:
+    folder = stage(done, tmp_path / "run", 1)
+    event = {"time": 1.0, "kind": "refused", "round": 2, "client": text, "detail": text}
+    (folder / PROGRESS).write_text(json.dumps(event) + "\n")
+    (line,) = live_of(folder, 7).now
+    assert not forbidden(line.replace("\n", " "))
+
+
+def test_the_page_follows_the_run_and_the_folder_stays_as_it_is(done: Path, tmp_path: Path) -> None:
+    folder = stage(done, tmp_path / "run", 1)
+    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    with served(folder) as port:
+        assert "Round 2 of 3 is running" in asked(port)[1]
+        assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+        (folder / "rounds.jsonl").write_bytes((done / "rounds.jsonl").read_bytes())
+        assert "The run has ended" in asked(port)[1]
+        shutil.move(folder / "recipe.toml", folder / "gone")
+        status, text, _ = asked(port)
+        assert (status, "Traceback" in text) == (503, False)
+
+
+def test_who_may_read_it(done: Path) -> None:
+    with served(done) as port:
+        status, page, headers = asked(port)
+        assert (status, headers["Cache-Control"], headers["X-Content-Type-Options"]) == (200, "no-store", "nosniff")
+        assert "<script" not in page
+        assert asked(port, method="HEAD")[:2] == (200, "")
+        assert [asked(port, path)[0] for path in ("/rounds.jsonl", "/../recipe.toml", "/?x")] == [404] * 3
+        assert [asked(port, host=host)[0] for host in ("evil.example", f"evil.example:{port}", "")] == [403] * 3
+        assert asked(port, host=f"localhost:{port}")[0] == 200
+        assert [asked(port, method=method)[0] for method in ("POST", "PUT", "DELETE", "OPTIONS")] == [501] * 4
+        with pytest.raises(FederationError, match="cannot listen"), watching(done, "127.0.0.1", port, 5):
+            pass
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no run folder"), watching(tmp_path, "127.0.0.1", 0, 5):
+        pass
+    done = florana("watch", str(tmp_path))
+    assert done.returncode == 3
+    assert "is no run folder" in done.stderr
