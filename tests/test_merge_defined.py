@@ -77,7 +77,7 @@ def test_a_module_that_an_adapter_lacks_is_a_zero_update(name: str, method: str,
     folders, models = saved(kind, configs, tmp_path)
     weights = [0.3, 0.7] if len(configs) == 2 else [0.2, 0.5, 0.3]
     rank = sum(config["r"] for config in configs) if method == "best-rank" else None
-    if name == "heterogeneous ranks" and method in ("fedit", "flora-na"):
+    if name == "heterogeneous ranks" and method == "fedit":
         with pytest.raises(InputError, match="needs one rank"):
             merge(folders, tmp_path / "out", method=method)
         return
@@ -96,6 +96,30 @@ def test_a_module_that_an_adapter_lacks_is_a_zero_update(name: str, method: str,
     assert looked.overlap[0][0] == pytest.approx(1.0)
     exact = next(choice for choice in looked.choices if choice.method == "stack")
     assert exact.error < 1e-6
+
+
+@pytest.mark.parametrize("scope", ["module", "component"])
+def test_smaller_ranks_are_padded_for_flora_na_as_in_a_federation(scope: str, tmp_path: Path) -> None:
+    case = make_case(5, 2, 2, [(7, 12), (12, 7)])
+    other = make_case(6, 2, 4, [(7, 12), (12, 7)]).parts[0].adapter
+    small = case.parts[0].adapter
+    widened = {}
+    for name, pair in small.modules.items():
+        B = torch.cat([pair.B, torch.zeros(pair.B.shape[0], 2)], 1)
+        widened[name] = LoraFactors(B, torch.cat([pair.A, torch.zeros(2, pair.A.shape[1])]), pair.scaling)
+    card = AdapterCard(base_model="base", task_type=None, target_modules=tuple(small.modules))
+    for folder, adapter in (("small", small), ("wide", Adapter(widened)), ("other", Adapter(other.modules))):
+        write_adapter(tmp_path / folder, Adapter(adapter.modules), card)
+    merged = []
+    for folder in ("small", "wide"):
+        result = merge(
+            [tmp_path / folder, tmp_path / "other"], tmp_path / f"out-{folder}", method="flora-na", scope=scope
+        )
+        assert {own.rank for own in read_adapter(tmp_path / f"out-{folder}")[0].modules.values()} == {4}
+        merged.append(result.error)
+    assert merged[0] == pytest.approx(merged[1], rel=1e-6)
+    best = merge([tmp_path / "small", tmp_path / "other"], tmp_path / "best", method="best-rank")
+    assert best.error <= merged[0] * (1 + 1e-6)
 
 
 def test_a_head_that_one_lacks_is_refused_with_the_reason(tmp_path: Path) -> None:

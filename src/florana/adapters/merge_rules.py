@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from florana.aggregate.best_rank.project import best_rank, by_gram
 from florana.aggregate.flora_na import component
 from florana.aggregate.flora_na.scalars import mix
+from florana.aggregate.heterogeneous import all_padded
 from florana.aggregate.mean import mean
 from florana.aggregate.stack import stack
 from florana.errors import RecipeError
@@ -15,17 +16,24 @@ from florana.lora.factors import Adapter, Contribution
 
 Rule = Callable[[Sequence[Contribution], int], Adapter]
 
+
+def _of_one_rank(parts: Sequence[Contribution]) -> list[Contribution]:
+    """Each module padded with zeros to the largest rank that it has, as in a federation: the same products."""
+    names = parts[0].adapter.modules
+    return all_padded(parts, {name: max(part.adapter.modules[name].rank for part in parts) for name in names})
+
+
 RULES: dict[str, Rule] = {
     "best-rank": lambda parts, rank: best_rank(parts, rank, way=by_gram),
     "stack": lambda parts, rank: stack(parts),
-    "flora-na": lambda parts, rank: mix(parts).adapter,
+    "flora-na": lambda parts, rank: mix(_of_one_rank(parts)).adapter,
     "fedit": lambda parts, rank: mean(parts),
 }
 """Name -> the rule, of the contributions and the wanted rank (which only `best-rank` is free to choose)."""
 
 SCOPES: dict[str, Rule] = {
     "module": RULES["flora-na"],
-    "component": lambda parts, rank: mix(parts, solver=component.solve).adapter,
+    "component": lambda parts, rank: mix(_of_one_rank(parts), solver=component.solve).adapter,
 }
 """How far one of flora-na's coefficients reaches: a client's factor in a module, or one of its rank components."""
 

@@ -110,7 +110,7 @@ def same_rank(parts: Sequence[Contribution], name: str, pairs: Sequence[LoraFact
                 f"module '{name}': B is {tuple(pair.B.shape)} in client '{part.client}' but "
                 f"{tuple(pairs[0].B.shape)} in client '{parts[0].client}'",
                 why=f"{rule} combines the factors entry by entry and needs one rank",
-                fix="use a rule that works on products (best-rank, oracle) for heterogeneous ranks",
+                fix="use best-rank, which works on products, for heterogeneous ranks (flora-na pads the smaller ones)",
             )
     return pairs[0].rank
 
