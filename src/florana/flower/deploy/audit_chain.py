@@ -62,8 +62,8 @@ def line_of(number: int, time: str, event: str, facts: Mapping[str, Any], before
         before: the digest of the line before it.
 
     Examples:
-        >>> line_of(1, "2026-01-01T00:00:00+00:00", "asked", {"round": 1}, FIRST)[-61:]
-        b'"event":"asked","n":1,"round":1,"time":"2026-01-01T00:00:00+00:00"}'[-61:]
+        >>> entry_of(line_of(1, "2026-01-01T00:00:00+00:00", "asked", {"round": 1}, FIRST)).facts["round"]
+        1
     """
     plain = {name: displayable(fact, LONGEST) if isinstance(fact, str) else fact for name, fact in facts.items()}
     return _canonical({**plain, "before": before, "event": event, "n": number, "time": time})
