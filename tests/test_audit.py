@@ -128,6 +128,13 @@ def test_a_kill_at_any_step_leaves_a_log_that_holds(tmp_path: Path) -> None:
         assert entries[-1].facts["step"] == step
 
 
+def test_a_line_longer_than_a_part_of_the_file_is_found_whole(tmp_path: Path) -> None:
+    many = [f"site-{number:05d}" for number in range(20_000)]
+    for number in range(3):
+        log_in(tmp_path).add("committed", round=number, sites=many)
+    assert [entry.number for entry in read_log(tmp_path)[0]] == [1, 2, 3]
+
+
 def test_a_log_whose_end_was_changed_takes_no_more(tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(filled(tmp_path) + b"{}\n")
     with pytest.raises(InputError, match="is not as it was written"):

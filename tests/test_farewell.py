@@ -16,12 +16,16 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 from florana.adapters.adapter_folder import read_adapter
 from florana.errors import InputError
+from florana.federation import client_state
 from florana.federation.client_state import recall
 from florana.federation.journal import Journal
-from florana.federation.messages import pack
+from florana.federation.messages import Brief, pack
+from florana.flower.app.codec import brief_frame
 from florana.flower.app.farewell import ENDED, ended_frame
 from florana.flower.app.frames import Frame
 from florana.flower.app.site import Site
+from florana.flower.app.site_card import digest
+from florana.flower.deploy import join as join_of
 from florana.flower.deploy.final_adapter import checked, written
 from florana.flower.deploy.join import told
 from florana.lora.factors import Adapter, LoraFactors
@@ -99,8 +103,16 @@ def test_a_run_without_a_global_model_ends_without_an_adapter() -> None:
     assert (frame.kind, frame.payload) == (ENDED, b"")
 
 
-def of(rank: int, *, inner: int = 5, module: str = "m", head: str = "head", value: float = 1.0) -> Adapter:
-    pair = LoraFactors(torch.full((3, rank), value), torch.full((rank, inner), value), 2.0)
+def of(
+    rank: int,
+    *,
+    inner: int = 5,
+    module: str = "m",
+    head: str = "head",
+    value: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> Adapter:
+    pair = LoraFactors(torch.full((3, rank), value).to(dtype), torch.full((rank, inner), value).to(dtype), 2.0)
     return Adapter({module: pair}, {head: torch.full((2, 2), value)})
 
 
@@ -121,10 +133,12 @@ def test_only_the_rank_may_be_another() -> None:
         (frame_of(of(2, value=math.nan)), "not finite in 'A/m'"),
         (frame_of(of(2), scalings={}), "without a single LoRA module"),
         (frame_of(of(2), scalings=None), "no scalings"),
-        (frame_of(of(2), scalings={"m": math.inf}), "no scalings"),
+        (frame_of(of(2), scalings={"m": math.inf}), "not a positive number"),
         (frame_of(of(2), scalings={"m": True}), "no scalings"),
         (frame_of(of(2), scalings={"m": 1.0, "n": 1.0}), "KeyError"),
         (replace(frame_of(of(2)), payload=b"x" * 40), "no adapter"),
+        (frame_of(of(2, dtype=torch.float64)), "does not fit module 'm'"),
+        (frame_of(of(2), scalings={"m": -1.0}), "not a positive number"),
     ],
 )
 def test_what_is_no_adapter_of_this_model_is_refused(frame: Frame, message: str) -> None:
@@ -133,10 +147,43 @@ def test_what_is_no_adapter_of_this_model_is_refused(frame: Frame, message: str)
 
 
 def test_the_adapter_before_is_kept_and_none_before_that(tmp_path: Path) -> None:
-    for value in (1.0, 2.0, 3.0):
+    for value in (1.0, 2.0, 3.0, 3.0):  # the last again: a finished run that is served once more
         place = written(of(2, value=value), replace(CARD, target_modules=("m",)), Usage(task="causal-lm"), tmp_path)
     assert float(read_adapter(place)[0].modules["m"].B[0, 0]) == 3.0
     assert float(read_adapter(tmp_path / "adapter-before")[0].modules["m"].B[0, 0]) == 2.0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "adapter-before"]
     assert read_usage(place) == Usage(task="causal-lm")
     assert json.loads((place / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_a_last_message_with_senseless_rounds_is_a_run_of_none() -> None:
+    said: list[int] = []
+    for rounds in (math.inf, math.nan, "3", None, [1], 2):
+        frame = Frame(ENDED, {"run": "x", "rounds": rounds})
+        said.append(join_of._round_of(frame))
+    assert said == [0, 0, 0, 0, 0, 2]
+
+
+def test_a_site_answers_in_the_form_that_its_own_recipe_says(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe_table["federation"] = {"rounds": 1}
+    members = sites(check(recipe_table, "t"), tmp_path / "kept")
+    site = next(iter(members.values()))
+    brief = Brief(1, site.who, 0, pack(site.start), False, ["A", "B"], ["A", "B"], site.start.scalings)
+    for change in ({"uplink": "int8"}, {"uplink": "bfloat16", "feedback": ["A"]}, {"feedback": ["A", "B"]}):
+        answer = site.answer(brief_frame(replace(brief, **change), "run", "nonce", digest(site.card)))
+        assert answer.kind == "failure"
+        assert "its own recipe says float32" in str(answer.fields["reason"])
+    assert site.answer(brief_frame(brief, "run", "nonce", digest(site.card))).kind == "reply"
+
+
+def test_a_server_cannot_fill_a_site_with_runs_that_it_makes_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_state, "KEPT_RUNS", 3)
+    kept = {"extra/head": torch.ones(2)}
+    for run in ("a", "b", "c"):
+        client_state.keep(tmp_path, run, "site", 1, kept)
+    with pytest.raises(InputError, match="of 3 runs, and this would be another"):
+        client_state.keep(tmp_path, "d", "site", 1, kept)
+    client_state.keep(tmp_path, "b", "site", 2, kept)  # one that is known goes on
+    assert len(list(tmp_path.iterdir())) == 3

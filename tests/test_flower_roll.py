@@ -230,7 +230,9 @@ def test_a_site_that_was_away_is_asked_when_it_is_back(pooled: Recipe, tmp_path:
         return content
 
     grid.nodes, grid.tamper = dict(every), tamper
-    led(recipe, grid, roster_of(members, tmp_path), tmp_path / "run", deadline=2.0)
+    events = led(recipe, grid, roster_of(members, tmp_path), tmp_path / "run", deadline=2.0)
+    assert [event.client for event in events if event.kind == "back"] == ["client-2"]
+    assert sorted(event.client for event in events if event.kind == "joined") == ["client-0", "client-1", "client-2"]
     clients = [record.clients for record in read_records(tmp_path / "run" / "rounds.jsonl")]
     assert clients[1:] == [["client-0", "client-1"], ["client-0", "client-1", "client-2"]]
     assert sum(node == 3 and frame.kind == "hello" for node, frame in grid.sent) == 2

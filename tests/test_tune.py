@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import tomli_w
 from hypothesis import given
@@ -17,16 +18,17 @@ from hypothesis import strategies as some
 from florana.errors import InputError, RecipeError
 from florana.federation.journal import read_records
 from florana.recipe.load import check
+from florana.recipe.schema import Data
 from florana.runs.setup import prepare
 from florana.study.estimates import holm
 from florana.study.forecast import forecast
 from florana.study.formats import markdown, tuned_cells
 from florana.study.grid import plan_of, recipe_of
-from florana.study.named_methods import method_of, tuned_values
+from florana.study.named_methods import method_of
 from florana.study.publish import publish
 from florana.study.runner import execute_study, folder_of, tune_study
 from florana.study.table import compare
-from florana.study.tune import grid_of, jobs_of, levels, require_tunable, rounds_of
+from florana.study.tune import grid_of, jobs_of, levels, require_tunable, rounds_of, tuned_values
 from florana.train.data.sources import load_tables
 from tests.program import florana
 
@@ -133,6 +135,17 @@ def test_a_method_all_of_whose_candidates_fail_is_a_gap_and_the_rest_goes_on(
     assert rows == {"fedit": (2, 0), MOMENTUM: (0, 2)}
 
 
+def test_a_study_whose_fedit_cannot_be_tuned_goes_on_without_the_ablation(
+    table: dict[str, Any], tmp_path: Path
+) -> None:
+    table["study"] |= {"tune": {"train.learning_rate": [1e25, 1e30]}, "seeds": 1}
+    plan = plan_of(check(table, "t"))
+    tuned, _, failed = tune_study(plan, tmp_path, 1, lambda count, name: None)
+    assert set(failed) == {cell.id for cell in plan.cells}
+    assert execute_study(tuned, tmp_path, 1, lambda count, name: None, failed) == failed
+    assert not (tmp_path / "swap").exists()
+
+
 def test_cells_with_settings_of_their_own_train_with_them(table: dict[str, Any], tmp_path: Path) -> None:
     table["study"] |= {"tune": {}, "methods": ["fedit", "fedit[train.learning_rate=1e-9]"], "seeds": 1}
     table["study"]["comparisons"] = []
@@ -228,3 +241,31 @@ def test_a_validation_file_is_checked_as_the_others_are(recipe_table: dict[str, 
         path.write_text(content)
         with pytest.raises(InputError, match=message):
             load_tables(tables, "sequence-classification", 0)
+
+
+def test_one_hub_name_may_hold_all_three(recipe_table: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each split is its own, though all have one name."""
+
+    def loaded(name: str, config: str | None, split: str) -> datasets.Dataset:
+        return datasets.Dataset.from_dict({"text": [split, f"more {split}"], "label": ["a", "b"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", loaded)
+    settings = Data(train="some/name", test="some/name", validation="some/name", text="text", label="label")
+    tables = load_tables(settings, "sequence-classification", 0)
+    assert tables.validation is not None
+    found = [table["text"][0] for table in (tables.train, tables.test, tables.validation)]
+    assert found == ["train", "test", "validation"]
+    for change in ({"validation_split": "test"}, {"validation_split": "train"}, {"test_split": "validation"}):
+        with pytest.raises(InputError, match="are the same rows"):
+            load_tables(settings.model_copy(update=change), "sequence-classification", 0)
+
+
+def test_a_file_that_is_trained_on_or_scored_chooses_nothing(recipe_table: dict[str, Any]) -> None:
+    train = recipe_table["data"]["train"]
+    recipe_table["data"] |= {"validation": train}
+    with pytest.raises(InputError, match=r"data.validation and data.train are the same rows"):
+        load_tables(check(recipe_table, "t").data, "sequence-classification", 0)
+    recipe_table["data"] |= {"train_split": "train[:40]", "validation_split": "train[40:60]"}
+    tables = load_tables(check(recipe_table, "t").data, "sequence-classification", 0)
+    assert tables.validation is not None
+    assert len(tables.validation) == 20

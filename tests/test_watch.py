@@ -135,7 +135,10 @@ def test_who_may_read_it(done: Path) -> None:
         assert asked(port, method="HEAD")[:2] == (200, "")
         assert [asked(port, path)[0] for path in ("/rounds.jsonl", "/../recipe.toml", "/?x")] == [404] * 3
         assert [asked(port, host=host)[0] for host in ("evil.example", f"evil.example:{port}", "")] == [403] * 3
-        assert asked(port, host=f"localhost:{port}")[0] == 200
+        for host in (f"localhost:{port}", "localhost:9", "127.0.0.1", "[::1]:80", "192.0.2.7:8080"):  # a tunnel too
+            assert asked(port, host=host)[0] == 200
+        for host in ("localhost.evil.example", "127.0.0.1.evil.example", "evil.example@localhost", "2130706433"):
+            assert asked(port, host=host)[0] == 403
         assert [asked(port, method=method)[0] for method in ("POST", "PUT", "DELETE", "OPTIONS")] == [501] * 4
         with pytest.raises(FederationError, match="cannot listen"), watching(done, "127.0.0.1", port, 5):
             pass

@@ -37,8 +37,8 @@ def compare(
     """
     from florana.recipe.load import read_recipe
     from florana.study.grid import plan_of
-    from florana.study.named_methods import split_methods, tuned_values
-    from florana.study.tune import jobs_of, require_tunable, rounds_of
+    from florana.study.named_methods import split_methods
+    from florana.study.tune import jobs_of, require_tunable, rounds_of, tuned_values
 
     plan = plan_of(
         read_recipe(recipe, set_ or []),

@@ -21,7 +21,6 @@ from florana.errors import InputError
 KEPT_ROUNDS = 2
 """The last round a client took part in, and the one before, should the server have lost the last."""
 
-
 KEPT_RUNS = 64
 """A folder takes no more: each name of a run that a server sends makes another."""
 

@@ -154,7 +154,7 @@ def pack(
 
 
 def unpack_whole(content: bytes, scalings: Mapping[str, float]) -> Adapter:
-    """A whole adapter, as a client sends the one it starts from.
+    """A whole adapter: the one that a client starts from, or the one that a run ends with.
 
     Raises:
         InputError: the bytes are no such adapter.
@@ -162,7 +162,7 @@ def unpack_whole(content: bytes, scalings: Mapping[str, float]) -> Adapter:
     try:
         return adapter_from_tensors(load(content), scalings)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise InputError("a client sent no adapter to start from", why=f"{type(error).__name__}: {error}") from None
+        raise InputError("what was sent is no adapter", why=f"{type(error).__name__}: {error}") from None
 
 
 def unpack(

@@ -83,10 +83,12 @@ def write_comparison(
                         "relative error of the aggregation", metric, log=False),
             )
         )  # fmt: skip
+    shown_heads, shown_rows = without_gaps(heads, rows)
     page = template("comparison.html.j2").render(
         title=title,
         summary=summary,
-        **dict(zip(("heads", "rows"), without_gaps(heads, rows), strict=True)),
+        heads=shown_heads,
+        rows=shown_rows,
         rates=rates,
         tables=[table for table in tables if table.rows],
         failures=sorted(failures.items()),

@@ -49,13 +49,22 @@ def write_report(folders: Sequence[Path | str], out: Path | str, title: str = ""
     return out
 
 
-def render(runs: Sequence[RunView], title: str) -> str:
-    """The page as text."""
+def render(runs: Sequence[RunView], title: str, above: str = "", every: int | None = None) -> str:
+    """The page as text.
+
+    Args:
+        runs: one at least.
+        title: its heading.
+        above: HTML between the heading and the report.
+        every: seconds after which a browser looks again; None for a page that stays.
+    """
     rows = summary(runs)
     better = min if runs[0].score in LOWER_IS_BETTER else max
     measured = [row["global"] for row in rows if row["global"] is not None]
     return template("page.html.j2").render(
         title=title,
+        above=above,
+        every=every,
         runs=runs,
         rows=rows,
         best=better(measured) if measured else None,

@@ -46,7 +46,8 @@ def rows_note(setup: Mapping[str, Any]) -> str:
     for key, what in (("left_out", "rows left out: no room for a response"), ("cut_responses", "responses cut")):
         count = setup.get(key, {})
         if any(count.values()):
-            parts.append(f"{count['train']} training and {count['test']} test {what}")
+            more = f", {count['validation']} validation" if count.get("validation") else ""
+            parts.append(f"{count['train']} training and {count['test']} test{more} {what}")
     return "; ".join(parts)
 
 

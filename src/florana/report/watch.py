@@ -1,12 +1,14 @@
 """`florana watch`: the report of a run on loopback, made anew as rounds are committed. It reads, and writes nothing.
 
 The standard library's server is enough for one page on one's own machine: GET and HEAD of `/`, no script, no session,
-no file by its name. A page of another site that a browser was led to cannot read it: the Host header must be this
-address (DNS rebinding), and nothing may be framed or fetched from elsewhere.
+no file by its name. A page of another site that a browser was led to cannot read it: the Host header must be an address
+or this machine's own name (DNS rebinding needs a name of its own), and nothing may be framed or fetched from elsewhere.
 """
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -38,9 +40,7 @@ def page_of(folder: Path, every: int) -> str:
         return template("live.html.j2").render(live=live, alone=True)
     panel = template("live.html.j2").render(live=live, alone=False)
     runs = views([folder])
-    page = render(runs, runs[0].recipe.get("title") or "florana")
-    refresh = f'<meta http-equiv="refresh" content="{every}">\n<title>'
-    return page.replace("<title>", refresh, 1).replace("</h1>", "</h1>\n" + panel, 1)
+    return render(runs, runs[0].recipe.get("title") or "florana", above=panel, every=every)
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def watching(folder: Path, host: str, port: int, every: int) -> Iterator[tuple[T
             self._answer(body=False)
 
         def _answer(self, *, body: bool) -> None:
-            if self.headers.get("Host", "") not in allowed:
+            if not trusted(self.headers.get("Host", ""), host):
                 self._send(HTTPStatus.FORBIDDEN, "this page is for the address that florana watch printed", body)
             elif self.path != "/":
                 self._send(HTTPStatus.NOT_FOUND, "there is one page, at /", body)
@@ -117,11 +117,30 @@ def watching(folder: Path, host: str, port: int, every: int) -> Iterator[tuple[T
         raise FederationError(f"cannot listen on {host}:{port}", why=why, fix="choose another --port") from None
     server.daemon_threads = True
     bound = server.server_address[1]
-    allowed = {f"{name}:{bound}" for name in (host, "localhost", "127.0.0.1")}
     try:
         yield server, f"http://{host}:{bound}/"
     finally:
         server.server_close()
+
+
+def trusted(header: str, host: str) -> bool:
+    """Whether a Host header is an address, localhost, or the name that was listened on; of any port, which differs
+    behind a tunnel.
+
+    Args:
+        header: as it came.
+        host: what the server listens on.
+
+    Examples:
+        >>> [trusted(header, "127.0.0.1") for header in ("127.0.0.1:80", "[::1]:9", "localhost", "evil.example:80", "")]
+        [True, True, True, False, False]
+    """
+    name = re.sub(r":\d*$", "", header).strip("[]")
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name.lower() in {"localhost", host.lower()}
+    return True
 
 
 def _begun(folder: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,20 +78,3 @@ def split_methods(text: str) -> list[str]:
         ['fedit', 'best-rank[carry_rank=8,factorization=aligned]']
     """
     return [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
-
-
-def tuned_values(options: Sequence[str]) -> dict[str, list[Any]]:
-    """Dotted key -> the values to try, of `key=value,value,...`. Raises RecipeError where it is not that.
-
-    Examples:
-        >>> tuned_values(["train.learning_rate=1e-3,2e-3"])
-        {'train.learning_rate': [0.001, 0.002]}
-    """
-    found: dict[str, list[Any]] = {}
-    for option in options:
-        key, equals, values = (part.strip() for part in option.partition("="))
-        if not equals or not values or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", key):
-            raise RecipeError(f"--tune {option!r} is not key=value,value,...",
-                              fix="for example --tune train.learning_rate=1e-3,2e-3,5e-3")  # fmt: skip
-        found[key] = [parsed(value.strip()) for value in values.split(",")]
-    return found

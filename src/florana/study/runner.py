@@ -202,7 +202,9 @@ def _work(group: Group, tell: Callable[[str], Any]) -> dict[str, str]:
     from florana.study.fixed_updates import swap
 
     failures: dict[str, str] = {}
-    setup, of = None, None
+    fedit = next((cell for cell in group.cells if cell.method.label == "fedit"), None)
+    most = recipe_of(group.base, fedit or group.cells[0]) if group.cells else None
+    setup = None  # that of nearly all cells; the others, controls above all, have a model or rows of their own
     todo = [cell for cell in group.cells if not finished(group, cell)]
     for cell in todo:
         recipe = recipe_of(group.base, cell)
@@ -212,20 +214,21 @@ def _work(group: Group, tell: Callable[[str], Any]) -> dict[str, str]:
                 tell(label)
 
         try:
-            if setup is None or of != prepared_by(recipe):
-                setup, of = prepare(recipe), prepared_by(recipe)
+            shared = most is not None and prepared_by(recipe) == prepared_by(most)
+            if shared and setup is None:
+                setup = prepare(recipe)
             folder = folder_of(group.out, cell)
-            execute(recipe, folder, setup=setup, resume=folder.exists(), show=show)
+            execute(recipe, folder, setup=setup if shared else None, resume=folder.exists(), show=show)
         except FloranaError as error:
             failures[cell.id] = str(error).replace("\n", "; ")
     target, asked = swap_file(group.out, group.setting), swap_asked(group)
-    if group.fixed_updates_rounds and not swapped(target, asked):
+    # its updates are those of FedIT's clients: without FedIT, whose tuning may have failed, there are none to merge
+    if group.fixed_updates_rounds and fedit is not None and not swapped(target, asked):
         started = time.perf_counter()
-        recipe = recipe_of(group.base, next(cell for cell in group.cells if cell.method.label == "fedit"))
+        recipe = recipe_of(group.base, fedit)
         methods = [cell.method for cell in group.cells if rule_alone(cell.method)]
         try:
-            fitting = setup if of == prepared_by(recipe) else None
-            rows = swap(recipe, fitting or prepare(recipe), methods, group.fixed_updates_rounds)
+            rows = swap(recipe, setup or prepare(recipe), methods, group.fixed_updates_rounds)
         except FloranaError as error:
             failures[f"fixed-updates ablation, {group.setting.name}, seed {group.setting.seed}"] = str(error).replace(
                 "\n", "; "

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +28,7 @@ from florana.errors import FloranaError, RecipeError
 from florana.federation.best import LOWER_IS_BETTER
 from florana.federation.journal import read_records
 from florana.recipe import schema as r
+from florana.recipe.load import parsed
 from florana.runs.threads import threads
 from florana.study.grid import CENTRALISED, Cell, Plan, Setting, recipe_of
 from florana.study.named_methods import Method
@@ -83,6 +85,23 @@ class Job:
     method: Method
     out: Path
     threads: int
+
+
+def tuned_values(options: Sequence[str]) -> dict[str, list[Any]]:
+    """Dotted key -> the values to try, of `key=value,value,...`. Raises RecipeError where it is not that.
+
+    Examples:
+        >>> tuned_values(["train.learning_rate=1e-3,2e-3"])
+        {'train.learning_rate': [0.001, 0.002]}
+    """
+    found: dict[str, list[Any]] = {}
+    for option in options:
+        key, equals, values = (part.strip() for part in option.partition("="))
+        if not equals or not values or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", key):
+            raise RecipeError(f"--tune {option!r} is not key=value,value,...",
+                              fix="for example --tune train.learning_rate=1e-3,2e-3,5e-3")  # fmt: skip
+        found[key] = [parsed(value.strip()) for value in values.split(",")]
+    return found
 
 
 def levels(count: int, rounds: int) -> list[tuple[int, int]]:

@@ -61,8 +61,9 @@ def rows_of(recipe: r.Recipe, bench: Workbench, tables: Tables) -> Rows:
     shares = deal(table, recipe.partition, by, _lengths(recipe, table, train.examples), recipe.seed)
     facts = table_of(shares, classes, labels)
     if recipe.data.instructions is not None:
-        facts |= {"left_out": {"train": train.left_out, "test": test.left_out}}
-        facts |= {"cut_responses": {"train": train.cut, "test": test.cut}}
+        parts = {"train": train, "test": test} | ({"validation": validation} if validation.examples else {})
+        facts |= {"left_out": {name: part.left_out for name, part in parts.items()}}
+        facts |= {"cut_responses": {name: part.cut for name, part in parts.items()}}
     return Rows(
         clients={client: _client_data(share, train.examples) for client, share in shares.items()},
         common=tuple(test.examples),

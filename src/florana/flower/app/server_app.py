@@ -22,7 +22,7 @@ from torch import Tensor
 
 from florana.atomic_files import explained, replace_file
 from florana.displayable import log
-from florana.errors import FloranaError, RecipeError
+from florana.errors import FloranaError, InputError, RecipeError
 from florana.federation.journal import first_rows, read_records
 from florana.federation.loop import Event
 from florana.federation.messages import Engine, unpack_whole
@@ -122,7 +122,12 @@ def _lead(
         here.partition.get("labels", ()) if here is not None else recipe.data.labels or (),
     )
     if keys is not None:  # of a simulation, all are on this machine
-        kept = journal_of(recipe, folder, card).kept() if strategy.facts.one_model else None
+        kept = None
+        if strategy.facts.one_model:
+            try:
+                kept = journal_of(recipe, folder, card).kept()
+            except InputError as error:  # the run is done all the same
+                show(Event("repaired", len(result.records), detail=f"sites get no adapter: {error.why}"))
         last = ended_frame(run, len(result.records), kept)
         farewell(grid, registration.connected()[0], last, settings.deadline, show)
 

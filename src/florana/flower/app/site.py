@@ -152,7 +152,7 @@ def common_of(setup: Setup, start: Adapter) -> Common:
 def agreed(recipe: r.Recipe) -> dict[str, Any]:
     """The part of the recipe that must be the same everywhere, by dotted key."""
     table = recipe.model_dump(mode="json", exclude_none=True)
-    result: dict[str, Any] = {"seed": recipe.seed, "task": recipe.task}
+    result: dict[str, Any] = {"seed": recipe.seed, "task": recipe.task, "federation.uplink": recipe.federation.uplink}
     for section in ("model", "data", "partition", "train", "strategy"):
         left_out = PLACES.get(section, set())
         result |= {f"{section}.{key}": value for key, value in table[section].items() if key not in left_out}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # it brings torch, and an operator's small commands need none
 
 NAME = "audit.jsonl"
 TAIL_BYTES = 2**16
-"""Of the end of a log, in which its last line stands whole."""
+"""Of the end of a log, in which its last whole line is looked for first; then in twice as many, and so on."""
 MOST_BYTES = 2**30
 
 SHOWN = {"joined", "back", "refused", "committed", "told", "resumed", "repaired", "ended"}
@@ -127,20 +127,30 @@ def _follows(line: bytes, before: str) -> Entry | None:
 
 def _end(path: Path) -> tuple[int, str, bytes]:
     """(the number of the last whole line, its digest, what stands after it); of a new file (0, zeros, nothing)."""
-    try:
-        with path.open("rb") as stream:
-            stream.seek(max(0, os.fstat(stream.fileno()).st_size - TAIL_BYTES))
-            *lines, torn = stream.read().split(b"\n")
-    except FileNotFoundError:
-        return 0, FIRST, b""
-    if not lines or not lines[-1]:
+    line, torn = _tail(path)
+    if line is None:
         return 0, FIRST, torn
     try:
-        last = entry_of(lines[-1])
-    except ValueError as error:
+        last = entry_of(line)
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"the last line of the audit log {path} is not as it was written",
             why=str(error),
             fix="keep the file as evidence, under another name; a new log begins with the next start",
         ) from None
     return last.number, last.digest, torn
+
+
+def _tail(path: Path) -> tuple[bytes | None, bytes]:
+    """The last whole line, None where there is none, and what stands after it."""
+    try:
+        with path.open("rb") as stream:
+            size, taken = os.fstat(stream.fileno()).st_size, TAIL_BYTES
+            while True:
+                stream.seek(max(0, size - taken))
+                *lines, torn = stream.read(taken).split(b"\n")
+                if taken >= size or len(lines) > 1:  # the first line of a part may be half a line
+                    return (lines[-1] if lines else None), torn
+                taken *= 2
+    except FileNotFoundError:
+        return None, b""

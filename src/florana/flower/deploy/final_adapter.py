@@ -8,7 +8,6 @@ The server's bytes are untrusted: names and shapes are those of this site's own 
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from florana.adapters.adapter_folder import AdapterCard, write_adapter
+from florana.adapters.adapter_folder import WEIGHTS, AdapterCard, write_adapter
 from florana.atomic_files import explained
 from florana.errors import InputError
 from florana.federation.messages import unpack_whole
@@ -37,29 +36,26 @@ def checked(frame: Frame, first: Adapter, own: Mapping[str, Tensor]) -> Adapter:
         InputError: the bytes are no adapter of this model.
     """
     scalings = frame.fields.get("scalings")
-    if not isinstance(scalings, dict) or not all(_is_scaling(value) for value in scalings.values()):
+    if not isinstance(scalings, dict) or not all(type(value) in (int, float) for value in scalings.values()):
         raise InputError("the server's last message has no scalings")
     sent = unpack_whole(frame.payload, scalings)
     if sent.modules.keys() != first.modules.keys():
         raise InputError("the server's adapter has other modules than this site's model")
     for name, pair in sent.modules.items():
-        mine, rank = first.modules[name], pair.A.shape[0]
-        if pair.A.shape != (rank, mine.A.shape[1]) or pair.B.shape != (mine.B.shape[0], rank) or rank == 0:
+        mine = first.modules[name]
+        if pair.shape != mine.shape or pair.A.dtype != mine.A.dtype:
             raise InputError(f"the server's adapter does not fit module '{name}'")
     kept = {name: tensor for name, tensor in own.items() if name.startswith("extra/")}
     heads = {**sent.extra, **{name.removeprefix("extra/"): tensor for name, tensor in kept.items()}}
     for name, tensor in heads.items():
-        if name not in first.extra or tensor.shape != first.extra[name].shape:
+        mine_of = first.extra.get(name)
+        if mine_of is None or tensor.shape != mine_of.shape or tensor.dtype != mine_of.dtype:
             raise InputError(f"the server's adapter has a tensor '{name[:80]}' that this site's model has not")
     whole = Adapter(sent.modules, heads)
     for name, tensor in whole.tensors().items():
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"the server's adapter has values that are not finite in '{name}'")
     return whole
-
-
-def _is_scaling(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def written(adapter: Adapter, card: AdapterCard, usage: Usage, site: Path) -> Path:
@@ -79,8 +75,13 @@ def written(adapter: Adapter, card: AdapterCard, usage: Usage, site: Path) -> Pa
         shutil.rmtree(fresh, ignore_errors=True)
         write_adapter(fresh, adapter, card)
         write_usage(fresh, usage)
-        if place.exists():
+        if place.exists() and not _same(place, fresh):  # a finished run that is served again sends the same
             shutil.rmtree(before, ignore_errors=True)
             place.replace(before)
+        shutil.rmtree(place, ignore_errors=True)
         fresh.replace(place)
     return place
+
+
+def _same(one: Path, other: Path) -> bool:
+    return (one / WEIGHTS).exists() and (one / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes()

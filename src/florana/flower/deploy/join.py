@@ -87,7 +87,7 @@ def join(
 
         def end(frame: Frame) -> Frame:
             """The server's last word: the adapter is written down, where it sent one."""
-            run, rounds = str(frame.fields.get("run")), int(frame.fields.get("rounds", 0))
+            run, rounds = str(frame.fields.get("run")), _round_of(frame)
             say(f"{who}: the federation has ended after {rounds} rounds")
             if frame.payload:
                 adapter = checked(frame, site.start, recall(site.folder, run, who, rounds + 1))
@@ -130,10 +130,10 @@ def told(
     if frame.kind == ENDED:
         try:
             return end(frame)
-        except (FloranaError, ValueError, TypeError) as error:
+        except FloranaError as error:
             reason = str(error).replace("\n", "; ")
-            say(f"{site.who}: {reason}")
-            return failure_frame(reason)
+        say(f"{site.who}: {reason}")
+        return failure_frame(reason)
     brief = frame.fields.get("brief")
     if isinstance(brief, dict):
         say(f"{site.who}: round {brief.get('round')}")

@@ -87,7 +87,7 @@ def attend(
     Args:
         invitation: where the server is, and its authority.
         key: the site's private key.
-        answer: the reply to one request, which never raises.
+        answer: the reply to one request; an error of it ends the site.
         done: ends the loop when it is set.
         say: told what a person at the site should see.
         ends: kinds of answers after which `done` is set.

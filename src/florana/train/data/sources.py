@@ -88,9 +88,21 @@ def checked(table: datasets.Dataset, settings: r.Data, source: str) -> None:
 
 
 def validation_file(settings: r.Data, task: str) -> datasets.Dataset | None:
-    """The rows of `data.validation`; None where it is not given."""
+    """The rows of `data.validation`; None where it is not given. Raises InputError where they are trained on or
+    scored."""
     if settings.validation is None:
         return None
+    for key, other, split in (
+        ("train", settings.train, settings.train_split),
+        ("test", settings.test, settings.test_split),
+    ):
+        whole_file = Path(settings.validation).is_absolute() and "[" not in split + settings.validation_split
+        if settings.validation == other and (whole_file or split == settings.validation_split):
+            raise InputError(
+                f"data.validation and data.{key} are the same rows: {settings.validation}",
+                why="what is chosen by rows that are trained on or scored says too much of itself",
+                fix="give other rows (a split, as in validation_split = 'train[:500]'), or data.validation_share",
+            )
     return source(settings.validation, settings.validation_split, settings, task)
 
 
@@ -153,27 +165,29 @@ def _with_classes(
     train: datasets.Dataset, test: datasets.Dataset, validation: datasets.Dataset | None, settings: r.Data
 ) -> Tables:
     assert settings.label is not None
-    others = {settings.test or settings.train: test}
+    # pairs: a hub name can be that of all three
+    others = [(settings.test or settings.train, test)]
     if validation is not None:
-        others |= {settings.validation or f"{settings.train} (validation rows)": validation}
+        others.append((settings.validation or f"{settings.train} (validation rows)", validation))
+    names_of, tables = zip(*others, strict=True)
     if settings.labels is not None:
         labels: Sequence[Any] = settings.labels
-        train, *rest = (_with_given_classes(table, settings.label, labels) for table in (train, *others.values()))
+        train, *rest = (_with_given_classes(table, settings.label, labels) for table in (train, *tables))
     else:
-        train, *rest = _alike([train, *others.values()], settings.label)
-        labels = _labels_of(train, dict(zip(others, rest, strict=True)), settings)
+        train, *rest = _alike([train, *tables], settings.label)
+        labels = _labels_of(train, list(zip(names_of, rest, strict=True)), settings)
         index = {value: position for position, value in enumerate(labels)}
         train, *rest = (_indexed(table, settings.label, index) for table in (train, *rest))
     names = tuple(str(value) for value in labels)
     return Tables(train, rest[0], names, "class_index", validation=rest[1] if len(rest) > 1 else None)
 
 
-def _labels_of(train: datasets.Dataset, others: Mapping[str, datasets.Dataset], settings: r.Data) -> list[Any]:
+def _labels_of(train: datasets.Dataset, others: Sequence[tuple[str, datasets.Dataset]], settings: r.Data) -> list[Any]:
     """The labels that the training rows show, sorted; each of the other tables may show no further one."""
     assert settings.label is not None
     seen = set(train[settings.label])
     labels = sorted(seen, key=lambda value: (str(type(value)), value))
-    for name, table in others.items():
+    for name, table in others:
         for value in table[settings.label]:
             if value not in seen:
                 raise InputError(
