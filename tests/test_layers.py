@@ -25,7 +25,7 @@ FLOORS = [
     {"recipe", "federation"},
     {"train"},
     {"runs"},
-    {"report"},
+    {"report", "track"},
     {"study", "flower", "demo"},
     {"cli", "__init__"},
     {"__main__"},
@@ -48,6 +48,9 @@ ROOMS = {
     "flwr": {"flower"},
     "cryptography": {"flower"},
     "re2": {"adapters"},
+    "tensorboard": {"track"},
+    "wandb": {"track"},
+    "mlflow": {"track"},
 }
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from florana.cli.track_option import Track, note, trackers
 from florana.errors import RecipeError
 
 
@@ -29,6 +30,7 @@ def compare(
     jobs: Annotated[int | None, typer.Option(min=1, help="Groups of runs at once. Default: cores and memory.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value over the recipe's.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs with bytes and time, and end.")] = False,
+    track: Track = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
 ) -> None:
     """Compare methods over seeds on the same partitions, with controls, intervals, and the fixed-updates ablation.
@@ -53,7 +55,8 @@ def compare(
     from florana.cli.console import console_of
     from florana.cli.display_study import forecast_table, others_table, study_progress, study_table
     from florana.study.publish import publish
-    from florana.study.runner import execute_study, rounds_left, threads_of, tune_study
+    from florana.study.runner import execute_study, folder_of, rounds_left, threads_of, tune_study
+    from florana.track.tracking import tracked_study
 
     console = console_of(as_json, width=200)
     if dry_run:
@@ -65,6 +68,7 @@ def compare(
         else:
             typer.echo(json.dumps([asdict(line) for line in lines], indent=1))
         return
+    names = trackers(track)
     tuning = sum(rounds_of(job) for job in jobs_of(plan, folder, 1))
     left = rounds_left(plan, folder)
     if console:
@@ -77,7 +81,14 @@ def compare(
         )
     with study_progress(console, left + tuning) as advance:
         plan, tried, failed = tune_study(plan, folder, jobs, advance)
-        failures = execute_study(plan, folder, jobs, advance, failed)
+        runs = {cell.id: folder_of(folder, cell) for cell in plan.cells}
+        with tracked_study(folder, runs, plan.base.federation.rounds, names, note) as look:
+
+            def told(count: int, name: str) -> None:
+                advance(count, name)
+                look()
+
+            failures = execute_study(plan, folder, jobs, told, failed)
     comparison, swapped, page = publish(plan, folder, failures, tried)
     if as_json:
         found = {**comparison.to_json(), "swap": swapped, "failures": failures, "report": str(page)}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from florana.cli.say import say
+from florana.cli.track_option import Track, note, trackers
 from florana.displayable import displayable
 from florana.errors import InputError, RecipeError
 from florana.flower import require_flwr
@@ -44,6 +45,7 @@ def serve(
         bool, typer.Option("--no-base", help="Do without the base model here: nothing is measured at the server.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that folder.")] = False,
+    track: Track = None,
     assign: Assign = None,
 ) -> None:
     """Run a recipe with the approved sites, over TLS, until it is done.
@@ -60,16 +62,21 @@ def serve(
     from florana.recipe.load import read_recipe
     from florana.report.page import write_report
     from florana.report.views import summary, views
+    from florana.track.tracking import tracked
 
+    names = trackers(track)
     resolved = read_recipe(recipe, assign or [])
     folder = out or Path("runs") / recipe.stem
     settings = Settings(resume=resume, deadline=deadline, wait=wait, base=not no_base)
     console = console_of(False)
     _end_on_signal()
-    with Screen(console, resolved.strategy["name"], steps=resolved.federation.rounds) as screen:
+    with (
+        Screen(console, resolved.strategy["name"], steps=resolved.federation.rounds) as screen,
+        tracked(folder, names, screen.show, note) as follow,
+    ):
 
         def show(event: Event) -> None:
-            screen.show(event)
+            follow(event)
             if event.kind == "committed":
                 screen.step("")
 

@@ -16,6 +16,9 @@ EXTRA_OF = {
     "cryptography": "flower",
     "gguf": "gguf",
     "ray": "simulation",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
 }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from florana.cli.interrupted import safe_rounds
+from florana.cli.track_option import Track, note, trackers
 from florana.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def run(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and end.")] = False,
+    track: Track = None,
     as_json: Json = False,
 ) -> None:
     """Run a recipe, round by round, into a run folder.
@@ -48,11 +50,13 @@ def run(
     from florana.runs.run_folder import check_folder
 
     check_folder(resolved, folder, resume)
+    names = trackers(track)
     from florana.cli.display import Screen, figures_table, summary_table
     from florana.report.page import write_report
     from florana.report.views import rows_note, shown_figures, summary, views
     from florana.runs.rounds import settled
     from florana.runs.setup import execute, prepare
+    from florana.track.tracking import tracked
 
     with settled(resolved, folder) as own:
         if console:
@@ -66,8 +70,9 @@ def run(
     with (
         safe_rounds(folder, f"florana run --resume {folder}"),
         Screen(console, name, steps=steps, figures=shown) as screen,
+        tracked(folder, names, screen.show, note) as show,
     ):
-        execute(resolved, folder, setup=setup, resume=resume, show=screen.show, step=screen.step)
+        execute(resolved, folder, setup=setup, resume=resume, show=show, step=screen.step)
     report = write_report([folder], folder / "report.html")
     rows = summary(views([folder]))
     if as_json:
