@@ -192,6 +192,7 @@ def test_wandb_is_offline_once_per_round_and_tells_nothing_of_the_machine(
     assert first["config"]["model.rank"] == 2
     assert Path(first["dir"]) == folder / "track" / "wandb"
     settings = first["settings"]
+    assert settings["host"] == "-"
     assert settings["x_disable_meta"] is settings["x_disable_machine_info"] is settings["disable_git"] is True
     assert settings["save_code"] is settings["x_save_requirements"] is False
 

@@ -38,6 +38,7 @@ class WandbTracker:
             reinit="create_new",  # the runs of a study are open side by side
             config=dict(settings),
             settings=wandb.Settings(
+                host="-",  # else the machine's name is found
                 console="off",
                 silent=True,
                 disable_git=True,
