@@ -60,7 +60,13 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     "wrong key": (["run", "{recipe}", "--set", "train.stepz=3"], 2, "did you mean 'steps'"),
     "wrong strategy": (["run", "{recipe}", "--set", "strategy.name=fedavg"], 2, "there is no strategy 'fedavg'"),
     "wrong option": (["run", "{recipe}", "--fast"], 2, "No such option"),
-    "wrong verb": (["rum"], 2, "No such command"),
+    "wrong verb": (["rnu"], 2, "did you mean 'run'?"),
+    "a verb of others": (["train", "x.toml"], 2, "its name here is 'florana run'"),
+    "a verb below": (["export"], 2, "it is 'florana flower export'"),
+    "a verb that writes to the terminal": (["\x1b[2Jrun"], 2, "there is no verb '\\x1b[2Jrun'"),
+    "a rule of one's own": (
+        ["run", "{recipe}", "--set", 'strategy.name="own.py:first"'], 2, "breaks the contract: the order",
+    ),
     "taken folder": (["run", "{recipe}", "--out", "{folder}"], 2, "exists already"),
     "missing data": (["run", "{recipe}", "--set", "data.train=/none/x.csv"], 3, "/none/x.csv does not exist"),
     "missing column": (["run", "{recipe}", "--set", "data.text=txt"], 3, "has no column 'txt'"),
@@ -92,15 +98,33 @@ def test_what_a_user_can_cause_ends_with_its_code_a_reason_and_no_traceback(
     folder = tmp_path / "taken"
     folder.mkdir()
     (folder / "file").write_text("x")
+    (tmp_path / "own.py").write_text("def first(parts, rank): return parts[0].adapter\n")
     filled = [a.format(recipe=recipe, folder=folder) if "{" in a else a for a in arguments]
     done = florana(*filled, cwd=tmp_path)
     assert done.returncode == code, done.stderr
-    assert words in " ".join(done.stderr.split())
+    told = " ".join(done.stderr.split())
+    assert words in told
+    assert told.lower().count("did you mean") <= 1
+    assert "\x1b[2J" not in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert not (tmp_path / "florana-error.log").exists()
     assert sorted(path.name for path in folder.iterdir()) == ["file"]
     if code in (2, 3):
         assert not (tmp_path / "runs").exists(), "something was written"
+
+
+def test_a_rule_of_ones_own_is_called_by_its_name_while_it_runs(recipe: Path, tmp_path: Path) -> None:
+    """Its file's whole path would fill every line."""
+    (tmp_path / "own.py").write_text(
+        "from florana.aggregate.mean import mean\ndef mine(parts, rank): return mean(parts)\n"
+    )
+    own = ["--set", 'strategy.name="own.py:mine"', "--set", "federation.rounds=1"]
+    done = florana("run", str(recipe), "--out", "o", *own, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "mine  round   1" in done.stdout
+    assert "own.py" not in done.stdout
+    planned = florana("run", str(recipe), "--dry-run", *own, cwd=tmp_path)
+    assert "own.py" not in planned.stdout
 
 
 def test_an_unexpected_failure_is_one_line_and_a_log(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 import florana.flower.deploy.serve as serving
-from florana.errors import FederationError
+from florana.errors import FederationError, InputError
 from florana.federation.loop import Event
 from florana.federation.messages import Brief, Reply
 from florana.flower.app.codec import brief_frame
@@ -24,7 +24,7 @@ from florana.flower.app.frames import Frame
 from florana.flower.app.settings import Settings
 from florana.flower.app.site import Site
 from florana.flower.app.site_card import digest
-from florana.flower.deploy.invitation import Invitation, hosts_of, invite, read_invitation
+from florana.flower.deploy.invitation import Invitation, hosts_of, invite, read_invitation, site_recipe
 from florana.flower.deploy.join import join, told
 from florana.flower.deploy.keys import Certificates, make_server, make_site, read_certificate
 from florana.flower.deploy.roster import approve
@@ -163,6 +163,21 @@ def test_the_command_invites_to_the_address_that_the_keys_were_made_for(
     assert done.returncode == 0, done.stderr
     assert read_invitation(tmp_path / "invitation").address == "10.0.0.7:8443"
     invite(tmp_path / "recipe.toml", files, "127.0.0.1", 1, tmp_path / "own")
+
+
+def test_a_base_model_by_a_path_that_is_not_at_the_site_is_asked_for_by_its_option(
+    recipe_table: dict[str, Any], tmp_path: Path
+) -> None:
+    import tomli_w
+
+    recipe_table["model"]["base"] = "../models/tiny"
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(recipe_table))
+    files = make_server(tmp_path / "fed", ["localhost"])
+    read = read_invitation(invite(tmp_path / "recipe.toml", files, "localhost", 1, tmp_path / "far" / "invitation"))
+    with pytest.raises(InputError, match="--base FOLDER") as caught:
+        site_recipe(read, None, None, [])
+    assert str(tmp_path / "far" / "models" / "tiny") in str(caught.value)
+    assert site_recipe(read, "here/tiny", None, []).model.base == "here/tiny"
 
 
 def test_a_site_with_other_data_than_at_the_roll_call_gives_no_kept_answer(

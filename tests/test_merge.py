@@ -155,6 +155,20 @@ def test_adapters_that_do_not_fit_are_refused_with_both_names(tmp_path: Path) ->
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "one/model"
 
 
+def test_adapters_of_two_models_are_told_by_their_models_not_by_what_they_lack(tmp_path: Path) -> None:
+    save_adapter("llama", PLAIN, 1, tmp_path / "llama")
+    save_adapter("bert", {**PLAIN, "modules_to_save": ["$3"]}, 1, tmp_path / "bert")
+    for name in ("llama", "bert"):
+        config = tmp_path / name / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": f"some/{name}"}))
+    for folders in (["llama", "bert"], ["bert", "llama"]):
+        with pytest.raises(
+            InputError, match=r"base_model 'some/(bert|llama)' but .* has 'some/(bert|llama)'"
+        ) as caught:
+            merge([tmp_path / name for name in folders], tmp_path / "out")
+        assert "different base models cannot be combined" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -49,6 +49,7 @@ def modules_of(readers: Sequence[AdapterReader]) -> dict[str, Module]:
 
 def common_card(readers: Sequence[AdapterReader], base: str | None) -> AdapterCard:
     """The card of a merge. Raises InputError where the adapters do not fit together; `base` settles another name."""
+    base_model = base if base is not None else _same(readers, "base_model", SAY_BASE)
     union = modules_of(readers)
     for reader in readers:
         for name, module in reader.modules.items():
@@ -71,7 +72,7 @@ def common_card(readers: Sequence[AdapterReader], base: str | None) -> AdapterCa
         )
     card = replace(
         readers[0].card,
-        base_model=base if base is not None else _same(readers, "base_model", SAY_BASE),
+        base_model=base_model,
         task_type=_same([r for r in readers if r.card.task_type] or readers, "task_type"),
         fan_in_fan_out=_same(readers, "fan_in_fan_out"),
         target_modules=readers[0].card.target_modules,
@@ -134,7 +135,10 @@ def _same(readers: Sequence[AdapterReader], field: str, fix: str = "") -> Any:
     for reader in readers[1:]:
         ours, theirs = getattr(first.card, field), getattr(reader.card, field)
         if ours != theirs:
-            raise InputError(f"{reader.folder} has {field} {theirs!r} but {first.folder} has {ours!r}", fix=fix)
+            why = "adapters of different base models cannot be combined" if field == "base_model" else ""
+            raise InputError(
+                f"{reader.folder} has {field} {theirs!r} but {first.folder} has {ours!r}", why=why, fix=fix
+            )
     return getattr(first.card, field)
 
 

@@ -62,6 +62,7 @@ def serve(
     from florana.recipe.load import read_recipe
     from florana.report.page import write_report
     from florana.report.views import summary, views
+    from florana.strategy.custom import plain_name
     from florana.track.tracking import tracked
 
     names = trackers(track)
@@ -71,7 +72,7 @@ def serve(
     console = console_of(False)
     _end_on_signal()
     with (
-        Screen(console, resolved.strategy["name"], steps=resolved.federation.rounds) as screen,
+        Screen(console, plain_name(resolved.strategy["name"]), steps=resolved.federation.rounds) as screen,
         tracked(folder, names, screen.show, note) as follow,
     ):
 

@@ -26,12 +26,13 @@ from florana.cli.recipe_verb import init, recipe
 from florana.cli.run_verb import run
 from florana.cli.say import say
 from florana.cli.use_verbs import evaluate, predict
-from florana.cli.verb import Verb
+from florana.cli.verb import Verb, Verbs
 from florana.cli.watch_verb import watch
 from florana.displayable import displayable
 from florana.errors import FloranaError, InputError, RecipeError
 
 app = typer.Typer(
+    cls=Verbs,
     help="Federated LoRA fine-tuning whose server step is as exact as the rank allows.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

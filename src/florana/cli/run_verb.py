@@ -56,6 +56,7 @@ def run(
     from florana.report.views import rows_note, shown_figures, summary, views
     from florana.runs.rounds import settled
     from florana.runs.setup import execute, prepare
+    from florana.strategy.custom import plain_name
     from florana.track.tracking import tracked
 
     with settled(resolved, folder) as own:
@@ -66,7 +67,7 @@ def run(
     if console and rows_note(setup.partition):
         console.print(rows_note(setup.partition), highlight=False)
     shown = shown_figures(resolved.model_dump())
-    name, steps = resolved.strategy["name"], _steps(resolved, setup)
+    name, steps = plain_name(resolved.strategy["name"]), _steps(resolved, setup)
     with (
         safe_rounds(folder, f"florana run --resume {folder}"),
         Screen(console, name, steps=steps, figures=shown) as screen,

@@ -21,7 +21,8 @@ from florana.recipe.schema import Recipe
 from florana.recipe.strategy_options import check_strategy
 from florana.strategy import facts
 from florana.strategy.base import Strategy
-from florana.strategy.custom import is_own
+from florana.strategy.conformance import check_rule
+from florana.strategy.custom import is_own, load_rule, plain_name
 from florana.strategy.ranks import with_ranks
 
 
@@ -57,6 +58,9 @@ def check(table: Mapping[str, Any], source: str) -> Recipe:
         faults = [_fault(dict(fault)) for fault in error.errors()]
         raise RecipeError(f"{source}: " + "\n".join(faults)) from None
     check_strategy(recipe.strategy, source)
+    own = str(recipe.strategy["name"])
+    if is_own(own):
+        check_rule(load_rule(own), plain_name(own))
     try:
         _check_combinations(recipe, recipe.build_strategy())  # options that no type can tell are refused here too
     except RecipeError as error:

@@ -14,6 +14,7 @@ from florana.recipe import schema as r
 from florana.runs.setup import Setup, first_state, strategy_of
 from florana.score.benchmarks import figure_names
 from florana.strategy.base import Payload
+from florana.strategy.custom import plain_name
 from florana.train.client import steps_per_round, train_locally
 from florana.train.evaluate import evaluate
 from florana.train.generate import cut_prompts, generate
@@ -112,7 +113,7 @@ def plan(recipe: r.Recipe, setup: Setup, *, timed_steps: int = 3) -> Plan:
     steps = sum(steps_per_round(recipe.train, count) for count in rows.values()) / len(rows)
     scorings = recipe.federation.rounds / recipe.evaluate.every + 1
     return Plan(
-        strategy=recipe.strategy["name"],
+        strategy=plain_name(recipe.strategy["name"]),
         clients=rows,
         own_test={client: len(data.test) for client, data in setup.clients.items()},
         common_test=len(setup.common),

@@ -42,6 +42,16 @@ def is_own(name: str) -> bool:
     return ".py:" in name
 
 
+def plain_name(name: str) -> str:
+    """A strategy's name as people read it: of a function in a file the function's.
+
+    Examples:
+        >>> plain_name("/home/ada/mine.py:rule"), plain_name("fedit")
+        ('rule', 'fedit')
+    """
+    return name.rpartition(":")[2] if is_own(name) else name
+
+
 def load_rule(name: str) -> Rule:
     """The function behind FILE.py:FUNCTION. The file is executed: it is the user's own.
 
@@ -75,4 +85,4 @@ def build_own(name: str) -> Strategy:
     def step(state: State, parts: Sequence[Contribution]) -> Outcome:
         return Outcome(advance(state, rule(parts, rank_of(state.adapter))))
 
-    return Strategy(name.rpartition(":")[2], f"{Path(name.rpartition(':')[0]).name}", FACTS, start, broadcast, step)
+    return Strategy(plain_name(name), f"{Path(name.rpartition(':')[0]).name}", FACTS, start, broadcast, step)

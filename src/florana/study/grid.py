@@ -10,8 +10,6 @@ from typing import Any
 from florana.errors import RecipeError, nearest
 from florana.recipe import schema as r
 from florana.recipe.load import check, put
-from florana.strategy.conformance import check_rule
-from florana.strategy.custom import is_own, load_rule
 from florana.study.named_methods import Method, method_of
 
 CENTRALISED = "centralised"
@@ -123,10 +121,6 @@ def plan_of(
     controls = [name for name in study.controls if name not in wanted]
     names = list(dict.fromkeys([*(["fedit"] if "fedit" not in wanted else []), *wanted, *controls]))
     found = [method_of(name) for name in names]
-    for method in found:
-        own = str(method.strategy["name"])
-        if is_own(own):
-            check_rule(load_rule(own), method.label)
     every_alpha: list[float | None] = [*(alphas or study.alphas)] or [None]
     every_rank: list[int | None] = [*(ranks or study.ranks)] or [None]
     settings = [

@@ -12,6 +12,7 @@ from florana.atomic_files import replace_file
 from florana.errors import RecipeError
 from florana.flower.app.settings import Settings, to_config
 from florana.recipe.schema import Recipe
+from florana.strategy.custom import plain_name
 
 _README = """# {title}
 
@@ -42,7 +43,7 @@ def export(recipe: Recipe, folder: Path, settings: Settings | None = None) -> Pa
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RecipeError(f"{folder} exists already", fix="name a new folder")
-    title = recipe.title or f"{recipe.strategy['name']} on {Path(recipe.data.train).name}"
+    title = recipe.title or f"{plain_name(recipe.strategy['name'])} on {Path(recipe.data.train).name}"
     config = to_config(recipe, settings or Settings(out=str((folder / "run").resolve())))
     package = "florana_app"
     project = {

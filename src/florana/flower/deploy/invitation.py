@@ -92,8 +92,15 @@ def site_recipe(invitation: Invitation, base: str | None, test: Path | None, ass
 
     Raises:
         RecipeError: the recipe is wrong.
+        InputError: it names a base model by a path that is not here, and the site names none.
     """
     recipe = read_recipe(invitation.recipe, assign)
+    if base is None and Path(recipe.model.base).is_absolute() and not Path(recipe.model.base).exists():
+        raise InputError(
+            f"the recipe names the base model by a path, which does not lead to one here: {recipe.model.base}",
+            why="a path that does not begin at the root counts from the invitation's folder",
+            fix="say where this site has it: --base FOLDER",
+        )
     model = recipe.model if base is None else recipe.model.model_copy(update={"base": base})
     own_test = str(test.resolve()) if test is not None else None
     if recipe.partition.kind == "sites":  # the operator's test and validation rows stay with the operator
