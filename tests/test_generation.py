@@ -22,6 +22,7 @@ from florana.train.generate import Written, generate
 from florana.train.generation_eval import generation_benchmark
 from florana.train.model import Workbench
 from tests.conftest import SHARED
+from tests.program import florana
 from tests.score_cases import HUMANEVAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -207,6 +208,52 @@ def test_a_chat_template_is_the_tokenizers_own_and_nothing_stands_before_it(
     bench.tokenizer.chat_template = "{{ raise_exception('only system turns') }}"
     with pytest.raises(InputError, match="refuses a prompt"):
         generation_benchmark(recipe, bench)
+
+
+@pytest.mark.shared
+def test_evaluate_scores_a_finished_adapter_as_its_run_did(table: dict[str, Any], tmp_path: Path) -> None:
+    """The same figures and the same texts, from the folder alone; worked examples and draws follow the seed."""
+    table["federation"]["rounds"] = 1
+    table["generation"] |= {"samples": 2, "temperature": 1.0}
+    run = execute(check(table, "r"), tmp_path / "run")
+    own = table["generation"]
+    command = ["evaluate", "run", "--data", own["file"], "--benchmark", "gsm8k", "--completions", "c.jsonl", "--json"]
+    command += ["--seed", "5", "--set", f"generation.examples='{table['data']['train']}'"]
+    for key in ("limit", "max_new_tokens", "shots", "samples", "temperature"):
+        command += ["--set", f"{key}={own[key]}"]
+    done = florana(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures.pop("problems") == 3
+    assert figures == {name: run.records[-1].eval["global"][name] for name in figures}
+    assert len(figures) == 4
+    kept = tmp_path / "run" / "completions" / "round-1.jsonl"
+    assert (tmp_path / "c.jsonl").read_bytes() == kept.read_bytes()
+    again = florana(*command, cwd=tmp_path)
+    assert again.returncode == 2
+    assert "c.jsonl exists already" in again.stderr
+
+
+def test_a_benchmark_that_cannot_be_scored_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    for more, words in {
+        ("--benchmark", "gsmk"): "'gsm8k', 'math', 'humaneval' or 'mbpp'",
+        ("--benchmark", "gsm8k", "--set", "shot=5"): "did you mean 'shots'?",
+        ("--benchmark", "mbpp"): "generation.run_programs = true",
+        ("--set", "shots=5"): "--set is of --benchmark, which is not given",
+        ("--completions", "c"): "--completions is of --benchmark",
+    }.items():
+        done = florana("evaluate", "none", "--data", "none.jsonl", *more, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert words in " ".join(done.stderr.split())
+
+
+def test_a_model_of_classes_writes_nothing(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe_table["federation"]["rounds"] = 1
+    execute(check(recipe_table, "r"), tmp_path / "run")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n")
+    done = florana("evaluate", "run", "--data", "p.jsonl", "--benchmark", "gsm8k", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "does not write text" in done.stderr
 
 
 def read_back(table: dict[str, Any], folder: Path) -> Any:

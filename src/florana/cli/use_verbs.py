@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from florana.errors import RecipeError
+from florana.errors import InputError, RecipeError
 
 if TYPE_CHECKING:
+    from florana.recipe.data_schema import Generation
     from florana.recipe.usage import Usage
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
@@ -77,10 +79,22 @@ def evaluate(
     base: Base = None,
     labels: Labels = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 32,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="Have it write, and score that: gsm8k, math, humaneval or mbpp; --data holds these."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the benchmark, as in a recipe's [generation]."),
+    ] = None,
+    completions: Annotated[
+        Path | None, typer.Option(help="A new jsonl file for what it wrote, with the verdicts.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the benchmark's samples and worked examples.")] = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure a finished adapter on rows with answers: the figures of its task.
+    """Measure a finished adapter on rows with answers: the figures of its task, or of a generation benchmark.
 
     Example: florana evaluate runs/sst2 --data test.csv
     """
@@ -89,15 +103,43 @@ def evaluate(
     from florana.train.finished import open_finished
     from florana.train.finished_data import rows_with_answers
 
+    asked = _benchmark(benchmark, data, set_ or [], completions)
     model = open_finished(adapter, base, device, _names(labels))
-    rows = rows_with_answers(model, data, _columns(text), label)
-    figures = measured(model, rows, batch_size)
+    if asked is not None:
+        from florana.runs.completions import write_lines
+        from florana.train.generation_eval import read_benchmark
+
+        if model.usage.task != "causal-lm":
+            raise InputError(
+                f"{adapter} does not write text: it is a model for {model.usage.task}", fix="leave --benchmark out"
+            )
+        problems, written = read_benchmark(asked, model, seed), list[Mapping[str, Any]]()
+        figures: dict[str, float] = {"problems": len(problems.rows), **problems.run(model, written.extend)}
+        if completions is not None:
+            write_lines(completions, written)
+    else:
+        rows = rows_with_answers(model, data, _columns(text), label)
+        figures = {"rows": len(rows), **measured(model, rows, batch_size)}
     console = console_of(as_json)
     if as_json:
-        typer.echo(json.dumps({"rows": len(rows), **figures}, indent=1))
+        typer.echo(json.dumps(figures, indent=1))
     elif console:
-        for name, value in {"rows": len(rows), **figures}.items():
+        for name, value in figures.items():
             console.print(f"{name}: {value if isinstance(value, int) else format(value, '.4f')}", highlight=False)
+
+
+def _benchmark(name: str | None, data: Path, assign: list[str], completions: Path | None) -> Generation | None:
+    """The settings of --benchmark, before the model is loaded."""
+    if name is None:
+        if assign or completions is not None:
+            given = "--set" if assign else "--completions"
+            raise RecipeError(f"{given} is of --benchmark, which is not given", fix="for example --benchmark gsm8k")
+        return None
+    if completions is not None and completions.exists():
+        raise RecipeError(f"{completions} exists already", fix="name a new file")
+    from florana.recipe.load import generation_settings
+
+    return generation_settings(name, data, assign)
 
 
 def _from_file(file: Path, text: str | None, usage: Usage) -> list[tuple[str, ...]]:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from florana.bounded import read_toml, toml
 from florana.errors import RecipeError, nearest
+from florana.recipe.data_schema import Generation
 from florana.recipe.renamed import current
 from florana.recipe.schema import Recipe
 from florana.recipe.strategy_options import check_strategy
@@ -66,6 +67,30 @@ def check(table: Mapping[str, Any], source: str) -> Recipe:
     except RecipeError as error:
         raise RecipeError(f"{source}: {error.what}", why=error.why, fix=error.fix) from None
     return recipe
+
+
+def generation_settings(task: str, file: Path, overrides: Sequence[str] = ()) -> Generation:
+    """The section [generation] without a recipe, for a finished model.
+
+    Args:
+        task: the benchmark.
+        file: its problems.
+        overrides: `key=value`, or `generation.key=value`; paths count from the working folder.
+
+    Raises:
+        RecipeError: with every fault found, the nearest right key named.
+    """
+    table: dict[str, Any] = {}
+    for override in overrides:
+        _override(table, override.strip().removeprefix("generation."))
+    section = current("generation", {**table, "task": task, "file": str(file.resolve())})
+    try:
+        own = Generation.model_validate(section)
+    except ValidationError as error:
+        faults = [_fault({**fault, "loc": ("generation", *fault["loc"])}) for fault in error.errors()]
+        raise RecipeError(f"--benchmark {task}: " + "\n".join(faults)) from None
+    examples = str(Path(own.examples).expanduser().resolve()) if own.examples is not None else None
+    return own.model_copy(update={"examples": examples})
 
 
 def _check_combinations(recipe: Recipe, strategy: Strategy) -> None:

@@ -26,11 +26,16 @@ def write_completions(folder: Path, round_: int, completions: Sequence[Mapping[s
     Raises:
         FederationError: the disk refuses.
     """
-    place = folder / FOLDER / f"round-{round_}.jsonl"
-    lines = "".join(json.dumps(one, sort_keys=True) + "\n" for one in completions)
     with explained(folder, "what the model wrote could not be kept"):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(place, lines.encode())
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    write_lines(folder / FOLDER / f"round-{round_}.jsonl", completions)
+
+
+def write_lines(file: Path, completions: Sequence[Mapping[str, Any]]) -> None:
+    """Write completions into a file, one line each; its folder is there. Raises FederationError as the disk refuses."""
+    lines = "".join(json.dumps(one, sort_keys=True) + "\n" for one in completions)
+    with explained(file, "what the model wrote could not be kept"):
+        replace_file(file, lines.encode())
 
 
 def last_completions(folder: Path, most: int) -> tuple[int, list[dict[str, Any]]]:

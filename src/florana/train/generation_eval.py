@@ -77,29 +77,38 @@ class GenerationBenchmark:
 
 
 def generation_benchmark(recipe: r.Recipe, bench: Probed) -> GenerationBenchmark | None:
-    """The generation benchmark a recipe asks for; None without [generation]. What could refuse it after hours of
-    training refuses here.
+    """The generation benchmark a recipe asks for; None without [generation]. Raises InputError as `read_benchmark`."""
+    if recipe.generation is None:
+        return None
+    return read_benchmark(recipe.generation, bench, recipe.seed, recipe.data.train)
+
+
+def read_benchmark(own: r.Generation, bench: Probed, seed: int, train: str = "") -> GenerationBenchmark:
+    """A generation benchmark, read and asked. What could refuse it after hours of training refuses here.
+
+    Args:
+        own: its settings.
+        bench: the model.
+        seed: of samples and of the choice of worked examples.
+        train: the file that worked examples come from where the settings name none.
 
     Raises:
         InputError: a file cannot be read, a row lacks what the task needs, there are too few worked examples, the
             model's context has no room for the completions, or programs cannot be run here.
     """
-    own = recipe.generation
-    if own is None:
-        return None
     rows = benchmarks.read_problems(own.task, Path(own.file))[: own.limit]
     if not rows:
         raise InputError(f"{own.file} has no problem to score", why="of MBPP, the ids 11 to 510 are scored")
     room_for_prompts(bench, own.max_new_tokens)
     if benchmarks.TASKS[own.task].program is not None:
         run_program("", "")
-    examples = _examples(recipe, own, rows)
-    seed = derive(recipe.seed, "exam")
+    examples = _examples(own, rows, seed, train)
+    draws = derive(seed, "exam")
     if own.template == "chat":
         chats = tuple(_chat(bench, benchmarks.turns(own.task, row, examples, own.prompt)) for row in rows)
-        return GenerationBenchmark(own, tuple(rows), chats, seed, opening=())
+        return GenerationBenchmark(own, tuple(rows), chats, draws, opening=())
     asked = tuple(benchmarks.prompt(own.task, row, examples, own.prompt) for row in rows)
-    return GenerationBenchmark(own, tuple(rows), asked, seed)
+    return GenerationBenchmark(own, tuple(rows), asked, draws)
 
 
 def _chat(bench: Probed, turns: list[dict[str, str]]) -> str:
@@ -119,13 +128,18 @@ def _chat(bench: Probed, turns: list[dict[str, str]]) -> str:
         ) from None
 
 
-def _examples(recipe: r.Recipe, own: r.Generation, rows: list[benchmarks.Row]) -> list[benchmarks.Row]:
+def _examples(own: r.Generation, rows: list[benchmarks.Row], seed: int, train: str) -> list[benchmarks.Row]:
     if not own.shots:
         return []
-    source = own.examples or (own.file if own.task == "mbpp" else recipe.data.train)
+    source = own.examples or (own.file if own.task == "mbpp" else train)
     if not Path(source).is_file():
         raise InputError(
-            f"generation.shots = {own.shots}, but data.train ('{source}') is no file to take worked examples from",
+            f"generation.shots = {own.shots}, but "
+            + (
+                f"'{source}' is no file to take worked examples from"
+                if source
+                else "no file of worked examples is given"
+            ),
             fix="name one in generation.examples",
         )
     known = benchmarks.read_examples(own.task, Path(source))
@@ -136,5 +150,5 @@ def _examples(recipe: r.Recipe, own: r.Generation, rows: list[benchmarks.Row]) -
         raise InputError(f"generation.shots = {own.shots}, but {source} has {len(known)} examples that are not asked")
     if own.task == "mbpp":
         return known[: own.shots]
-    chosen = np.random.default_rng(derive(recipe.seed, "shots")).permutation(len(known))[: own.shots]
+    chosen = np.random.default_rng(derive(seed, "shots")).permutation(len(known))[: own.shots]
     return [known[int(index)] for index in chosen]
