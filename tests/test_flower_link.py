@@ -16,7 +16,7 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.app import MessageType
+from flwr.app import Message, MessageType
 from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.fleet_pb2 import (
     DeactivateNodeRequest,
@@ -38,6 +38,7 @@ import florana.flower.deploy.node as node_of
 from florana.errors import FederationError
 from florana.federation.messages import Failure
 from florana.flower.app.flower_engine import exchange
+from florana.flower.app.flower_records import from_record, to_record
 from florana.flower.app.frames import Frame
 from florana.flower.deploy.fleet import Link, make_link
 from florana.flower.deploy.gateway import Door, open_door
@@ -309,6 +310,20 @@ def test_a_site_that_leaves_for_good_is_missed_before_the_deadline(
         assert isinstance(answer, Failure)
         assert answer.reason == "left, or was not heard of any more"
         assert stored(link) == dict.fromkeys(stored(link), 0)
+
+
+def test_the_answer_of_a_site_that_has_left_before_the_server_looks_is_taken(place: Place) -> None:
+    """Flower's own state hides it as soon as the node is offline."""
+    with place.server() as link, place.site(lambda frame: Frame("ended"), ends=["ended"]) as site:
+        request = Message(to_record(Frame("ended")), dst_node_id=online(link), message_type=MessageType.QUERY, ttl=60.0)
+        (identity,) = link.push_messages([request])
+        site.join(20)
+        assert not site.is_alive()
+        assert wait_for(lambda: not any(info.status == "online" for info in link.get_nodes()), 5)
+        (answer,) = link.pull_messages([identity])
+        assert not answer.has_error()
+        assert from_record(answer.content).kind == "ended"
+        assert not link.state.message_res_store
 
 
 def test_a_site_leaves_after_the_last_answer_and_says_before_what_it_waits_for(place: Place) -> None:

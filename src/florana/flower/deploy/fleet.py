@@ -99,22 +99,21 @@ class Link:
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The answers to these requests that are there as a whole; an error where a node has been away for a while."""
-        ready = {request for request in message_ids if self._answer_to(request) is None or self._is_whole(request)}
-        found = self.state.get_message_res(message_ids=ready, run_id=self.run)
-        away = {answer.metadata.reply_to_message_id for answer in found if answer.has_error()}
-        for request in ready - away:
+        asked = set(message_ids)
+        # Flower, asked for it, would say of the answer of a node that has left since that the node is not there
+        whole = {request for request in asked if self._is_whole(request)}
+        silent = {request for request in asked - whole if self._answer_to(request) is None}
+        found = self.state.get_message_res(message_ids=set(silent), run_id=self.run) if silent else []
+        errors = [answer for answer in found if answer.has_error()]
+        for request in asked - {error.metadata.reply_to_message_id for error in errors}:
             self._away.pop(request, None)
-        answers = []
-        for answer in found:
-            request = answer.metadata.reply_to_message_id
-            if request in away and time.monotonic() - self._away.setdefault(request, time.monotonic()) < PATIENCE:
-                self.state.object_store.delete(answer.metadata.message_id)
-                continue
-            try:
-                answers.append(answer if answer.has_error() else self._inflated(answer))
-            finally:
+        answers = [self._taken(request) for request in sorted(whole)]
+        for error in errors:
+            request = error.metadata.reply_to_message_id
+            self.state.object_store.delete(error.metadata.message_id)
+            if time.monotonic() - self._away.setdefault(request, time.monotonic()) >= PATIENCE:
+                answers.append(error)
                 self._forget(request)
-                self.state.object_store.delete(answer.metadata.message_id)
         return answers
 
     def offer_again(self, node: int) -> None:
@@ -157,8 +156,15 @@ class Link:
         tree = self.state.object_store.get_object_tree(answer)
         return [node.object_id for node in iterate_object_tree(tree)]
 
-    def _inflated(self, answer: Message) -> Message:
-        name = answer.metadata.message_id
+    def _taken(self, request: str) -> Message:
+        """The whole answer to a request, which is forgotten with it."""
+        name = str(self._answer_to(request))
+        try:
+            return self._inflated(name, self.state.message_res_store[name])
+        finally:
+            self._forget(request)
+
+    def _inflated(self, name: str, answer: Message) -> Message:
         contents = {part: self.state.object_store.get(part) or b"" for part in self._parts(name)}
         whole = inflate_object_from_contents(name, contents)
         if not isinstance(whole, Message):
