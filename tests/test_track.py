@@ -1,7 +1,8 @@
 """`--track`: each committed round once, in the libraries' own files; a tracker that fails changes no run.
 
 TensorBoard is really there, and its files are read back. Weights & Biases and MLflow are too heavy for this
-environment: what florana asks of them is recorded by a fake of their public functions.
+environment: what florana asks of them is recorded by a fake of their public functions (seen with wandb 0.31 and mlflow
+3.17 themselves).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when it is imp
 
 from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
+
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # else it tells of each table that it makes
 
 EXPERIMENT = "florana"
 AT_ONCE = 100
