@@ -39,7 +39,7 @@ docs: setup  ## the documentation site, into site/; any broken link ends it
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --quiet
 
 chaos: setup  ## kills, stragglers, bad and replayed updates, in their full counts (about half an hour)
-	$(BIN)/python -m pytest -q -m chaos tests/chaos
+	$(BIN)/python -m pytest -q -m chaos tests
 
 bench: setup  ## speed and memory as ratios
 	$(BIN)/python benchmarks/engine.py

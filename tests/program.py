@@ -28,6 +28,7 @@ _FORKS.set_forkserver_preload(
         "florana.adapters.inspect",
         "florana.study.runner",
         "florana.flower.app.server_app",  # where Flower is installed
+        "florana.flower.deploy.doctor",
     ]
 )
 

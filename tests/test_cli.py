@@ -33,7 +33,7 @@ def test_run_report_and_json(recipe: Path, tmp_path: Path) -> None:
     assert "round   2" in done.stdout
     assert "Traceback" not in done.stderr
     assert done.stderr == ""
-    page = started("report", str(out), "--out", str(tmp_path / "page.html"), "--json")
+    page = florana("report", str(out), "--out", str(tmp_path / "page.html"), "--json")
     assert page.returncode == 0, page.stderr
     (row,) = json.loads(page.stdout)["runs"]
     assert row["strategy"] == "fedit"

@@ -137,6 +137,7 @@ def test_both_apps_run_and_the_changed_one_is_floranas_own_arithmetic(apps: tupl
     assert not same(changed, own_arithmetic("fedit"))
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 def test_flwr_run_on_ray_gives_the_same_bits(apps: tuple[Path, Path], tmp_path: Path) -> None:
     """The changed app by `flwr run`, on a SuperLink of its own that simulates three nodes."""

@@ -19,6 +19,7 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 from tests.conftest import ROOT
 from tests.deployment import HANGS, PROGRAM, end_all, environment, free_port, wait_for
+from tests.program import florana
 
 pytestmark = pytest.mark.slow
 PAGES = [(ROOT / "docs" / name).read_text() for name in ("sites.md", "flower.md")]
@@ -45,19 +46,15 @@ class Place:
             words += ["--port", str(self.port)]
         if words[1] == "serve":
             words += ["--host", "127.0.0.1", "--wait", str(HANGS), "--deadline", str(HANGS)]
-        arguments = {
-            "cwd": self.folder / who,
-            "env": environment(self.folder / "home"),
-        }
         if command.endswith("&"):
+            own = environment(self.folder / "home")
             with (self.folder / f"{who}.log").open("ab") as log:
-                self.left.append((who, subprocess.Popen([*PROGRAM, *words[1:]], stdout=log, stderr=log, **arguments)))
+                begun = subprocess.Popen([*PROGRAM, *words[1:]], stdout=log, stderr=log, cwd=self.folder / who, env=own)
+            self.left.append((who, begun))
             if words[1] == "serve":
                 assert wait_for(lambda: "listening on port" in self.said(who)), self.said(who)
             return
-        done = subprocess.run(
-            [*PROGRAM, *words[1:]], capture_output=True, text=True, timeout=HANGS, check=False, **arguments
-        )
+        done = florana(*words[1:], cwd=self.folder / who)
         assert done.returncode == 0, f"{who}$ {command}\n{done.stdout}{done.stderr}"
         assert "Traceback" not in done.stderr
 
