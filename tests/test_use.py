@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from florana.adapters.merge import merge
-from florana.errors import InputError
+from florana.errors import InputError, RecipeError
 from florana.recipe.load import check
 from florana.recipe.usage import USAGE, read_usage
 from florana.runs.setup import execute, prepare
@@ -136,9 +137,68 @@ def test_the_ten_lines_of_the_card_load_the_adapter(
 def test_the_same_run_leaves_the_same_folder(recipe_table: dict[str, Any], tmp_path: Path) -> None:
     one, other = (run_of(recipe_table, tmp_path / name) for name in ("one", "other"))
     names = sorted(path.name for path in (one / "adapter").iterdir())
-    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors", USAGE]
+    tokenizer = ["tokenizer.json", "tokenizer_config.json"]
+    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors", USAGE, *tokenizer]
+    assert str(tmp_path) not in "".join((one / "adapter" / name).read_text() for name in (*tokenizer, USAGE))
     for name in names:
         assert (one / "adapter" / name).read_bytes() == (other / "adapter" / name).read_bytes()
+
+
+def test_a_merged_folder_of_runs_answers_as_they_do(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    """What says how they are asked, and the tokenizer, stand beside the merge where all have the same."""
+    runs = [run_of(recipe_table, tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    merged = merge([run / "adapter" for run in runs], tmp_path / "merged")
+    for name in (USAGE, "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (runs[0] / "adapter" / name).read_bytes()
+    assert not any("classes" in note for note in merged.notes)
+    assert set(classify(open_finished(tmp_path / "merged", device="cpu"), [("a good film",)])[0]["probabilities"]) == {
+        "0", "1",
+    }  # fmt: skip
+    own = runs[1] / "adapter" / USAGE
+    own.write_text(own.read_text().replace('"0",\n  "1"', '"1",\n  "0"'))
+    (runs[1] / "adapter" / "tokenizer.json").unlink()
+    told = merge([run / "adapter" for run in runs], tmp_path / "unlike")
+    assert any("see that their classes have one order" in note for note in told.notes)
+    assert sorted(path.name for path in (tmp_path / "unlike").iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+
+
+def test_nothing_from_beside_an_adapter_is_copied_through_a_link(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    run = run_of(recipe_table, tmp_path / "run")
+    (tmp_path / "secret").write_text("{}")
+    (run / "adapter" / "tokenizer.json").unlink()
+    (run / "adapter" / "tokenizer.json").symlink_to(tmp_path / "secret")
+    merge([run / "adapter"], tmp_path / "merged")
+    assert not (tmp_path / "merged" / "tokenizer.json").exists()
+    cache = tmp_path / "models--a--b" / "snapshots" / "1"
+    cache.parent.mkdir(parents=True)
+    shutil.copytree(run / "adapter", cache, symlinks=True)
+    blob = tmp_path / "models--a--b" / "blobs" / "x"
+    blob.parent.mkdir()
+    blob.write_text("{}")
+    (cache / "tokenizer.json").unlink()
+    (cache / "tokenizer.json").symlink_to("../../blobs/x")
+    merge([cache], tmp_path / "cached")
+    assert (tmp_path / "cached" / "tokenizer.json").read_text() == "{}"
+
+
+def test_the_adapter_names_the_base_as_others_load_it(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    """And the run that made it goes on using its own."""
+    run = run_of(recipe_table, tmp_path / "run", model={"hub_name": "some-lab/tiny-bert"})
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "some-lab/tiny-bert"
+    card = (run / "adapter" / "README.md").read_text()
+    assert 'base_model: "some-lab/tiny-bert"' in card
+    assert 'base = "some-lab/tiny-bert"' in card
+    assert str(tmp_path) not in card
+    for place in (run, run / "adapter"):
+        assert classify(open_finished(place, device="cpu"), [("a good film",)])
+    shutil.copytree(run / "adapter", tmp_path / "sent" / "adapter")
+    with pytest.raises(InputError, match="some-lab/tiny-bert"):
+        open_finished(tmp_path / "sent" / "adapter", device="cpu")
+    with pytest.raises(RecipeError, match=r"model\.hub_name"):
+        run_of(recipe_table, tmp_path / "other", model={"hub_name": "a b"})
 
 
 def test_a_merged_folder_answers_when_its_classes_are_named(recipe_table: dict[str, Any], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from florana.adapters.adapter_folder import write_adapter
+from florana.adapters.beside import unlike_usage, write_common_files
 from florana.adapters.hub import adapter_folder
 from florana.adapters.merge_card import Merged, Source, coefficients, model_card, names_of
 from florana.adapters.merge_rules import RULES, Rule, rule_of
@@ -118,12 +119,13 @@ def merge(
         method if scope is None else f"{method}[scope={scope}]",
         answers,
         sources,
-        notes_on(readers, names_of(places), alive),
+        [*notes_on(readers, names_of(places), alive), *unlike_usage(places)],
     )
     modules = {name: answer.pair for name, answer in answers.items()}
     _require_range(modules, extra)
     try:
         write_adapter(out, Adapter(modules, extra), card, model_card(merged, card))
+        write_common_files(out, places)
     except OSError as error:
         raise RecipeError(f"--out {out} cannot be written", why=error.strerror or str(error)) from None
     return merged

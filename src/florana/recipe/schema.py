@@ -50,6 +50,9 @@ class Model(Section):
     base: str
     """A folder, a hub name, or `package:NAME[/sub/folder]` for a model that an installed Python package carries; a GGUF
     file by its path, as `package:NAME/FILE.gguf`, or as `OWNER/REPOSITORY/FILE.gguf`."""
+    hub_name: str | None = Field(None, pattern=r"^[\w.-]+(/[\w.-]+)?$")
+    """The base's name on the hub, where `base` is a folder, a file or a package: what the adapter and its card name, so
+    that others can load it."""
     adapter: str | None = None
     """Start from this adapter: a folder of any PEFT origin, a run's folder, or a hub name; its ranks, scalings and
     modules must be the recipe's. None: PEFT's own start."""

@@ -15,14 +15,13 @@ from typing import Literal
 import pydantic
 from pydantic import Field
 
+from florana.adapters.beside import USAGE
 from florana.atomic_files import replace_file
 from florana.bounded import read_json
 from florana.errors import InputError
 from florana.recipe.data_schema import Section
 from florana.recipe.schema import Recipe
 from florana.score.glue import GlueName
-
-USAGE = "florana.json"
 
 
 class Usage(Section):

@@ -25,7 +25,7 @@ names = {{"id2label": dict(enumerate(labels)), "label2id": {{name: index for ind
 config = AutoConfig.from_pretrained(base, **names)
 model = AutoModelForSequenceClassification.from_pretrained(base, config=config)
 model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(base))
+classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(WORDS))
 print(classify("a text"))"""
 
 SCORES = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -33,14 +33,14 @@ from peft import PeftModel
 
 model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, problem_type="regression")
 model = PeftModel.from_pretrained(model, adapter).eval()
-tokenizer = AutoTokenizer.from_pretrained(base)
+tokenizer = AutoTokenizer.from_pretrained(WORDS)
 print(model(**tokenizer("a text", return_tensors="pt")).logits[0, 0].item())"""
 
 LANGUAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
-tokenizer = AutoTokenizer.from_pretrained(base)
+tokenizer = AutoTokenizer.from_pretrained(WORDS)
 asked = tokenizer("a text", return_tensors="pt")
 print(tokenizer.decode(model.generate(**asked, max_new_tokens=64)[0], skip_special_tokens=True))"""
 
@@ -62,10 +62,17 @@ def write_card(folder: Path, usage: Usage) -> None:
     if not records:
         return
     with explained(folder, "the adapter's README.md could not be written"):
-        replace_file(folder / "adapter" / "README.md", card_of(recipe, setup, records, usage).encode())
+        words = "adapter" if (folder / "adapter" / "tokenizer_config.json").exists() else "base"
+        replace_file(folder / "adapter" / "README.md", card_of(recipe, setup, records, usage, words).encode())
 
 
-def card_of(recipe: Mapping[str, Any], setup: Mapping[str, Any], records: Sequence[RoundRecord], usage: Usage) -> str:
+def card_of(
+    recipe: Mapping[str, Any],
+    setup: Mapping[str, Any],
+    records: Sequence[RoundRecord],
+    usage: Usage,
+    words: str = "base",
+) -> str:
     """The text.
 
     Args:
@@ -73,13 +80,17 @@ def card_of(recipe: Mapping[str, Any], setup: Mapping[str, Any], records: Sequen
         setup: setup.json.
         records: the committed rounds; one at least.
         usage: how the model is asked.
+        words: where its tokenizer is: `base` or `adapter`.
     """
     records = up_to_kept(recipe, records)
-    base, last = str(recipe["model"]["base"]), records[-1]
+    base, last = str(recipe["model"].get("hub_name") or recipe["model"]["base"]), records[-1]
     title = displayable(str(recipe.get("title") or f"{usage.task} by {last.strategy}"))
     clients = sorted({client for record in records for client in record.clients})
     rows = {client: record.examples[client] for record in records for client in record.clients}
     hub = not base.startswith(("package:", "/")) and "\\" not in base
+    snippet = SNIPPETS[usage.task]
+    if usage.task == "sequence-classification":
+        snippet = snippet.format(labels=json.dumps(usage.labels, ensure_ascii=False))
     lines = [
         "---",
         f"base_model: {json.dumps(base)}" if hub else "# base_model: the name under which others can load the base",
@@ -102,9 +113,7 @@ def card_of(recipe: Mapping[str, Any], setup: Mapping[str, Any], records: Sequen
         "```python",
         *_base_lines(base),
         'adapter = "."  # this folder',
-        SNIPPETS[usage.task].format(labels=json.dumps(usage.labels, ensure_ascii=False))
-        if usage.task == "sequence-classification"
-        else SNIPPETS[usage.task],
+        snippet.replace("WORDS", words),
         "```",
         "",
         'Or: `florana predict . "a text"`.',

@@ -78,6 +78,7 @@ def execute_rounds(
     facts: Callable[[], Mapping[str, Any]],
     show: Show = lambda event: None,
     labels: Sequence[str] = (),
+    tokenizer: Any = None,
 ) -> Result:
     """Run the rounds that the folder does not hold yet; `run_folder.check_folder` was asked before.
 
@@ -92,6 +93,7 @@ def execute_rounds(
         facts: what setup.json holds, made only for a new run.
         show: told of rounds, replies, rejected updates and commits.
         labels: the classes' names, for those who use the adapter.
+        tokenizer: the base's, which goes beside the adapter; None where there is none here.
 
     Raises:
         FederationError: too few usable updates, or the disk refused; the rounds committed before stand.
@@ -114,6 +116,8 @@ def execute_rounds(
         usage = usage_of(recipe, labels)
         with explained(folder, "the adapter folder could not be written"):
             write_usage(folder / "adapter", usage)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder / "adapter")
         engine = engine_with(last.memories if last else None)
         run_rounds(strategy, last.state if last else begun, engine, federation, journal, show)
         write_card(folder, usage)

@@ -1,9 +1,8 @@
 """The only joiner: a recipe becomes a model, data, clients, a strategy and an engine; the result is a run folder.
 
 RUN/recipe.toml       resolved, runs again      RUN/environment.json  versions, hardware, threads, seed
-RUN/setup.json        who holds what, the starting model's score, sizes
-RUN/rounds.jsonl      one line per committed round      RUN/checkpoint/  the last states
-RUN/adapter/          the global adapter, as PEFT loads it      RUN/log.txt  warnings and tracebacks
+RUN/setup.json        who holds what, the start's score      RUN/rounds.jsonl    one line per committed round
+RUN/adapter/          the global adapter, for PEFT           RUN/checkpoint/, RUN/log.txt
 """
 
 from __future__ import annotations
@@ -142,8 +141,8 @@ def execute(
         here = setup or prepare(recipe)
         strategy = strategy_of(recipe, sorted(here.clients))
         begun = first_state(recipe, here, strategy)
-        keep = functools.partial(write_completions, folder)
-        whole = federation_of(recipe, here, sorted(here.clients), here.examples, keep)
+        write = functools.partial(write_completions, folder)
+        whole = federation_of(recipe, here, sorted(here.clients), here.examples, write)
         return execute_rounds(
             recipe,
             folder,
@@ -155,6 +154,7 @@ def execute(
             lambda: facts_of(recipe, here, here.partition),
             show,
             here.partition.get("labels", ()),
+            here.bench.tokenizer,
         )
 
 

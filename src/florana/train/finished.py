@@ -18,6 +18,7 @@ from florana.adapters.headers import read_headers
 from florana.adapters.hub import adapter_folder
 from florana.adapters.peft_config import CONFIG, read_json
 from florana.adapters.reader import open_adapter
+from florana.bounded import read_toml
 from florana.errors import InputError
 from florana.recipe.usage import Usage, read_usage
 from florana.train.data.tokenize import Example, collate
@@ -87,7 +88,7 @@ def open_finished(
     usage = read_usage(place) or Usage(task=_task(config, place))
     if labels is not None:
         usage = usage.model_copy(update={"labels": list(labels)})
-    named = base or config.get("base_model_name_or_path")
+    named = base or _base_of_run(place) or config.get("base_model_name_or_path")
     if not named:
         raise InputError(f"{place / CONFIG} names no base model", fix="give it by --base")
     where = locate(named)
@@ -104,6 +105,19 @@ def open_finished(
     finished = Finished(model, tokenizer, chosen, usage)
     finished.padding = padding_side(finished, usage.task)
     return finished
+
+
+def _base_of_run(place: Path) -> str | None:
+    """Of a run's adapter, its base where the run took it from, if that is here: the adapter may name the hub's."""
+    try:
+        recipe = read_toml(place.parent / "recipe.toml") if place.name == "adapter" else {}
+        base = str(recipe.get("model", {}).get("base") or "")
+    except (OSError, ValueError, AttributeError):
+        return None
+    try:
+        return base if locate(base) and (base.startswith("package:") or Path(base).is_absolute()) else None
+    except InputError:  # the run was made on another machine
+        return None
 
 
 def _checked(place: Path) -> dict[str, Any]:

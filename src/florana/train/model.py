@@ -79,7 +79,7 @@ class Workbench:
         self.padding = probe(self, task, settings.base)
         config = self.model.peft_config["default"]
         self.card = AdapterCard(
-            base_model=settings.base,
+            base_model=settings.hub_name or settings.base,
             task_type=str(config.task_type.value),
             # a regular expression is written out as the names it matched
             target_modules=tuple(

@@ -108,7 +108,11 @@ def _lead(
         del memories  # they lie with the clients
         return FlowerEngine(grid, registration.connected, registration.doubt, run, settings.deadline, note)
 
-    card = replace(registration.common.adapter, base_model=recipe.model.base) if here is None else here.bench.card
+    card = (
+        replace(registration.common.adapter, base_model=recipe.model.hub_name or recipe.model.base)
+        if here is None
+        else here.bench.card
+    )
     result = execute_rounds(
         recipe,
         folder,
@@ -120,6 +124,7 @@ def _lead(
         lambda: _facts(recipe, here, registration, begun),
         show,
         here.partition.get("labels", ()) if here is not None else recipe.data.labels or (),
+        here.bench.tokenizer if here is not None else None,
     )
     if keys is not None:  # of a simulation, all are on this machine
         kept = None
