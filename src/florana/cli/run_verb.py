@@ -117,6 +117,6 @@ def _print_plan(recipe: Recipe, console: Console | None) -> None:
 def _steps(recipe: Recipe, setup: Setup) -> int:
     from florana.train.client import steps_per_round
 
-    rows = [len(data.train) for data in setup.clients.values()]
+    rows = [len(data.bins) for data in setup.clients.values()]
     mean = sum(steps_per_round(recipe.train, count) for count in rows) / len(rows)
     return round(recipe.federation.rounds * (recipe.federation.clients_per_round or len(rows)) * mean)

@@ -214,6 +214,8 @@ class Recipe(Section):
                 "data.validation_share has no meaning for sites, whose rows stay with them: give the "
                 "server rows of its own by data.validation"
             )
+        if self.task != "causal-lm" and self.train.packing:
+            raise ValueError("train.packing is of task = 'causal-lm': a class or a score is read at one place of a row")
         if self.task == "sequence-regression" and self.train.label_smoothing:
             raise ValueError("train.label_smoothing is of classes and tokens: a score has none")
         if self.task == "causal-lm" and self.model.head == "personal":

@@ -45,6 +45,9 @@ class Train(Section):
     """FedProx (arXiv 1812.06127): mu / 2 times the squared distance of what is trained from what was received."""
     loraplus_lr_ratio: float | None = Field(None, gt=0)
     """LoRA+ (arXiv 2402.12354): B's learning rate in those of A; heads have A's."""
+    packing: bool = False
+    """causal-lm: short rows laid end to end, up to `data.max_length` tokens, without seeing one another; `batch_size`
+    and the steps of an epoch then count such bins. Weights go on counting rows."""
     neftune_noise_alpha: float | None = Field(None, gt=0)
     """NEFTune (arXiv 2310.05914): uniform noise on the embeddings in training, alpha / sqrt(tokens x width) wide."""
 

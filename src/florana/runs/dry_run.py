@@ -96,7 +96,7 @@ def plan(recipe: r.Recipe, setup: Setup, *, timed_steps: int = 3) -> Plan:
     """Measure a few steps of the largest client and one batch of scoring; the adapter is put back as it was."""
     rows = {client: len(data.train) for client, data in setup.clients.items()}
     per_round = recipe.federation.clients_per_round or len(rows)
-    largest = setup.clients[max(rows, key=lambda client: (rows[client], client))].train
+    largest = setup.clients[max(rows, key=lambda client: (rows[client], client))].bins
     once = recipe.train.model_copy(update={"steps": 1, "epochs": None})
     train_locally(setup.bench, largest, once, 0, lambda: None)  # warm-up: allocations, kernels
     few = recipe.train.model_copy(update={"steps": timed_steps, "epochs": None})
@@ -110,7 +110,7 @@ def plan(recipe: r.Recipe, setup: Setup, *, timed_steps: int = 3) -> Plan:
     writing = _writing(recipe, setup)
     setup.bench.load(setup.start)
     down, up, trained = _traffic(recipe, setup)
-    steps = sum(steps_per_round(recipe.train, count) for count in rows.values()) / len(rows)
+    steps = sum(steps_per_round(recipe.train, len(data.bins)) for data in setup.clients.values()) / len(rows)
     scorings = recipe.federation.rounds / recipe.evaluate.every + 1
     return Plan(
         strategy=plain_name(recipe.strategy["name"]),

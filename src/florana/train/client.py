@@ -30,10 +30,17 @@ from florana.train.optimizer import curve, optimizer_of
 
 @dataclass(frozen=True, eq=False)
 class ClientData:
-    """What one client holds: rows to train on, and its local test split (may be empty)."""
+    """What one client holds.
+
+    Args:
+        train: its rows to train on.
+        test: its local test split; may be empty.
+        bins: the rows to train on as they go through the model, several in one where they are packed.
+    """
 
     train: Sequence[Example]
     test: Sequence[Example]
+    bins: Sequence[Example]
 
 
 @dataclass(eq=False)
@@ -72,7 +79,7 @@ class TrainingClients:
         term = penalty_of(self.bench.factors, brief.pruning) if brief.pruning is not None else None
         place = (brief.round, self.rounds)
         stepped = functools.partial(self.step, brief.client)
-        loss = train_locally(self.bench, own.train, self.train, brief.seed, stepped, term, place)
+        loss = train_locally(self.bench, own.bins, self.train, brief.seed, stepped, term, place)
         trained = self.bench.adapter()
         if brief.pruning is not None and shrunk(adapter, trained, brief.pruning):
             trained = leading(trained, brief.pruning.rank)
@@ -129,7 +136,7 @@ def train_locally(
 
     Args:
         bench: the model, with the adapter to train.
-        examples: the client's rows.
+        examples: the client's rows, or bins of them.
         settings: the recipe's section.
         seed: of the rows' order and of dropout.
         stepped: called after every optimizer step.

@@ -12,11 +12,13 @@ from florana.errors import InputError
 from florana.recipe import schema as r
 from florana.train.client import ClientData
 from florana.train.data.instructions import Encoded, encode_instructions
+from florana.train.data.packing import packed
 from florana.train.data.partition import Share, binned, deal, table_of
 from florana.train.data.sources import Tables, texts
 from florana.train.data.tokenize import Example, encode_classes, encode_language
 from florana.train.limits import check_rows
 from florana.train.model import Workbench
+from florana.train.probe import require_apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +66,11 @@ def rows_of(recipe: r.Recipe, bench: Workbench, tables: Tables) -> Rows:
         parts = {"train": train, "test": test} | ({"validation": validation} if validation.examples else {})
         facts |= {"left_out": {name: part.left_out for name, part in parts.items()}}
         facts |= {"cut_responses": {name: part.cut for name, part in parts.items()}}
+    pack_to = recipe.data.max_length if recipe.train.packing else None
+    if pack_to:
+        require_apart(bench, recipe.model.base)
     return Rows(
-        clients={client: _client_data(share, train.examples) for client, share in shares.items()},
+        clients={client: _client_data(share, train.examples, pack_to) for client, share in shares.items()},
         common=tuple(test.examples),
         more={name: tuple(own.examples) for name, own in more.items()},
         facts=facts,
@@ -109,5 +114,6 @@ def encode(settings: r.Data, tokenizer: Any, table: datasets.Dataset, target: st
     return Encoded(encode_classes(rows, list(table[target]), tokenizer, settings.max_length), every)
 
 
-def _client_data(share: Share, examples: Sequence[Example]) -> ClientData:
-    return ClientData([examples[row] for row in share.train], [examples[row] for row in share.test])
+def _client_data(share: Share, examples: Sequence[Example], pack_to: int | None) -> ClientData:
+    rows = [examples[row] for row in share.train]
+    return ClientData(rows, [examples[row] for row in share.test], packed(rows, pack_to) if pack_to else rows)

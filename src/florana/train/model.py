@@ -190,7 +190,9 @@ class Workbench:
 
     def forward(self, batch: Mapping[str, Tensor]) -> Any:
         """The model's output for a batch, without the inputs it does not know."""
-        return self.model(**self.accepted(batch))
+        # a cache of keys would keep Transformers from looking for rows laid end to end
+        cache = {"use_cache": False} if "position_ids" in batch and "use_cache" in self._inputs else {}
+        return self.model(**self.accepted(batch), **cache)
 
 
 def _lora_layers(model: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from florana.errors import InputError
+from florana.train.data.packing import packed
 from florana.train.data.tokenize import Example, collate, encode_classes, encode_language
 
 TEXTS = (("a film",), ("a good film and a quick story, b c d e f g",))
@@ -94,6 +95,25 @@ def pads_left(bench: Probed) -> bool:
     places = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)  # as `generate` counts them
     logits = bench.forward({**batch, "position_ids": places}).logits
     return _near(_logits(bench, rows[:1], "left")[0, -1], logits[0, -1])
+
+
+@torch.inference_mode()
+def require_apart(bench: Probed, base: str) -> None:
+    """Raise InputError where rows that are laid end to end (`train.packing`) are not read as they are alone."""
+    bench.model.eval()
+    rows = _rows(bench, "causal-lm")
+    batch = collate(packed(rows, 2 * TOKENS), bench.tokenizer.pad_token_id, bench.device)
+    alone = torch.cat([_logits(bench, [row], "right")[0] for row in rows])
+    try:
+        apart = _near(bench.forward(batch).logits[0], alone)
+    except Exception:  # models raise what they like
+        apart = False
+    if not apart:
+        raise InputError(
+            f"train.packing does not go with the model '{base}'",
+            why="rows laid end to end would see one another: it does not tell them apart by their position numbers",
+            fix="set train.packing = false",
+        )
 
 
 def _rows(bench: Probed, task: str) -> list[Example]:

@@ -26,11 +26,13 @@ class Example:
         ids: token ids.
         kinds: token type ids, empty where the tokenizer makes none.
         labels: one class index, one score, or one entry per token (language modelling).
+        starts: where each of several rows begins that were laid end to end (`packing`); empty for a row alone.
     """
 
     ids: tuple[int, ...]
     kinds: tuple[int, ...]
     labels: tuple[int, ...] | tuple[float]
+    starts: tuple[int, ...] = ()
 
 
 def encode_classes(
@@ -94,6 +96,7 @@ def collate(examples: Sequence[Example], padding: int, device: torch.device, sid
 
     Returns:
         input_ids, attention_mask, token_type_ids where there are any (batch, time); labels (batch, time) or (batch,).
+        Of rows that were laid end to end position_ids in the place of attention_mask, by which they are told apart.
     """
     width = max(len(example.ids) for example in examples)
 
@@ -106,6 +109,9 @@ def collate(examples: Sequence[Example], padding: int, device: torch.device, sid
         "input_ids": padded([example.ids for example in examples], padding),
         "attention_mask": padded([(1,) * len(example.ids) for example in examples], 0),
     }
+    if any(example.starts for example in examples):
+        del batch["attention_mask"]
+        batch["position_ids"] = torch.tensor([_positions(example, width) for example in examples], device=device)
     if all(example.kinds for example in examples):
         batch["token_type_ids"] = padded([example.kinds for example in examples], 0)
     per_token = len(examples[0].labels) == len(examples[0].ids) and any(len(e.labels) > 1 for e in examples)
@@ -115,6 +121,13 @@ def collate(examples: Sequence[Example], padding: int, device: torch.device, sid
         else torch.tensor([example.labels[0] for example in examples], device=device)
     )
     return batch
+
+
+def _positions(example: Example, width: int) -> list[int]:
+    """Counted anew from each start; the padding behind is one more row."""
+    ends = [*example.starts[1:], len(example.ids), width] if example.starts else [len(example.ids), width]
+    starts = [0, *ends[:-1]]
+    return [position for start, end in zip(starts, ends, strict=True) for position in range(end - start)]
 
 
 def batches(rows: Sequence[Row], size: int, length: Callable[[Row], int], *, together: bool) -> Iterator[Sequence[Row]]:
