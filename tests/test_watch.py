@@ -17,9 +17,12 @@ import pytest
 from florana.errors import FederationError, InputError
 from florana.recipe.load import check
 from florana.report.live import live_of
+from florana.report.live_study import live_study_of
 from florana.report.watch import page_of, watching
 from florana.runs.run_folder import PROGRESS
 from florana.runs.setup import execute
+from florana.study.grid import plan_of
+from florana.study.runner import execute_study
 from tests.hostile import STRINGS, forbidden
 from tests.program import florana
 
@@ -150,3 +153,64 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     done = florana("watch", str(tmp_path))
     assert done.returncode == 3
     assert "is no run folder" in done.stderr
+
+
+@pytest.fixture
+def study(done: Path, tmp_path: Path) -> Path:
+    """One run that is done, one in its second round, one that failed, one that waits."""
+    folder = tmp_path / "a study"
+    cells = [f"as-recipe/seed-{seed}/{method}" for seed in (0, 1) for method in ("fedit", "mine_<b>.py")]
+    for cell, rounds in zip(cells, (3, 1), strict=False):
+        stage(done, folder / "runs" / cell, rounds)
+    (folder / "failures.json").write_text(json.dumps({cells[2]: "the <i>loss</i>\x1b[2J became nan"}))
+    begun = {"cells": cells, "rounds": 3, "left": 9, "time": 1000.0}
+    (folder / "progress.json").write_text(json.dumps(begun))
+    return folder
+
+
+def test_a_study_shows_each_of_its_runs_and_the_time_left(study: Path) -> None:
+    live = live_study_of(study, 5, now=1060.0)
+    assert [(run.rounds, run.score is not None, bool(run.why)) for run in live.runs] == [
+        (3, True, False), (1, True, False), (0, False, True), (0, False, False)
+    ]  # fmt: skip
+    assert live.done == 2
+    assert live.score == "accuracy"
+    assert live.seconds_left == pytest.approx(60.0 / 4 * 5)  # four of nine rounds were made, five are left to do
+    with served(study) as port:
+        page = asked(port)[1]
+    assert "<b>2 of 4 runs are done</b>" in page
+    assert "seed-0/mine_&lt;b&gt;.py" in page
+    assert "failed: the &lt;i&gt;loss&lt;/i&gt;" in page
+    assert "\x1b" not in page
+    assert "<script" not in page
+    for cell in live.runs[1:]:
+        stage_of = (
+            study / "runs" / str(json.loads((study / "progress.json").read_text())["cells"][live.runs.index(cell)])
+        )
+        shutil.rmtree(stage_of, ignore_errors=True)
+        shutil.copytree(study / "runs" / "as-recipe" / "seed-0" / "fedit", stage_of)
+    assert "All 4 runs are done" in page_of(study, 5)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]", "{", '{"cells": 3}', '{"cells": ["../x"], "rounds": 1, "left": 1, "time": 1}',
+        '{"cells": ["/etc"], "rounds": 1, "left": 1, "time": 1}',
+        '{"cells": [], "rounds": Infinity, "left": 1, "time": 1}',
+    ],
+)  # fmt: skip
+def test_a_studys_progress_that_is_none_is_named(content: str, study: Path) -> None:
+    (study / "progress.json").write_text(content)
+    with pytest.raises(InputError, match=r"progress\.json"):
+        live_study_of(study, 5)
+
+
+def test_a_study_that_runs_can_be_watched(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe_table["federation"] = {"rounds": 1}
+    recipe_table["study"] = {"methods": ["fedit"], "controls": [], "seeds": 1, "fixed_updates_rounds": []}
+    seen: list[int] = []
+    plan = plan_of(check(recipe_table, "t"))
+    execute_study(plan, tmp_path, 1, lambda count, name: seen.append(live_study_of(tmp_path, 5).done))
+    assert seen == [1]
+    assert live_study_of(tmp_path, 5).seconds_left == 0.0

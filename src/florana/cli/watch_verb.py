@@ -11,12 +11,12 @@ from florana.cli.say import say
 
 
 def watch(
-    run: Annotated[Path, typer.Argument(help="A run folder, of a run that goes on or is done.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a run, of 'serve', or of a study; it goes on or is done.")],
     host: Annotated[str, typer.Option(help="The address to listen on; this machine alone by default.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 0,
     every: Annotated[int, typer.Option(min=1, help="Seconds after which the page looks again.")] = 5,
 ) -> None:
-    """Show a run in a browser while it goes on: its report, and how it stands. Reads, and changes nothing.
+    """Show a run or a study in a browser while it goes on: its report, and how it stands. Reads, and changes nothing.
 
     Example: florana watch runs/sst2
     """

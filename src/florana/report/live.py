@@ -59,25 +59,32 @@ def live_of(folder: Path, every: int) -> Live:
         return Live("a federation", 0, 0, True, (), {}, _since_commit(folder), None, every)
     recipe, _, records = shown(read_run(folder))
     rounds, last = int(recipe["federation"]["rounds"]), records[-1] if records else None
-    ended = last is not None and (last.round >= rounds or _patience_over(recipe, records))
+    over = ended(recipe, records)
     done = last.round if last else 0
-    pace = _pace(folder) if not ended else None
+    pace = _pace(folder) if not over else None
     return Live(
         title=str(recipe.get("title") or folder.resolve().name),
         round=done,
         rounds=rounds,
-        running=not ended,
+        running=not over,
         answered=last.clients if last else (),
         refused=last.refused if last else {},
-        now=() if ended else _since_commit(folder),
+        now=() if over else _since_commit(folder),
         seconds_left=pace * (rounds - done) if pace is not None else None,
         every=every,
     )
 
 
-def _patience_over(recipe: Mapping[str, Any], records: Sequence[RoundRecord]) -> bool:
+def ended(recipe: Mapping[str, Any], records: Sequence[RoundRecord]) -> bool:
+    """Whether a run has all rounds that it will have: the last one, or those that its patience allows.
+
+    Args:
+        recipe: as its file has it.
+        records: the committed rounds.
+    """
     asked = recipe.get("evaluate", {})
-    return enough(records, asked.get("by", "loss"), asked.get("patience"))
+    last = int(recipe["federation"]["rounds"])
+    return len(records) >= last or enough(records, asked.get("by", "loss"), asked.get("patience"))
 
 
 def _pace(folder: Path) -> float | None:

@@ -1,4 +1,6 @@
-"""`florana watch`: the report of a run on loopback, made anew as rounds are committed. It reads, and writes nothing.
+"""`florana watch`: the report of a run, or how a study stands, on loopback, made anew as rounds are committed.
+
+It reads, and writes nothing.
 
 The standard library's server is enough for one page on one's own machine: GET and HEAD of `/`, no script, no session,
 no file by its name. A page of another site that a browser was led to cannot read it: the Host header must be an address
@@ -17,9 +19,10 @@ from pathlib import Path
 
 from florana.errors import FederationError, FloranaError, InputError
 from florana.report.live import live_of
+from florana.report.live_study import live_study_of
 from florana.report.page import render, template
 from florana.report.views import views
-from florana.runs.run_folder import PROGRESS
+from florana.runs.run_folder import PROGRESS, STUDY
 
 SECONDS = 10.0
 """For a request to come in whole."""
@@ -29,12 +32,14 @@ def page_of(folder: Path, every: int) -> str:
     """The page as it is now: the report with how the run stands above it.
 
     Args:
-        folder: the run folder.
+        folder: the run folder, or a study's.
         every: seconds after which the page looks again.
 
     Raises:
         InputError: it is no run folder, or one that cannot be read.
     """
+    if (folder / STUDY).exists():
+        return template("live_study.html.j2").render(live=live_study_of(folder, every))
     live = live_of(folder, every)
     if not live.round:
         return template("live.html.j2").render(live=live, alone=True)
@@ -57,8 +62,11 @@ def watching(folder: Path, host: str, port: int, every: int) -> Iterator[tuple[T
         InputError: it is no run folder.
         FederationError: the port cannot be had.
     """
-    if not (folder / "rounds.jsonl").exists() and not (folder / PROGRESS).exists() and not _begun(folder):
-        raise InputError(f"{folder} is no run folder", fix="give the folder of 'florana run' or 'florana serve'")
+    known = ("rounds.jsonl", PROGRESS, STUDY)
+    if not any((folder / name).exists() for name in known) and not _begun(folder):
+        raise InputError(
+            f"{folder} is no run folder", fix="give the folder of 'florana run', 'florana serve' or 'florana compare'"
+        )
     kept: dict[str, object] = {}
 
     class Page(BaseHTTPRequestHandler):
@@ -86,8 +94,9 @@ def watching(folder: Path, host: str, port: int, every: int) -> Iterator[tuple[T
 
         def _page(self) -> str:
             """Drawn anew where the folder has changed."""
-            seen = [path.stat().st_mtime_ns for name in ("rounds.jsonl", PROGRESS, "recipe.toml")
-                    if (path := folder / name).exists()]  # fmt: skip
+            names = ("rounds.jsonl", PROGRESS, STUDY, "failures.json", "recipe.toml")
+            looked_at = [folder / name for name in names] + sorted((folder / "runs").glob("*/*/*/rounds.jsonl"))
+            seen = [path.stat().st_mtime_ns for path in looked_at if path.exists()]
             if kept.get("seen") != seen:
                 kept.update(page=page_of(folder, every), seen=seen)
             return str(kept["page"])

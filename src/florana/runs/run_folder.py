@@ -25,6 +25,9 @@ from florana.recipe.schema import Recipe
 OUTCOME, PROGRESS, RUN_NAME = "outcome.json", "progress.jsonl", "run.json"
 """Of a run over the network: how it ended, a line per event, and the name by which sites keep what stays with them."""
 
+STUDY = "progress.json"
+"""In a study's folder: its runs, and how far they were when it was begun or gone on with. For who watches it."""
+
 BEFORE = {"log.txt", ".lock", OUTCOME, PROGRESS, RUN_NAME, "environment.json", "setup.json"}
 """What a run may leave in its folder before it has begun."""
 

@@ -2,6 +2,7 @@
 
 OUT/runs/<setting>/seed-<n>/<method>/   a run folder          OUT/swap/<setting>-seed-<n>.json   the ablation
 OUT/failures.json                       cell -> why it failed; the table marks the gap
+OUT/progress.json                       the cells, and how far they were at the start: for who watches
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from florana.federation.journal import read_records
 from florana.federation.loop import Event
 from florana.federation.round_record import RoundRecord
 from florana.recipe import schema as r
-from florana.runs.run_folder import recorded_threads
+from florana.runs.run_folder import STUDY, recorded_threads
 from florana.runs.threads import threads
 from florana.study.grid import CENTRALISED, Cell, Plan, Setting, recipe_of
 from florana.study.named_methods import Method
@@ -69,9 +70,8 @@ def execute_study(
     Returns:
         cell id -> why it failed, for those that did. The rest of the study goes on.
     """
-    with explained(out, "the study's folder could not be made"):
-        out.mkdir(parents=True, exist_ok=True)
     failures = dict(failed or {})
+    _note(plan, out, failures)
     groups = [
         Group(plan.base, setting,
               [cell for cell in plan.cells if cell.setting == setting and cell.id not in failures], out,
@@ -98,6 +98,7 @@ def tune_study(
     Returns:
         The study with what was chosen, what was tried, and cell id -> why it cannot be run.
     """
+    _note(plan, out, {})
     todo = jobs_of(plan, out, threads_of(plan, out, jobs))
     found = side_by_side(tune, todo, jobs, advance)
     chosen = {(one.setting, one.method): one.chosen for one in found if one.chosen is not None}
@@ -108,6 +109,20 @@ def tune_study(
         if (key := (cell.setting.name, cell.method.label)) in lost
     }
     return replace(plan, tuned=chosen), found, failures
+
+
+def _note(plan: Plan, out: Path, failures: Mapping[str, str]) -> None:
+    """Write down what is begun, or gone on with: for who watches, and for nobody else."""
+    begun = {
+        "cells": [cell.id for cell in plan.cells],
+        "rounds": plan.base.federation.rounds,
+        "left": rounds_left(plan, out),
+        "time": time.time(),
+    }
+    with explained(out, "the study's folder could not be made"):
+        out.mkdir(parents=True, exist_ok=True)
+        replace_file(out / STUDY, (json.dumps(begun, indent=1) + "\n").encode())
+        replace_file(out / "failures.json", (json.dumps(failures, indent=1) + "\n").encode())
 
 
 Item = TypeVar("Item")
