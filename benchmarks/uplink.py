@@ -22,8 +22,9 @@ import torch
 from florana.federation.quantize import Format
 from florana.recipe.load import read_recipe
 from florana.recipe.schema import Recipe
+from florana.runs.chosen_strategy import strategy_of
 from florana.runs.rounds import Result, execute_rounds
-from florana.runs.setup import Setup, begin, engine_of, federation_of, prepare, strategy_of
+from florana.runs.setup import Setup, begin, engine_of, federation_of, prepare
 
 RUNS: list[tuple[str, Format, Literal["stay", "move"]]] = [
     ("fedit", "float32", "stay"),

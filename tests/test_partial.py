@@ -15,8 +15,9 @@ from florana.federation.gate import Expected, validate
 from florana.federation.messages import Brief, pack, unpack
 from florana.lora.factors import Adapter, LoraFactors
 from florana.recipe.load import check
+from florana.runs.chosen_strategy import strategy_of
 from florana.runs.dry_run import plan
-from florana.runs.setup import begin, execute, prepare, strategy_of
+from florana.runs.setup import begin, execute, prepare
 from florana.strategy.base import Payload, Pruning
 from florana.train.client import TrainingClients, penalty_of, train_locally
 from florana.train.data.tokenize import collate

@@ -20,8 +20,9 @@ from florana.recipe.load import check
 from florana.recipe.schema import Recipe
 from florana.report.page import write_report
 from florana.report.views import summary, views
+from florana.runs.chosen_strategy import strategy_of
 from florana.runs.dry_run import plan
-from florana.runs.setup import clients_of, engine_of, execute, federation_of, prepare, strategy_of
+from florana.runs.setup import clients_of, execute, federation_of, prepare
 from florana.strategy import STRATEGIES
 from florana.study import grid
 from tests.program import florana
@@ -137,10 +138,10 @@ def test_the_records_figure_is_the_weighted_mean(recipe_table: dict[str, Any], t
     setup = prepare(recipe)
     seen: dict[str, float] = {}
     begun = strategy_of(recipe, sorted(setup.clients)).init(setup.start)
-    plain = engine_of(recipe, setup, begun)
+    plain = clients_of(recipe, setup, begun).fit
 
     def spied(brief: Brief, memory: Any) -> tuple[Reply, Any]:
-        reply, kept = plain._fit(brief, memory)
+        reply, kept = plain(brief, memory)
         seen[brief.client] = reply.metrics["uplink_error"]
         return reply, kept
 

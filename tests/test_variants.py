@@ -26,16 +26,8 @@ from florana.lora.factors import Adapter, Contribution, LoraFactors
 from florana.recipe.load import check, read_recipe
 from florana.recipe.schema import Recipe
 from florana.report.page import write_report
-from florana.runs.setup import (
-    Setup,
-    begin,
-    engine_of,
-    execute,
-    federation_of,
-    global_scores,
-    prepare,
-    strategy_of,
-)
+from florana.runs.chosen_strategy import strategy_of
+from florana.runs.setup import Setup, begin, engine_of, execute, federation_of, global_scores, prepare
 from florana.strategy import STRATEGIES
 from florana.strategy.base import Outcome, State
 from florana.study.grid import plan_of, recipe_of
@@ -285,7 +277,9 @@ def test_every_module_keeps_its_rank_and_its_scaling(name: str, recipe_table: di
 
 
 def test_methods_that_are_told_one_rank_are_refused(recipe_table: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text("def rule(parts, rank):\n    return parts[0].adapter\n")
+    (tmp_path / "own.py").write_text(
+        "from florana.aggregate.mean import mean\ndef rule(parts, rank):\n    return mean(parts)\n"
+    )
     for strategy in ({"name": "ravan"}, {"name": f"{tmp_path}/own.py:rule"}):
         with pytest.raises(RecipeError, match=r"does not go with model\.rank_pattern"):
             made(recipe_table, model=PATTERN, strategy=strategy)

@@ -1,7 +1,8 @@
-"""The default engine: every client in this process, one after the other, sharing one base model."""
+"""The default engine: every client on this machine, sharing one base model; one after the other, or side by side."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
@@ -16,18 +17,44 @@ Memory = Mapping[str, Tensor]
 Fit = Callable[[Brief, Memory], tuple[Reply, Memory]]
 """One client's round: the brief and its own memory in, the reply and the next memory out."""
 
+Asked = tuple[Brief, Memory]
+Outcome = tuple[Reply, Memory] | Exception
+"""What came of one client's round."""
+
+Each = Callable[[Sequence[Asked]], Iterator[Outcome]]
+"""All clients of a round: the outcomes in the order in which they were asked."""
+
+
+def one_after_the_other(fit: Fit, asked: Sequence[Asked]) -> Iterator[Outcome]:
+    """Every client's outcome, each trained when the one before is done.
+
+    Args:
+        fit: one client's round.
+        asked: a brief and the client's memory, of each client.
+    """
+    for brief, memory in asked:
+        try:
+            yield fit(brief, memory)
+        except Exception as error:
+            yield error
+
 
 class LocalEngine:
-    """Runs `fit` for one brief after the other.
+    """Takes briefs to the clients of this machine.
 
     A client that cannot train (a FloranaError: its loss diverged, it has no rows) becomes a Failure with its reason.
     Any other exception in the first round is a fault of florana or of the recipe: the run ends with it, before anything
     is committed. In a later round, where clients have trained before, it is a Failure too, its traceback in the log.
     The memories are replaced, never changed in place, so that what was committed stays what it was.
+
+    Args:
+        fit: one client's round.
+        memories: client -> what it keeps.
+        each: all clients of a round; None: `fit` for one after the other.
     """
 
-    def __init__(self, fit: Fit, memories: Mapping[str, Memory] | None = None) -> None:
-        self._fit = fit
+    def __init__(self, fit: Fit, memories: Mapping[str, Memory] | None = None, each: Each | None = None) -> None:
+        self._each = each or functools.partial(one_after_the_other, fit)
         self._memories: dict[str, Memory] = dict(memories or {})
 
     def memories(self) -> Mapping[str, Memory]:
@@ -36,17 +63,16 @@ class LocalEngine:
 
     def fit(self, briefs: Sequence[Brief]) -> Iterator[Reply | Failure]:
         """The clients' answers, in the order of the briefs."""
-        for brief in briefs:
-            try:
-                reply, memory = self._fit(brief, self._memories.get(brief.client, {}))
-            except FloranaError as error:
-                yield Failure(brief.client, str(error).replace("\n", "; "))
-            except Exception as error:
+        asked = [(brief, self._memories.get(brief.client, {})) for brief in briefs]
+        for brief, outcome in zip(briefs, self._each(asked), strict=True):
+            if isinstance(outcome, FloranaError):
+                yield Failure(brief.client, str(outcome).replace("\n", "; "))
+            elif isinstance(outcome, Exception):
                 if brief.round == 1:
-                    error.add_note(f"client '{brief.client}' failed so in the first round")
-                    raise
-                log.exception("client %s failed in round %d", brief.client, brief.round)
-                yield Failure(brief.client, f"{type(error).__name__}: {error}".splitlines()[0])
+                    outcome.add_note(f"client '{brief.client}' failed so in the first round")
+                    raise outcome
+                log.error("client %s failed in round %d", brief.client, brief.round, exc_info=outcome)
+                yield Failure(brief.client, f"{type(outcome).__name__}: {outcome}".splitlines()[0])
             else:
-                self._memories[brief.client] = memory
+                reply, self._memories[brief.client] = outcome
                 yield reply

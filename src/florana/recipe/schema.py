@@ -16,7 +16,7 @@ from florana.recipe.data_schema import Data, Generation, Partition, Section
 from florana.recipe.robust_schema import Robust
 from florana.recipe.server_schema import Server
 from florana.recipe.study_schema import Study
-from florana.recipe.train_schema import Train
+from florana.recipe.train_schema import Engine, Train
 from florana.score.glue import GLUE
 from florana.strategy import builder
 from florana.strategy.base import Strategy
@@ -189,6 +189,7 @@ class Recipe(Section):
     """`name`, and the strategy's own options."""
     server: Server = Server()
     evaluate: Evaluate = Evaluate()
+    engine: Engine = Engine()
     study: Study | None = None
     generation: Generation | None = None
 
@@ -214,6 +215,8 @@ class Recipe(Section):
                 "data.validation_share has no meaning for sites, whose rows stay with them: give the "
                 "server rows of its own by data.validation"
             )
+        if self.engine.workers > 1 and (self.model.device != "cpu" or self.threads not in (None, 1)):
+            raise ValueError("engine.workers above 1 needs model.device = 'cpu' and threads = 1 (or none given)")
         if self.task != "causal-lm" and self.train.packing:
             raise ValueError("train.packing is of task = 'causal-lm': a class or a score is read at one place of a row")
         if self.task == "sequence-regression" and self.train.label_smoothing:

@@ -9,6 +9,14 @@ from pydantic import Field, model_validator
 from florana.recipe.data_schema import Section
 
 
+class Engine(Section):
+    """How the clients of a simulation share this machine; a federation over the network does not look here."""
+
+    workers: int = Field(1, ge=1, le=1024)
+    """Processes that train clients side by side, each with one thread, over one copy of the base model: the same bytes
+    as with `threads = 1` and one process. On processors, and on systems that can fork."""
+
+
 class Train(Section):
     """A client's local training in one round."""
 

@@ -11,7 +11,8 @@ from florana.federation.error_feedback import packed_size
 from florana.federation.messages import pack, travelling
 from florana.lora.factors import kind_of
 from florana.recipe import schema as r
-from florana.runs.setup import Setup, first_state, strategy_of
+from florana.runs.chosen_strategy import strategy_of
+from florana.runs.setup import Setup, first_state
 from florana.score.benchmarks import figure_names
 from florana.strategy.base import Payload
 from florana.strategy.custom import plain_name
@@ -127,7 +128,7 @@ def plan(recipe: r.Recipe, setup: Setup, *, timed_steps: int = 3) -> Plan:
         bytes_down=round(per_round * down),
         memory=peak_memory(),
         seconds_per_step=per_step,
-        seconds=recipe.federation.rounds * per_round * steps * per_step
+        seconds=recipe.federation.rounds * per_round * steps * per_step / min(recipe.engine.workers, per_round)
         + scorings * scoring
         + (writing.seconds if writing is not None else 0.0),
         writing=writing,

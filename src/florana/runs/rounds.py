@@ -17,6 +17,7 @@ from torch import Tensor
 
 from florana.adapters.adapter_folder import AdapterCard
 from florana.atomic_files import explained, replace_file
+from florana.errors import RecipeError
 from florana.federation.journal import Journal, read_records
 from florana.federation.loop import Event, Federation, run_rounds
 from florana.federation.messages import Engine
@@ -55,9 +56,16 @@ def settled(recipe: r.Recipe, folder: Path, show: Show = lambda event: None) -> 
 
     Raises:
         InputError: the folder's own files cannot be read.
+        RecipeError: `engine.workers` for a run that began with several threads.
     """
     here, recorded = torch.get_num_threads(), recorded_threads(folder)
-    count = recipe.threads or recorded or here
+    count = recipe.threads or recorded or (1 if recipe.engine.workers > 1 else here)
+    if recipe.engine.workers > 1 and count != 1:
+        raise RecipeError(
+            f"engine.workers = {recipe.engine.workers}, but the run in {folder} began with {count} threads",
+            why="its bytes would be others",
+            fix="set engine.workers = 1",
+        )
     if recorded is not None:
         if recipe.threads is None and recorded != here:
             show(Event("resumed", 0, detail=f"threads {recorded}, as it began (this process would take {here})"))
@@ -140,6 +148,7 @@ def environment(recipe: r.Recipe) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "instructions": instructions(),
         "torch_threads": torch.get_num_threads(),
+        "workers": recipe.engine.workers,
         "device": recipe.model.device,
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "seed": recipe.seed,

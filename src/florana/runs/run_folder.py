@@ -57,7 +57,7 @@ def check_folder(recipe: Recipe, folder: Path, resume: bool) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / 'recipe.toml'} cannot be read", why=str(error)) from None
     old = check(table, str(folder / "recipe.toml"))
-    may = ("federation.rounds:", "title:", "threads:")
+    may = ("federation.rounds:", "title:", "threads:", "engine.")
     changed = [line for line in differences(old, recipe) if not line.startswith(may)]
     recorded = recorded_threads(folder)
     if recipe.threads is not None and recorded not in (None, recipe.threads):

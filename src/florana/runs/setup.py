@@ -16,16 +16,17 @@ from typing import Any
 from torch import Tensor
 
 from florana.federation.best import enough
-from florana.federation.local_engine import LocalEngine
+from florana.federation.local_engine import Fit, LocalEngine
 from florana.federation.loop import Federation
+from florana.federation.side_by_side import require_forks, side_by_side
 from florana.federation.weighting import Weighing, by_examples, uniformly
 from florana.lora.factors import Adapter
 from florana.recipe import schema as r
+from florana.runs.chosen_strategy import strategy_of
 from florana.runs.completions import write_completions
 from florana.runs.rounds import Result, Show, execute_rounds, settled
 from florana.runs.run_folder import check_folder
 from florana.strategy.base import State, Strategy
-from florana.strategy.ranks import with_ranks
 from florana.train import lora_init
 from florana.train.client import ClientData, TrainingClients, steps_per_round
 from florana.train.data.site_files import load_sites, site_files
@@ -166,7 +167,15 @@ def engine_of(
     step: Callable[[str], None] = lambda client: None,
 ) -> LocalEngine:
     """The clients of a set-up in the local engine; `begun` is the strategy's first state, which every client knows."""
-    return LocalEngine(clients_of(recipe, setup, begun, step).fit, memories)
+
+    def fit_with(told: Callable[[str], None]) -> Fit:
+        return clients_of(recipe, setup, begun, told).fit
+
+    workers = recipe.engine.workers
+    if workers == 1:
+        return LocalEngine(fit_with(step), memories)
+    require_forks()
+    return LocalEngine(fit_with(step), memories, functools.partial(side_by_side, workers, fit_with, step))
 
 
 def clients_of(
@@ -184,15 +193,6 @@ def clients_of(
         recipe.federation.rounds,
         step,
     )
-
-
-def strategy_of(recipe: r.Recipe, clients: Sequence[str]) -> Strategy:
-    """The recipe's strategy, with the clients' own ranks where it gives them (in turn, by client name)."""
-    strategy, ranks = recipe.build_strategy(), recipe.model.client_ranks
-    if ranks is None:
-        return strategy
-    own = {client: ranks[index % len(ranks)] for index, client in enumerate(sorted(clients))}
-    return with_ranks(strategy, own, recipe.model.scaling_of)
 
 
 def begin(recipe: r.Recipe, setup: Setup, strategy: Strategy) -> Adapter:

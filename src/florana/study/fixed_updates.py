@@ -17,7 +17,8 @@ from florana.federation.journal import Journal
 from florana.federation.loop import run_rounds
 from florana.lora.factors import Contribution
 from florana.recipe import schema as r
-from florana.runs.setup import Setup, engine_of, federation_of, first_state, global_scores, strategy_of
+from florana.runs.chosen_strategy import strategy_of
+from florana.runs.setup import Setup, engine_of, federation_of, first_state, global_scores
 from florana.strategy.base import PAIR, Outcome, State, Strategy
 from florana.study.named_methods import Method
 

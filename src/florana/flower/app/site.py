@@ -22,7 +22,8 @@ from florana.flower.app.frames import Frame
 from florana.flower.app.site_card import Card, Common, digest
 from florana.lora.factors import Adapter
 from florana.recipe import schema as r
-from florana.runs.setup import Setup, clients_of, first_state, strategy_of
+from florana.runs.chosen_strategy import strategy_of
+from florana.runs.setup import Setup, clients_of, first_state
 from florana.runs.threads import instructions, threads
 from florana.strategy.base import Strategy
 
