@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -21,11 +22,11 @@ Asked = tuple[Brief, Memory]
 Outcome = tuple[Reply, Memory] | Exception
 """What came of one client's round."""
 
-Each = Callable[[Sequence[Asked]], Iterator[Outcome]]
+Each = Callable[[Sequence[Asked]], Generator[Outcome, None, None]]
 """All clients of a round: the outcomes in the order in which they were asked."""
 
 
-def one_after_the_other(fit: Fit, asked: Sequence[Asked]) -> Iterator[Outcome]:
+def one_after_the_other(fit: Fit, asked: Sequence[Asked]) -> Generator[Outcome, None, None]:
     """Every client's outcome, each trained when the one before is done.
 
     Args:
@@ -64,15 +65,16 @@ class LocalEngine:
     def fit(self, briefs: Sequence[Brief]) -> Iterator[Reply | Failure]:
         """The clients' answers, in the order of the briefs."""
         asked = [(brief, self._memories.get(brief.client, {})) for brief in briefs]
-        for brief, outcome in zip(briefs, self._each(asked), strict=True):
-            if isinstance(outcome, FloranaError):
-                yield Failure(brief.client, str(outcome).replace("\n", "; "))
-            elif isinstance(outcome, Exception):
-                if brief.round == 1:
-                    outcome.add_note(f"client '{brief.client}' failed so in the first round")
-                    raise outcome
-                log.error("client %s failed in round %d", brief.client, brief.round, exc_info=outcome)
-                yield Failure(brief.client, f"{type(outcome).__name__}: {outcome}".splitlines()[0])
-            else:
-                reply, self._memories[brief.client] = outcome
-                yield reply
+        with contextlib.closing(self._each(asked)) as outcomes:  # processes may hang on it
+            for brief, outcome in zip(briefs, outcomes, strict=True):
+                if isinstance(outcome, FloranaError):
+                    yield Failure(brief.client, str(outcome).replace("\n", "; "))
+                elif isinstance(outcome, Exception):
+                    if brief.round == 1:
+                        outcome.add_note(f"client '{brief.client}' failed so in the first round")
+                        raise outcome
+                    log.error("client %s failed in round %d", brief.client, brief.round, exc_info=outcome)
+                    yield Failure(brief.client, f"{type(outcome).__name__}: {outcome}".splitlines()[0])
+                else:
+                    reply, self._memories[brief.client] = outcome
+                    yield reply

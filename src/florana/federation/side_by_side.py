@@ -18,7 +18,7 @@ import os
 import signal
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -35,7 +35,7 @@ Step = Callable[[str], None]
 
 def side_by_side(
     workers: int, fit_with: Callable[[Step], Fit], step: Step, asked: Sequence[Asked]
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Every client's outcome, in the order in which they are asked, whichever is done first.
 
     Args:
@@ -43,7 +43,6 @@ def side_by_side(
         fit_with: makes what trains a client, given what is told of its steps.
         step: told of every step, in this process.
         asked: a brief and the client's memory, of each client.
-
     """
     found: dict[int, Outcome] = {}
     todo, given = list(range(len(asked)))[::-1], dict[Connection, int]()
@@ -94,12 +93,13 @@ def _hear(
         return
     if kind != "ready":
         found[given[line]] = _outcome(kind, content)
-    given[line] = todo.pop() if todo else -1
-    if given[line] >= 0:
-        line.send(given[line])
-    else:
-        del given[line]
+    del given[line]
+    if not todo:
         line.close()
+        return
+    with contextlib.suppress(OSError):  # it died meanwhile: the client waits for another
+        line.send(todo[-1])
+        given[line] = todo.pop()
 
 
 def _outcome(kind: str, content: list[Any]) -> Outcome:
