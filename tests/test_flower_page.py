@@ -97,6 +97,10 @@ def test_the_page_makes_a_federation_of_three_sites(tiny_bert: Path, sentences: 
         assert all(entry["clients"] == SITES for entry in rounds)
         computes = json.loads((run / "setup.json").read_text())["computes"]
         assert {name: own["threads"] for name, own in computes.items()} == dict.fromkeys(SITES, recipe["threads"])
+        held = json.loads((run / "setup.json").read_text())["clients"]
+        assert [sorted(own) for own in held.values()] == [["test", "train"]] * 3, (
+            "what of each class is nobody's business"
+        )
         adapter = "adapter/adapter_model.safetensors"
         assert (run / adapter).read_bytes() == (run.parent / "rehearsal" / adapter).read_bytes()
         for site in SITES:  # each has the run's adapter, and has left by itself

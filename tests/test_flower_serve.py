@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from florana.federation.messages import Brief, Reply
 from florana.flower.app.codec import brief_frame
 from florana.flower.app.frames import Frame
 from florana.flower.app.settings import Settings
-from florana.flower.app.site import Site
+from florana.flower.app.site import Site, site_of
 from florana.flower.app.site_card import digest
 from florana.flower.deploy.invitation import Invitation, hosts_of, invite, read_invitation, site_recipe
 from florana.flower.deploy.join import join, told
@@ -31,7 +32,9 @@ from florana.flower.deploy.roster import approve
 from florana.flower.deploy.serve import serve
 from florana.recipe.load import check
 from florana.recipe.schema import Recipe
+from florana.report.page import write_report
 from florana.runs.run_folder import held, locked
+from florana.runs.setup import execute, prepare
 from tests.deployment import free_port
 from tests.flower_sites import sites
 
@@ -178,6 +181,26 @@ def test_a_base_model_by_a_path_that_is_not_at_the_site_is_asked_for_by_its_opti
         site_recipe(read, None, None, [])
     assert str(tmp_path / "far" / "models" / "tiny") in str(caught.value)
     assert site_recipe(read, "here/tiny", None, []).model.base == "here/tiny"
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_class_counts_leave_a_site_only_if_it_says_so(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe_table["partition"] = {"kind": "iid", "clients": 2}
+    recipe_table["federation"] = {"rounds": 1}
+    recipe = check(recipe_table, "t")
+    setup = prepare(recipe)
+    open_ = site_of(recipe, setup, "client-0", tmp_path / "kept").card.holds
+    quiet = site_of(recipe, setup, "client-0", tmp_path / "kept", counts=False).card
+    assert open_.per_label is not None
+    assert sum(open_.per_label) == open_.train
+    assert quiet.holds.per_label is None
+    assert quiet.holds.train == open_.train
+    assert "per_label" not in json.dumps(quiet.model_dump(mode="json", exclude_none=True))
+    execute(recipe, tmp_path / "run", setup=setup)
+    facts = json.loads((tmp_path / "run" / "setup.json").read_text())
+    del facts["clients"]["client-1"]["per_label"]
+    (tmp_path / "run" / "setup.json").write_text(json.dumps(facts))
+    assert "client-1" in write_report([tmp_path / "run"], tmp_path / "r.html").read_text()
 
 
 def test_a_site_with_other_data_than_at_the_roll_call_gives_no_kept_answer(

@@ -106,6 +106,9 @@ def join(
     base: Annotated[str | None, typer.Option(help="Where this site has the base model.")] = None,
     test: Annotated[Path | None, typer.Option(help="A common test set, where the operator gave one.")] = None,
     stay: Annotated[bool, typer.Option("--stay", help="Wait for the next run when this one has ended.")] = False,
+    class_counts: Annotated[
+        bool, typer.Option("--class-counts", help="Tell the server how many rows of each class are here.")
+    ] = False,
     assign: Assign = None,
 ) -> None:
     """Take part with this site's data until the run has ended; the data stay here, and the final adapter comes here.
@@ -120,7 +123,9 @@ def join(
     read = read_invitation(invitation)
     recipe = site_recipe(read, base, test, assign or [])
     done = _end_on_signal()
-    take_part(recipe, read, site, data, done=done, stay=stay, say=lambda text: say(displayable(text)))
+    take_part(
+        recipe, read, site, data, done=done, stay=stay, counts=class_counts, say=lambda text: say(displayable(text))
+    )
 
 
 def doctor(

@@ -188,7 +188,7 @@ def partition(run: RunView) -> str:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 1.2 + 0.27 * len(names) + 0.2 * (len(labels) // 4)), layout="constrained")
         axes = figure.subplots()
-        if labels:
+        if labels and all(clients[name].get("per_label") for name in names):  # sites need not tell them
             left = [0] * len(names)
             for index, label in enumerate(labels):
                 counts = [clients[name]["per_label"][index] for name in names]

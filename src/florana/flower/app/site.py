@@ -93,8 +93,23 @@ class Site:
         return reply_frame(reply, str(frame.fields["nonce"]))
 
 
-def site_of(recipe: r.Recipe, setup: Setup, who: str, folder: Path, step: Callable[[str], None] | None = None) -> Site:
+def site_of(
+    recipe: r.Recipe,
+    setup: Setup,
+    who: str,
+    folder: Path,
+    step: Callable[[str], None] | None = None,
+    counts: bool = True,
+) -> Site:
     """The site of one client of a set-up.
+
+    Args:
+        recipe: as the site reads it.
+        setup: the model, and the rows of this client at least.
+        who: its name.
+        folder: where the client state is kept.
+        step: told of every optimizer step.
+        counts: whether it says how many rows of each class it has.
 
     Raises:
         RecipeError: the set-up has no such client, or the strategy starts from all clients' gradients.
@@ -106,6 +121,8 @@ def site_of(recipe: r.Recipe, setup: Setup, who: str, folder: Path, step: Callab
         begun = first_state(recipe, setup, starts_anywhere(strategy))
         clients = clients_of(recipe, setup, begun, step or (lambda client: None))
         card = card_of(recipe, setup, who, clients.first)
+        if not counts:
+            card = card.model_copy(update={"holds": card.holds.model_copy(update={"per_label": None})})
         return Site(who, clients.fit, card, clients.first, folder, recipe.federation.uplink)
 
 

@@ -54,6 +54,7 @@ def join(
     *,
     done: threading.Event,
     stay: bool = False,
+    counts: bool = False,
     say: Callable[[str], None] = lambda text: None,
     step: Callable[[str], None] = lambda client: None,
 ) -> None:
@@ -66,6 +67,7 @@ def join(
         data: this site's rows; None where the recipe deals out one data set to all.
         done: set by whoever wants to leave.
         stay: go on waiting after a run has ended, for the next one.
+        counts: tell the server how many rows of each class there are here, and not only how many.
         say: told of what happens.
         step: told of every optimizer step.
 
@@ -82,7 +84,7 @@ def join(
             folder.chmod(0o700)
     with held(work / "lock", taken), logged_to(work / "node.log"):
         setup = prepare_site(recipe, who, data)
-        site = site_of(recipe, setup, who, keys / "kept", step)
+        site = site_of(recipe, setup, who, keys / "kept", step, counts)
         say(f"{who}: {site.card.introduced(None)}; connecting to {invitation.address}")
 
         def end(frame: Frame) -> Frame:
