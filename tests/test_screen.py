@@ -7,7 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from florana.cli.display import duration, summary_table
+from florana.cli.display import summary_table
+from florana.report.page import duration
 
 ROW = {
     "metric": "accuracy",

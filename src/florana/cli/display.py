@@ -21,7 +21,7 @@ from rich.table import Table
 from florana.displayable import displayable
 from florana.federation.loop import Event
 from florana.federation.round_record import RoundRecord
-from florana.report.page import number, seconds, size
+from florana.report.page import duration, number, seconds, size
 from florana.report.views import rows_note
 
 if TYPE_CHECKING:
@@ -231,18 +231,3 @@ def _writing(plan: Plan) -> str:
         + f"; up to {duration(own.seconds)} (in the time below, without running programs)\nfigures: "
         + ", ".join(own.figures)
     )
-
-
-def duration(value: float) -> str:
-    """Seconds as a person says them.
-
-    Examples:
-        >>> duration(75), duration(8000)
-        ('1 min 15 s', '2 h 13 min')
-    """
-    whole = round(value)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

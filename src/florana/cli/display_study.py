@@ -17,9 +17,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from florana.cli.display import duration
 from florana.displayable import displayable
-from florana.report.page import size
+from florana.report.page import duration, size
 
 if TYPE_CHECKING:
     from florana.runs.cost_model import ModelPlan

@@ -81,7 +81,7 @@ def render(runs: Sequence[RunView], title: str, above: str = "", every: int | No
 def template(name: str) -> jinja2.Template:
     """A template of this folder, with the filters for figures and the pages' common style."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"number": number, "size": size, "seconds": seconds}
+    environment.filters |= {"number": number, "size": size, "seconds": seconds, "duration": duration}
     folder = importlib.resources.files("florana.report")
     environment.globals["style"] = folder.joinpath("style.css").read_text("utf-8")
     return environment.from_string(folder.joinpath(name).read_text("utf-8"))
@@ -231,6 +231,21 @@ def seconds(value: float) -> str:
         '12 ms'
     """
     return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.1f} s"
+
+
+def duration(value: float) -> str:
+    """Seconds as a person says them.
+
+    Examples:
+        >>> duration(75), duration(8000)
+        ('1 min 15 s', '2 h 13 min')
+    """
+    whole = round(value)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def to_json(folders: Sequence[Path]) -> str:
