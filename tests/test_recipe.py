@@ -207,7 +207,9 @@ def test_the_recipes_of_this_repository_are_valid(path: Path) -> None:
 def test_methods_in_a_file_count_from_the_recipes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever the command is given: as the strategy, and among a study's methods."""
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "mine.py").write_text("def rule(parts, rank):\n    return parts[0].adapter\n")
+    (tmp_path / "recipes" / "mine.py").write_text(
+        "from florana.aggregate.mean import mean\ndef rule(parts, rank):\n    return mean(parts)\n"
+    )
     table = changed("strategy.name", "mine.py:rule")
     table["study"] = {"methods": ["fedit", "mine.py:rule", "best-rank[carry_rank=2]"]}
     text = tomli_w.dumps(table)

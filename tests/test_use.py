@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from florana.adapters.merge import merge
+from florana.cli.interrupted import Interrupted, safe_rounds
 from florana.errors import InputError, RecipeError
 from florana.recipe.load import check
 from florana.recipe.usage import USAGE, read_usage
@@ -234,6 +235,7 @@ def test_bad_folders_are_named(recipe_table: dict[str, Any], tmp_path: Path) -> 
         with pytest.raises(InputError, match=why):
             open_finished(adapter)
     (adapter / USAGE).write_text(usage)
+    (run / "recipe.toml").unlink()  # else the run itself says which base is meant
     config = json.loads((adapter / "adapter_config.json").read_text())
     for change, why in (
         ({"base_model_name_or_path": ""}, "names no base model"),
@@ -315,6 +317,27 @@ def test_ctrl_c_says_what_is_safe_and_how_to_go_on(recipe_table: dict[str, Any],
     safe = len(lines.read_text().splitlines())
     last = told.strip().splitlines()[-1]
     assert last == f"interrupted; {safe} rounds are safe; go on with: florana run --resume long"
+
+
+def test_a_ctrl_c_that_python_drops_is_raised_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cleared:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    dropped: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: dropped.append(lost.exc_type))
+    handler = signal.getsignal(signal.SIGINT)
+
+    def run() -> None:
+        with safe_rounds(tmp_path, "x") as again:
+            again()
+            Cleared()
+            assert dropped == [KeyboardInterrupt]
+            again()
+
+    with pytest.raises(Interrupted, match="no round was committed yet"):
+        run()
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_what_a_run_says_of_itself_is_read_back(recipe_table: dict[str, Any], tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from florana.errors import FloranaError
 
@@ -14,8 +17,11 @@ class Interrupted(Exception):  # noqa: N818  (a person's wish)
 
 
 @contextmanager
-def safe_rounds(folder: Path, command: str) -> Iterator[None]:
+def safe_rounds(folder: Path, command: str) -> Iterator[Callable[[], None]]:
     """Tell a Ctrl-C inside how many rounds of the run are committed.
+
+    Python drops the exception of a Ctrl-C that comes while an object is cleared away or a library looks away. So it is
+    remembered, and what is given here, called now and then, raises it again.
 
     Args:
         folder: the run folder.
@@ -24,8 +30,21 @@ def safe_rounds(folder: Path, command: str) -> Iterator[None]:
     Raises:
         Interrupted: in the place of KeyboardInterrupt.
     """
+    pressed = False
+
+    def note(*_: Any) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    def again() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, note) if ours else None
     try:
-        yield
+        yield again
     except KeyboardInterrupt:
         from florana.federation.journal import read_records
 
@@ -35,3 +54,6 @@ def safe_rounds(folder: Path, command: str) -> Iterator[None]:
             done = 0
         safe = "no round was committed yet" if not done else f"{done} round{'s are' if done > 1 else ' is'} safe"
         raise Interrupted(f"interrupted; {safe}; go on with: {command}") from None
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)

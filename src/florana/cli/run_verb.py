@@ -69,11 +69,16 @@ def run(
     shown = shown_figures(resolved.model_dump())
     name, steps = plain_name(resolved.strategy["name"]), _steps(resolved, setup)
     with (
-        safe_rounds(folder, f"florana run --resume {folder}"),
+        safe_rounds(folder, f"florana run --resume {folder}") as interrupted_before,
         Screen(console, name, steps=steps, figures=shown) as screen,
         tracked(folder, names, screen.show, note) as show,
     ):
-        execute(resolved, folder, setup=setup, resume=resume, show=show, step=screen.step)
+
+        def stepped(client: str) -> None:
+            interrupted_before()
+            screen.step(client)
+
+        execute(resolved, folder, setup=setup, resume=resume, show=show, step=stepped)
     report = write_report([folder], folder / "report.html")
     rows = summary(views([folder]))
     if as_json:

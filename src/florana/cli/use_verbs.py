@@ -85,7 +85,9 @@ def evaluate(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the benchmark, as in a recipe's [generation]."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A setting of the benchmark, as in a recipe's section generation."
+        ),
     ] = None,
     completions: Annotated[
         Path | None, typer.Option(help="A new jsonl file for what it wrote, with the verdicts.")
