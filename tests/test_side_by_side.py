@@ -25,6 +25,8 @@ from florana.recipe.schema import Recipe
 from florana.runs.dry_run import plan
 from florana.runs.run_folder import locked, read_environment
 from florana.runs.setup import execute, prepare
+from florana.study.grid import plan_of
+from florana.study.runner import threads_of
 from tests.deployment import environment
 
 pytestmark = [
@@ -179,6 +181,7 @@ def test_what_does_not_go_together_is_refused_and_the_plan_knows_of_it(
     execute(begun, tmp_path / "run", until=1)
     anywhere = {name: section for name, section in recipe_table.items() if name != "threads"}
     go_on = check({**anywhere, "engine": {"workers": 2}}, "t")
+    assert threads_of(plan_of(go_on), tmp_path / "a study", 1) == 1
     with pytest.raises(RecipeError, match="began with 2 threads"):
         execute(go_on, tmp_path / "run", resume=True)
     alone = recipe_of(recipe_table, 1)

@@ -35,9 +35,10 @@ def one_after_the_other(fit: Fit, asked: Sequence[Asked]) -> Generator[Outcome, 
     """
     for brief, memory in asked:
         try:
-            yield fit(brief, memory)
+            outcome: Outcome = fit(brief, memory)
         except Exception as error:
-            yield error
+            outcome = error
+        yield outcome
 
 
 class LocalEngine:

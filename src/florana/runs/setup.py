@@ -142,8 +142,8 @@ def execute(
         here = setup or prepare(recipe)
         strategy = strategy_of(recipe, sorted(here.clients))
         begun = first_state(recipe, here, strategy)
-        write = functools.partial(write_completions, folder)
-        whole = federation_of(recipe, here, sorted(here.clients), here.examples, write)
+        keep = functools.partial(write_completions, folder)
+        whole = federation_of(recipe, here, sorted(here.clients), here.examples, keep)
         return execute_rounds(
             recipe,
             folder,

@@ -171,7 +171,9 @@ def default_jobs() -> int:
 
 def threads_of(plan: Plan, out: Path, jobs: int | None) -> int:
     """With how many threads each run of the study works, in all of it the same: as the recipe says, or as the study
-    was begun, or a share of the cores, never more than OMP_NUM_THREADS says."""
+    was begun, or a share of the cores, never more than OMP_NUM_THREADS says; one where clients train side by side."""
+    if plan.base.engine.workers > 1:
+        return 1
     begun = (recorded_threads(folder_of(out, cell)) for cell in plan.cells)
     recorded = plan.base.threads or next(filter(None, begun), None)
     share = (os.cpu_count() or 1) // min(jobs or default_jobs(), len(plan.settings))
