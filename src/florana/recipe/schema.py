@@ -217,6 +217,7 @@ class Recipe(Section):
             )
         if self.engine.workers > 1 and (self.model.device != "cpu" or self.threads not in (None, 1)):
             raise ValueError("engine.workers above 1 needs model.device = 'cpu' and threads = 1 (or none given)")
+        self.engine.require(self.train, self.model.gradient_checkpointing)
         if self.task != "causal-lm" and self.train.packing:
             raise ValueError("train.packing is of task = 'causal-lm': a class or a score is read at one place of a row")
         if self.task == "sequence-regression" and self.train.label_smoothing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,31 @@ class Engine(Section):
     workers: int = Field(1, ge=1, le=1024)
     """Processes that train clients side by side, each with one thread, over one copy of the base model: the same bytes
     as with `threads = 1` and one process. On processors, and on systems that can fork."""
+    cohort: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = 1
+    """Clients that go through the model in one pass, each with its own factors, head and optimizer: the same adapters
+    within rounding, not to the bit. "auto": 16 on a GPU, 1 on a processor, where it gains only with many small clients.
+    Fewer from there on, said in one line, where memory runs short."""
+
+    def require(self, train: Train, checkpointing: bool) -> None:
+        """Raise ValueError where clients cannot train together as the rest of the recipe has it.
+
+        Args:
+            train: the recipe's section.
+            checkpointing: whether the model gives up its activations.
+        """
+        if self.cohort == 1:
+            return
+        reasons = {
+            "engine.workers above 1: a client goes one way or the other": self.workers > 1,
+            f"train.optimizer = '{train.optimizer}', whose steps look at whole tensors": train.optimizer
+            in ("adafactor", "adamw-8bit"),
+            "train.neftune_noise_alpha, whose noise is as wide as the batch is long": train.neftune_noise_alpha
+            is not None,
+            "model.gradient_checkpointing: lower engine.cohort instead": checkpointing,
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise ValueError(f"engine.cohort = {self.cohort} does not go with {reason}")
 
 
 class Train(Section):

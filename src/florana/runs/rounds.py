@@ -149,6 +149,7 @@ def environment(recipe: r.Recipe) -> dict[str, Any]:
         "instructions": instructions(),
         "torch_threads": torch.get_num_threads(),
         "workers": recipe.engine.workers,
+        "cohort": recipe.engine.cohort,
         "device": recipe.model.device,
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "seed": recipe.seed,

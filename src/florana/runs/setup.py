@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from florana.federation.best import enough
-from florana.federation.local_engine import Fit, LocalEngine
+from florana.federation.local_engine import LocalEngine
 from florana.federation.loop import Federation
 from florana.federation.side_by_side import require_forks, side_by_side
 from florana.federation.weighting import Weighing, by_examples, uniformly
@@ -29,6 +29,7 @@ from florana.runs.run_folder import check_folder
 from florana.strategy.base import State, Strategy
 from florana.train import lora_init
 from florana.train.client import ClientData, TrainingClients, steps_per_round
+from florana.train.cohort_engine import in_cohorts
 from florana.train.data.site_files import load_sites, site_files
 from florana.train.data.sources import load_tables
 from florana.train.data.tokenize import Example
@@ -166,16 +167,14 @@ def engine_of(
     memories: Mapping[str, Mapping[str, Tensor]] | None = None,
     step: Callable[[str], None] = lambda client: None,
 ) -> LocalEngine:
-    """The clients of a set-up in the local engine; `begun` is the strategy's first state, which every client knows."""
-
-    def fit_with(told: Callable[[str], None]) -> Fit:
-        return clients_of(recipe, setup, begun, told).fit
-
-    workers = recipe.engine.workers
+    """The clients of a set-up in the local engine; `begun` is the first state, which every client knows."""
+    workers, clients = recipe.engine.workers, clients_of(recipe, setup, begun, step)
     if workers == 1:
-        return LocalEngine(fit_with(step), memories)
+        return LocalEngine(clients.fit, memories, in_cohorts(clients, recipe.engine.cohort, recipe.model.base))
+
     require_forks()
-    return LocalEngine(fit_with(step), memories, functools.partial(side_by_side, workers, fit_with, step))
+    each = functools.partial(side_by_side, workers, lambda told: clients_of(recipe, setup, begun, told).fit, step)
+    return LocalEngine(clients.fit, memories, each)
 
 
 def clients_of(

@@ -73,20 +73,43 @@ class TrainingClients:
     def fit(self, brief: Brief, memory: Mapping[str, Tensor]) -> tuple[Reply, Mapping[str, Tensor]]:
         """One round of one client: the reply, and what it keeps (what it trains and does not send; remainders)."""
         started = time.perf_counter()
-        own = self.data[brief.client]
-        adapter, residual = self._unpacked(brief, {n: t for n, t in memory.items() if not n.startswith(FEEDBACK)})
-        self.bench.load(adapter, residual, brief.trains, brief.blocks)
+        sent = self.received(brief, memory)
+        self.bench.load(*sent, brief.trains, brief.blocks)
         term = penalty_of(self.bench.factors, brief.pruning) if brief.pruning is not None else None
         place = (brief.round, self.rounds)
         stepped = functools.partial(self.step, brief.client)
-        loss = train_locally(self.bench, own.bins, self.train, brief.seed, stepped, term, place)
-        trained = self.bench.adapter()
+        loss = train_locally(self.bench, self.data[brief.client].bins, self.train, brief.seed, stepped, term, place)
+        return self.answer(brief, memory, sent, self.bench.adapter(), loss, time.perf_counter() - started)
+
+    def received(self, brief: Brief, memory: Mapping[str, Tensor]) -> tuple[Adapter, Adapter | None]:
+        """The adapter to train, and the residual: what was sent, completed by what the client kept."""
+        return self._unpacked(brief, {n: t for n, t in memory.items() if not n.startswith(FEEDBACK)})
+
+    def answer(
+        self,
+        brief: Brief,
+        memory: Mapping[str, Tensor],
+        received: tuple[Adapter, Adapter | None],
+        trained: Adapter,
+        loss: float,
+        seconds: float,
+    ) -> tuple[Reply, Mapping[str, Tensor]]:
+        """The reply of a client that has trained, and what it keeps.
+
+        Args:
+            brief: what it was asked.
+            memory: what it kept before.
+            received: the adapter before training, and the residual.
+            trained: the adapter after training.
+            loss: of the training.
+            seconds: of the training.
+        """
+        own, (adapter, residual) = self.data[brief.client], received
         if brief.pruning is not None and shrunk(adapter, trained, brief.pruning):
             trained = leading(trained, brief.pruning.rank)
-            self.bench.load(trained, residual, brief.trains)  # what is measured is what is sent
-        seconds = time.perf_counter() - started
         metrics = {"train_loss": loss}
         if brief.evaluate:
+            self.bench.load(trained, residual, brief.trains, brief.blocks)  # what is measured is what is sent
             for figure, rows in (("personal", own.test), ("clients_on_common", self.common)):
                 if rows:
                     scores = evaluate(self.bench, rows, self.evaluate.batch_size)
@@ -146,8 +169,7 @@ def train_locally(
     Raises:
         FloranaError: the loss is no longer finite.
     """
-    if not examples:
-        raise FloranaError("there are no training rows", fix="lower partition.holdout, or give the client rows")
+    require_rows(examples)
     bench.model.train()
     parameters = bench.trainable
     optimizer = optimizer_of(settings, parameters, [pair.B for pair in bench.factors.values()])
@@ -158,17 +180,13 @@ def train_locally(
     terms = [term] if term is not None else []
     if settings.proximal_mu:
         terms.append(proximal(parameters, settings.proximal_mu))
-    rng = np.random.default_rng(seed)
-    order: list[int] = []
+    order = visited(seed, len(examples), together)
     total = torch.zeros((), device=bench.device)
     devices = [bench.device] if bench.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), noisy_embeddings(bench, settings):
         torch.manual_seed(seed)
         for step in range(steps):
-            if not order:
-                order = rng.permutation(len(examples)).tolist()
-            chosen, order = order[:together], order[together:]
-            total += _backward(bench, [examples[row] for row in chosen], settings, terms)
+            total += _backward(bench, [examples[row] for row in next(order)], settings, terms)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor(step)
             if settings.max_grad_norm is not None:
@@ -178,8 +196,19 @@ def train_locally(
             stepped()
     mean = float(total) / steps
     if not math.isfinite(mean):
-        raise FloranaError(f"the training loss became {mean}", fix="lower train.learning_rate")
+        raise diverged(mean)
     return mean
+
+
+def diverged(loss: float) -> FloranaError:
+    """What is said of a client whose loss is no longer finite."""
+    return FloranaError(f"the training loss became {loss}", fix="lower train.learning_rate")
+
+
+def require_rows(examples: Sequence[Example]) -> None:
+    """Raise FloranaError where a client has nothing to train on."""
+    if not examples:
+        raise FloranaError("there are no training rows", fix="lower partition.holdout, or give the client rows")
 
 
 def steps_per_round(settings: r.Train, rows: int) -> int:
@@ -192,6 +221,26 @@ def steps_per_round(settings: r.Train, rows: int) -> int:
 def rows_per_step(settings: r.Train, rows: int) -> int:
     """Rows of one optimizer step of a client with that many rows."""
     return min(settings.batch_size * settings.gradient_accumulation_steps, rows)
+
+
+def visited(seed: int, rows: int, together: int) -> Iterator[list[int]]:
+    """The rows of one step after the other: passes of a random order, each cut into steps, without end.
+
+    Args:
+        seed: of the orders.
+        rows: how many the client has.
+        together: rows of a step; the last one of a pass may have fewer.
+
+    Examples:
+        >>> steps = visited(0, 3, 2)
+        >>> [len(next(steps)) for _ in range(4)]
+        [2, 1, 2, 1]
+    """
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(rows).tolist()
+        for start in range(0, rows, together):
+            yield order[start : start + together]
 
 
 def _backward(

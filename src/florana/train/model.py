@@ -68,8 +68,8 @@ class Workbench:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.enable_input_require_grads()
         _widen_heads(self.model)
-        self._layers = _lora_layers(self.model)
-        self._extra = _whole_parameters(self.model) | _magnitudes(self._layers)
+        self.layers = _lora_layers(self.model)
+        self._extra = _whole_parameters(self.model) | _magnitudes(self.layers)
         self._inputs = {"labels", *inspect.signature(base.forward).parameters}
         self.padding: str | None = None
         """The side on which rows may be padded; None where that changes what the model makes of them."""
@@ -83,7 +83,7 @@ class Workbench:
             task_type=str(config.task_type.value),
             # a regular expression is written out as the names it matched
             target_modules=tuple(
-                sorted(self._layers if isinstance(config.target_modules, str) else config.target_modules)
+                sorted(self.layers if isinstance(config.target_modules, str) else config.target_modules)
             ),
             modules_to_save=tuple(sorted(config.modules_to_save or ())),
             fan_in_fan_out=bool(config.fan_in_fan_out),
@@ -107,7 +107,7 @@ class Workbench:
 
     def frozen(self) -> list[tuple[str, torch.nn.Parameter]]:
         """The base model's own parameters, by name, in the order of their names."""
-        own = {id(p) for layer in self._layers.values() for p in _factors(layer)}
+        own = {id(p) for layer in self.layers.values() for p in _factors(layer)}
         own |= {id(p) for p in self._extra.values()}
         return sorted((name, p) for name, p in self.model.named_parameters() if id(p) not in own)
 
@@ -126,7 +126,7 @@ class Workbench:
                 A=layer.lora_A["default"].weight,
                 scaling=float(layer.scaling["default"]),
             )
-            for name, layer in self._layers.items()
+            for name, layer in self.layers.items()
         }
 
     def load(
@@ -145,7 +145,7 @@ class Workbench:
             core.remove()
         self._cores = {}
         with torch.no_grad():
-            for name, layer in self._layers.items():
+            for name, layer in self.layers.items():
                 pair = adapter.modules[name]
                 for letter, linear, value in (
                     ("A", layer.lora_A["default"], pair.A),
@@ -164,7 +164,7 @@ class Workbench:
                 hook.remove()
             pairs = residual.modules if residual is not None else {}
             self._residual_hooks = [
-                self._layers[name].register_forward_hook(Residual(pair, self.device)) for name, pair in pairs.items()
+                self.layers[name].register_forward_hook(Residual(pair, self.device)) for name, pair in pairs.items()
             ]
             self._residual = residual
 
@@ -177,7 +177,7 @@ class Workbench:
     def weights(self) -> dict[str, tuple[torch.nn.Parameter, bool]]:
         """Module name -> the frozen base weight under its adapter, and whether it is stored as (in, out)."""
         return {
-            name: (layer.get_base_layer().weight, bool(layer.fan_in_fan_out)) for name, layer in self._layers.items()
+            name: (layer.get_base_layer().weight, bool(layer.fan_in_fan_out)) for name, layer in self.layers.items()
         }
 
     def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ def probe(bench: Probed, task: str, base: str) -> str | None:
     Raises:
         InputError: the model fails on two short texts, or sees the tokens that a causal-lm is to predict.
     """
-    rows = _rows(bench, task)
+    rows = rows_of_probe(bench, task)
     devices = [bench.device] if bench.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
@@ -78,7 +78,7 @@ def probe(bench: Probed, task: str, base: str) -> str | None:
 def padding_side(bench: Probed, task: str) -> str | None:
     """The side on which a padded row is read as it is alone; None where there is none. The model is not trained."""
     bench.model.eval()
-    rows = _rows(bench, task)
+    rows = rows_of_probe(bench, task)
     usual = "right" if task == "causal-lm" else str(bench.tokenizer.padding_side)
     other = "left" if usual == "right" else "right"
     alone = _logits(bench, rows[:1], usual)
@@ -90,7 +90,7 @@ def padding_side(bench: Probed, task: str) -> str | None:
 def pads_left(bench: Probed) -> bool:
     """Whether a prompt may be padded on the left, as a batch that writes is: recurrent models may read the padding."""
     bench.model.eval()
-    rows = _rows(bench, "causal-lm")
+    rows = rows_of_probe(bench, "causal-lm")
     batch = collate(rows, bench.tokenizer.pad_token_id, bench.device, "left")
     places = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)  # as `generate` counts them
     logits = bench.forward({**batch, "position_ids": places}).logits
@@ -101,7 +101,7 @@ def pads_left(bench: Probed) -> bool:
 def require_apart(bench: Probed, base: str) -> None:
     """Raise InputError where rows that are laid end to end (`train.packing`) are not read as they are alone."""
     bench.model.eval()
-    rows = _rows(bench, "causal-lm")
+    rows = rows_of_probe(bench, "causal-lm")
     batch = collate(packed(rows, 2 * TOKENS), bench.tokenizer.pad_token_id, bench.device)
     alone = torch.cat([_logits(bench, [row], "right")[0] for row in rows])
     try:
@@ -116,7 +116,7 @@ def require_apart(bench: Probed, base: str) -> None:
         )
 
 
-def _rows(bench: Probed, task: str) -> list[Example]:
+def rows_of_probe(bench: Probed, task: str) -> list[Example]:
     if task == "causal-lm":
         return encode_language(TEXTS, bench.tokenizer, TOKENS)
     return encode_classes(TEXTS, [0.0, 0.0] if task == "sequence-regression" else [0, 0], bench.tokenizer, TOKENS)
