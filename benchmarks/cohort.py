@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--no-minilm", action="store_true")
     given = parser.parse_args()
     rows: dict[str, Any] = card(given.device)
+    print("".join(f"| {key} | {value} |\n" for key, value in rows.items()), end="", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         parts: list[tuple[str, Recipe]] = []
         if not given.no_minilm:
@@ -203,18 +204,22 @@ def main() -> None:
             model = given.smollm2
             model = dequantized(model, model.name) if model.is_file() else model
             for autocast in ("none", "bfloat16"):
-                recipe = language(model, given.gsm8k.resolve(), given.device, given.cohort, given.steps, autocast)
+                recipe = language(
+                    model, given.gsm8k.resolve(), given.device, given.cohort, max(1, given.steps // 10), autocast
+                )
                 parts.append((f"SmolLM2, {'float32' if autocast == 'none' else autocast}", recipe))
         for name, recipe in parts:
-            rows |= measure(name, recipe, given.cohort, given.turns)
+            found = measure(name, recipe, given.cohort, given.turns)
+            print("".join(f"| {key} | {value} |\n" for key, value in found.items()), end="", flush=True)
+            rows |= found
             if given.json is not None:
                 given.json.write_text(json.dumps(rows, indent=1) + "\n")
         if given.many:
-            rows |= many(given.device, given.many, given.cohort)
+            found = many(given.device, given.many, given.cohort)
+            print("".join(f"| {key} | {value} |\n" for key, value in found.items()), end="", flush=True)
+            rows |= found
     if given.json is not None:
         given.json.write_text(json.dumps(rows, indent=1) + "\n")
-    for key, value in rows.items():
-        print(f"| {key} | {value} |")
 
 
 if __name__ == "__main__":

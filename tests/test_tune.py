@@ -146,6 +146,14 @@ def test_a_study_whose_fedit_cannot_be_tuned_goes_on_without_the_ablation(
     assert not (tmp_path / "swap").exists()
 
 
+def test_a_model_that_cannot_be_loaded_is_said_of_every_candidate(table: dict[str, Any], tmp_path: Path) -> None:
+    """No run folder is made then, and the tuning's own file still has a place."""
+    table["model"] = {**table["model"], "base": str(tmp_path / "nowhere")}
+    _, _, failed = tune_study(plan_of(check(table, "t")), tmp_path / "out", 1, lambda count, name: None)
+    assert failed
+    assert all("every candidate of its tuning failed" in why and "nowhere" in why for why in failed.values())
+
+
 def test_cells_with_settings_of_their_own_train_with_them(table: dict[str, Any], tmp_path: Path) -> None:
     table["study"] |= {"tune": {}, "methods": ["fedit", "fedit[train.learning_rate=1e-9]"], "seeds": 1}
     table["study"]["comparisons"] = []

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from florana.atomic_files import replace_file
+from florana.atomic_files import explained, replace_file
 from florana.errors import FloranaError, RecipeError
 from florana.federation.best import LOWER_IS_BETTER
 from florana.federation.journal import read_records
@@ -194,6 +194,8 @@ def tune(job: Job, tell: Callable[[str], Any]) -> Tuning:
     with threads(job.threads):
         found = _tune(job, tell)
     place = _place(job)
+    with explained(place.parent, "the study's folder could not be made"):
+        place.parent.mkdir(parents=True, exist_ok=True)  # no candidate may have come so far as to make it
     replace_file(place.with_name(place.name + ".json"), (json.dumps(asdict(found), indent=1) + "\n").encode())
     return found
 

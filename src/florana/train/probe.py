@@ -117,6 +117,7 @@ def require_apart(bench: Probed, base: str) -> None:
 
 
 def rows_of_probe(bench: Probed, task: str) -> list[Example]:
+    """Two short rows of unlike lengths, as the model reads them, with labels of the task."""
     if task == "causal-lm":
         return encode_language(TEXTS, bench.tokenizer, TOKENS)
     return encode_classes(TEXTS, [0.0, 0.0] if task == "sequence-regression" else [0, 0], bench.tokenizer, TOKENS)
