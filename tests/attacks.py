@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import tempfile
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -114,11 +116,15 @@ class Clients:
     def memories(self) -> Mapping[str, Mapping[str, Tensor]]:
         return {}
 
+    def remember(self, client: str, memory: Mapping[str, Tensor]) -> None:
+        pass
+
 
 class NoJournal:
     """Commits nothing."""
 
-    folder, card = Path("nowhere"), CARD
+    def __init__(self, folder: str) -> None:
+        self.folder, self.card = Path(folder), CARD
 
     def commit(self, *args: object) -> None:
         pass
@@ -150,7 +156,9 @@ def after(setting: Setting, state: State | None, rounds: int, attack: Attack | N
     )
     engine = Clients(strategy, names, setting.hostile, attack, rows)
     begun = strategy.init(first_adapter()) if state is None else state
-    return run_rounds(strategy, begun, engine, federation, NoJournal(), lambda event: None)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as folder:
+        journal: typing.Any = NoJournal(folder)
+        return run_rounds(strategy, begun, engine, federation, journal, lambda event: None)
 
 
 def flat(state: State) -> dict[str, Tensor]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from florana.adapters.adapter_folder import AdapterCard
+from florana.federation.collect import Event
 from florana.federation.journal import Journal
-from florana.federation.loop import Event, Federation, run_rounds
+from florana.federation.loop import Federation, run_rounds
 from florana.federation.messages import Brief, Failure, Reply, pack, unpack
 from florana.federation.weighting import Weighing, by_examples
 from florana.lora.factors import Adapter, LoraFactors, adapter_from_tensors, kind_of
@@ -81,6 +82,9 @@ class FakeEngine:
 
     def memories(self) -> Mapping[str, Mapping[str, Tensor]]:
         return self._memories
+
+    def remember(self, client: str, memory: Mapping[str, Tensor]) -> None:
+        self._memories[client] = memory
 
 
 def federation(rounds: int, minimum: int = 1) -> Federation:

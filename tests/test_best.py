@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from florana.errors import RecipeError
 from florana.federation.best import best_round, enough
+from florana.federation.collect import Event
 from florana.federation.journal import Journal, read_records
-from florana.federation.loop import Event, Federation, run_rounds
+from florana.federation.loop import Federation, run_rounds
 from florana.federation.round_record import RoundRecord
 from florana.recipe.load import check
 from florana.runs.rounds import Result

@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 
 from florana.cli.extras import missing
 from florana.cli.main import app
+from florana.federation.collect import Event
 from florana.federation.journal import read_records
-from florana.federation.loop import Event
 from florana.recipe.schema import Recipe
 from florana.runs.setup import execute, prepare
 from florana.track.round_figures import figures_of, settings_of

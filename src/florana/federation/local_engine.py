@@ -57,11 +57,15 @@ class LocalEngine:
 
     def __init__(self, fit: Fit, memories: Mapping[str, Memory] | None = None, each: Each | None = None) -> None:
         self._each = each or functools.partial(one_after_the_other, fit)
-        self._memories: dict[str, Memory] = dict(memories or {})
+        self._memories: dict[str, Memory] = {client: kept for client, kept in (memories or {}).items() if kept}
 
     def memories(self) -> Mapping[str, Memory]:
         """Client name -> what it keeps; clients that keep nothing are left out."""
-        return {client: memory for client, memory in self._memories.items() if memory}
+        return self._memories
+
+    def remember(self, client: str, memory: Memory) -> None:
+        """Put a client's memory in the place of what it kept."""
+        self._memories[client] = memory
 
     def fit(self, briefs: Sequence[Brief]) -> Iterator[Reply | Failure]:
         """The clients' answers, in the order of the briefs."""
@@ -77,5 +81,7 @@ class LocalEngine:
                     log.error("client %s failed in round %d", brief.client, brief.round, exc_info=outcome)
                     yield Failure(brief.client, f"{type(outcome).__name__}: {outcome}".splitlines()[0])
                 else:
-                    reply, self._memories[brief.client] = outcome
+                    reply, memory = outcome
+                    if memory or brief.client in self._memories:
+                        self._memories[brief.client] = memory
                     yield reply

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from florana.aggregate.error import AggregationError, measure
-from florana.displayable import displayable
 from florana.errors import FederationError
-from florana.federation.gate import MAX_CHANGE, Expected, RejectedUpdate, oversized, validate
+from florana.federation.collect import Event, collect
+from florana.federation.gate import MAX_CHANGE, Expected
 from florana.federation.journal import Journal, first_rows, read_records
-from florana.federation.messages import Brief, Engine, Failure, Reply, pack
+from florana.federation.messages import Brief, Engine, pack
 from florana.federation.quantize import Format
 from florana.federation.round_record import RoundRecord, slim
 from florana.federation.sampling import derive, sample
+from florana.federation.spool import Spool
 from florana.federation.step_bounds import Reach
 from florana.federation.weighting import Weighing, weigh
 from florana.lora.factors import Contribution, Update
@@ -26,25 +27,6 @@ _CARRIED = {"stay": ["A", "B", "core", "extra"], "move": ["extra"]}
 
 Scores = Mapping[str, float]
 """Metric name -> value."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something to show while a run goes on.
-
-    Args:
-        kind: joined, back, resumed, repaired, round, reply, refused, committed, ended, or told (of the end).
-        round: counted from 1.
-        client: whom it is about, where it is one client.
-        detail: what happened, in words.
-        record: the round's record, of a committed round.
-    """
-
-    kind: str
-    round: int
-    client: str = ""
-    detail: str = ""
-    record: RoundRecord | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +93,10 @@ def run_rounds(
     rows = first_rows(records)
     records = [slim(record) for record in records]
     while state.round < federation.rounds and not federation.enough(records):
-        state, record = _one_round(strategy, state, engine, federation, rows, show)
+        spool = Spool(journal.folder, state.round + 1)
+        state, record = _one_round(strategy, state, engine, federation, rows, spool, show)
         journal.commit(state, record, engine.memories())
+        spool.remove()
         rows = {**record.examples, **rows}
         records.append(slim(record))
         show(Event("committed", state.round, record=record))
@@ -127,6 +111,7 @@ def _one_round(
     engine: Engine,
     federation: Federation,
     rows: Mapping[str, int],
+    spool: Spool,
     show: Callable[[Event], None],
 ) -> tuple[State, RoundRecord]:
     round_ = state.round + 1
@@ -137,7 +122,7 @@ def _one_round(
     # read while answers come in: a site that joins during the round is held to the rows it said
     known: Mapping[str, int] = ChainMap(federation.examples, rows)  # type: ignore[arg-type]
     expected = Expected(round_, payloads, known, federation.uplink, federation.reach)
-    collected = _collect(engine.fit(briefs), expected, federation.max_change, show)
+    collected = collect(engine, briefs, expected, spool, federation.max_change, show)
     updates = sorted(collected.updates, key=lambda update: update.client)
     if len(updates) < max(1, federation.minimum):
         reasons = "; ".join(f"{client}: {reason}" for client, reason in sorted(collected.refused.items()))
@@ -208,50 +193,6 @@ def _briefs(strategy: Strategy, payloads: Mapping[str, Payload], round_: int, fe
             )
         )
     return briefs
-
-
-REASON = 500
-"""Characters of why an update was refused."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Collected:
-    updates: Sequence[Update]
-    refused: Mapping[str, str]
-    bytes_up: Mapping[str, int]
-    client_seconds: float
-
-
-def _collect(
-    answers: Iterable[Reply | Failure], expected: Expected, max_change: float, show: Callable[[Event], None]
-) -> _Collected:
-    updates: dict[str, Update] = {}
-    refused: dict[str, str] = {}
-    bytes_up, seconds = dict.fromkeys(expected.clients, 0), 0.0
-
-    def refuse(client: str, why: str) -> None:
-        refused[client] = displayable(why, REASON)
-        show(Event("refused", expected.round, client, refused[client]))
-
-    for answer in answers:
-        if isinstance(answer, Failure):
-            refuse(answer.client, answer.reason)
-            continue
-        bytes_up[answer.client] = bytes_up.get(answer.client, 0) + len(answer.payload)
-        seconds += answer.seconds
-        try:
-            updates[answer.client] = validate(answer, expected, updates.keys())
-        except RejectedUpdate as reason:
-            # A repeated answer does not undo the first one; the refusal is noted all the same.
-            refuse(answer.client, str(reason))
-        else:
-            show(Event("reply", expected.round, answer.client))
-    for client, why in oversized(list(updates.values()), expected.clients, max_change).items():
-        del updates[client]
-        refuse(client, why)
-    for client in expected.clients.keys() - updates.keys() - refused.keys():
-        refuse(client, "did not answer")
-    return _Collected(list(updates.values()), refused, bytes_up, seconds)
 
 
 def _weighted(name: str, updates: Sequence[Update], parts: Sequence[Contribution]) -> float | None:

@@ -99,6 +99,10 @@ class Engine(Protocol):
         """The client state, where the engine holds it: committed with the round."""
         ...
 
+    def remember(self, client: str, memory: Mapping[str, Tensor]) -> None:
+        """Take back the client state that a kept answer came with, where the engine holds any."""
+        ...
+
 
 def travelling(adapter: Adapter, kinds: Collection[str], blocks: Collection[int] | None = None) -> dict[str, Tensor]:
     """The adapter's tensors of those kinds, and its extra tensors: what a message holds of it.

@@ -18,8 +18,9 @@ from torch import Tensor
 from florana.adapters.adapter_folder import AdapterCard
 from florana.atomic_files import explained, replace_file
 from florana.errors import RecipeError
+from florana.federation.collect import Event
 from florana.federation.journal import Journal, read_records
-from florana.federation.loop import Event, Federation, run_rounds
+from florana.federation.loop import Federation, run_rounds
 from florana.federation.messages import Engine
 from florana.federation.round_record import RoundRecord
 from florana.recipe import schema as r

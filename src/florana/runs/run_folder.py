@@ -28,7 +28,7 @@ OUTCOME, PROGRESS, RUN_NAME = "outcome.json", "progress.jsonl", "run.json"
 STUDY = "progress.json"
 """In a study's folder: its runs, and how far they were when it was begun or gone on with. For who watches it."""
 
-BEFORE = {"log.txt", ".lock", OUTCOME, PROGRESS, RUN_NAME, "environment.json", "setup.json"}
+BEFORE = {"spool", "log.txt", ".lock", OUTCOME, PROGRESS, RUN_NAME, "environment.json", "setup.json"}
 """What a run may leave in its folder before it has begun."""
 
 

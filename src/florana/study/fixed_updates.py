@@ -41,7 +41,7 @@ def hold(recipe: r.Recipe, setup: Setup, rounds: Sequence[int]) -> dict[int, tup
     federation = replace(
         federation_of(plain, setup, sorted(setup.clients), setup.examples), rounds=max(rounds), evaluate=None
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         journal = Journal(Path(folder), setup.bench.card)
         engine = engine_of(recipe, setup, state)
         run_rounds(replace(strategy, step=watched), state, engine, federation, journal, lambda event: None)

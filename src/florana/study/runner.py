@@ -25,8 +25,8 @@ import torch
 from florana.atomic_files import explained, replace_file
 from florana.errors import FloranaError
 from florana.federation.best import enough
+from florana.federation.collect import Event
 from florana.federation.journal import read_records
-from florana.federation.loop import Event
 from florana.federation.round_record import RoundRecord
 from florana.recipe import schema as r
 from florana.runs.run_folder import STUDY, recorded_threads

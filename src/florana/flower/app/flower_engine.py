@@ -93,6 +93,9 @@ class FlowerEngine:
         """Nothing: the client state lies with the clients, see `federation.client_state`."""
         return {}
 
+    def remember(self, client: str, memory: Mapping[str, Tensor]) -> None:
+        """Nothing: as `memories`."""
+
     def fit(self, briefs: Sequence[Brief]) -> Iterator[Reply | Failure]:
         """Every client's answer as it comes; after the deadline, a Failure for each that is missing."""
         seats, absent = self.seats()

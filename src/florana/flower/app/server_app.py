@@ -23,8 +23,8 @@ from torch import Tensor
 from florana.atomic_files import explained, replace_file
 from florana.displayable import log
 from florana.errors import FloranaError, InputError, RecipeError
+from florana.federation.collect import Event
 from florana.federation.journal import first_rows, read_records
-from florana.federation.loop import Event
 from florana.federation.messages import Engine, unpack_whole
 from florana.flower.app.farewell import ended_frame, farewell
 from florana.flower.app.flower_engine import FlowerEngine, Nodes, Note, unnoted
