@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from florana.aggregate.best_rank.project import targets
+from florana.aggregate.best_rank.project import each_target
 from florana.aggregate.carried import recompressed
 from florana.aggregate.mean import mean
 from florana.lora import linalg
@@ -51,7 +51,7 @@ def mean_and_remainder(parts: Sequence[Contribution], rank: int | None = None) -
     averaged = mean(parts)
     missed = {
         name: linalg.join(target, linalg.stack([averaged.modules[name]], [1.0]), sign=-1.0)
-        for name, (target, _, _) in targets(parts).items()
+        for name, (target, _, _) in each_target(parts)
     }
     dtype = next(iter(averaged.modules.values())).A.dtype
     return Remaindered(averaged, recompressed(missed, rank, dtype))

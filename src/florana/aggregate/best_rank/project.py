@@ -9,7 +9,7 @@ B = L sqrt(S), A = sqrt(S) V^T, so both factors have the same norm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +22,11 @@ from florana.lora import linalg
 from florana.lora.factors import Adapter, Contribution, LoraFactors
 
 
-def targets(parts: Sequence[Contribution]) -> dict[str, tuple[linalg.Stack, float, torch.dtype]]:
-    """Module name -> (the true weighted sum as a stack, the output scaling, the dtype).
+def terms(parts: Sequence[Contribution]) -> Iterator[tuple[str, list[tuple[LoraFactors, float]]]]:
+    """Module name -> the pairs of the true weighted sum, each with its weight, one module after the other.
 
-    What clients carried frozen (`Contribution.residual`) belongs to the sum; one that several share enters once.
+    What clients carried frozen (`Contribution.residual`) belongs to the sum; one that several share enters once, behind
+    the clients' own pairs, of which there is one per contribution.
     """
     weights = validate.shares(parts)
     carried: dict[int, tuple[Adapter, float]] = {}
@@ -33,14 +34,23 @@ def targets(parts: Sequence[Contribution]) -> dict[str, tuple[linalg.Stack, floa
         if part.residual is not None:
             _, before = carried.get(id(part.residual), (part.residual, 0.0))
             carried[id(part.residual)] = (part.residual, before + weight)
-    result = {}
-    for name, pairs in validate.columns(parts).items():
-        whole = linalg.stack(pairs, weights)
-        for residual, weight in carried.values():
-            if name in residual.modules:
-                whole = linalg.join(whole, linalg.stack([residual.modules[name]], [weight]))
-        result[name] = (whole, validate.output_scaling(pairs), pairs[0].A.dtype)
-    return result
+    for name, pairs in validate.matched(parts).items():
+        validate.require_finite_factors(parts, name, pairs)
+        frozen = [(frozen.modules[name], weight) for frozen, weight in carried.values() if name in frozen.modules]
+        yield name, [*zip(pairs, weights, strict=True), *frozen]
+
+
+def each_target(parts: Sequence[Contribution]) -> Iterator[tuple[str, tuple[linalg.Stack, float, torch.dtype]]]:
+    """Module name -> (the true weighted sum as a stack, the output scaling, the dtype), one module after the other."""
+    for name, pieces in terms(parts):
+        pairs, weights = zip(*pieces, strict=True)
+        own = pairs[: len(parts)]
+        yield name, (linalg.stack(pairs, weights), validate.output_scaling(own), own[0].A.dtype)
+
+
+def targets(parts: Sequence[Contribution]) -> dict[str, tuple[linalg.Stack, float, torch.dtype]]:
+    """All of `each_target` at once: twice the memory of the factors, for rules that look at several modules."""
+    return dict(each_target(parts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +193,7 @@ def _with_carried(parts: Sequence[Contribution], rank: validate.Rank) -> Adapter
     """The same where clients carried something frozen, which belongs to the sum: by QR."""
     modules = {
         name: linalg.balanced(linalg.kept(linalg.decompose(target), validate.rank_in(rank, name)), scaling, dtype)
-        for name, (target, scaling, dtype) in targets(parts).items()
+        for name, (target, scaling, dtype) in each_target(parts)
     }
     return Adapter(modules, validate.average_extra(parts))
 

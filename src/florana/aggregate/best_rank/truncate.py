@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from florana.aggregate import validate
-from florana.aggregate.best_rank.project import targets
+from florana.aggregate.best_rank.project import each_target
 from florana.errors import InputError
 from florana.lora import linalg
 from florana.lora.factors import Adapter, Contribution, LoraFactors
@@ -147,7 +147,7 @@ def divided(
     wholes: dict[str, linalg.Decomposition] = {}
     scalings: dict[str, float] = {}
     dtype = next(iter(parts[0].adapter.modules.values())).A.dtype
-    for name, (target, scaling, _) in targets(parts).items():
+    for name, (target, scaling, _) in each_target(parts):
         if added is not None and name in added.modules:
             target = linalg.join(target, linalg.stack([added.modules[name]], [1.0]))
         wholes[name], scalings[name] = linalg.decompose(target), scaling
