@@ -54,8 +54,19 @@ def rounds_of(out: Path) -> int:
 
 
 @contextmanager
-def trainers(members: dict[str, Site], folder: Path) -> Iterator[Path]:
-    """The sites' resident trainers, in threads of this process, each at a socket of its name."""
+def trainers(
+    members: dict[str, Site], folder: Path, asked: Callable[[str, Frame], None] = lambda name, frame: None
+) -> Iterator[Path]:
+    """The sites' resident trainers, in threads of this process, each at a socket of its name; `asked` hears of what
+    each is sent."""
+
+    def answered(name: str, site: Site) -> Callable[[Frame], Frame]:
+        def answer(frame: Frame) -> Frame:
+            asked(name, frame)
+            return site.answer(frame)
+
+        return answer
+
     folder.mkdir()
     done = threading.Event()
     opened: list[tuple[Any, threading.Thread]] = []
@@ -63,7 +74,7 @@ def trainers(members: dict[str, Site], folder: Path) -> Iterator[Path]:
         manager = listening()
         listener: Listener = manager.__enter__()
         (folder / name).symlink_to(listener.path)
-        thread = threading.Thread(target=answer_until, args=(listener, site.answer, done))
+        thread = threading.Thread(target=answer_until, args=(listener, answered(name, site), done))
         thread.start()
         opened.append((manager, thread))
     try:
@@ -84,19 +95,31 @@ def test_a_killed_server_goes_on_from_its_last_round(
     (tmp_path / "recipe.toml").write_text(tomli_w.dumps(json.loads(recipe.model_dump_json(exclude_none=True))))
     members = sites(recipe, tmp_path / "kept")
     roster, out, rng = roster_of(list(members), tmp_path), tmp_path / "run", random.Random(7)
-    kills = 0
-    with trainers(members, tmp_path / "sockets") as sockets:
+    kills, twice, finished = 0, [], set[tuple[int, str]]()
+
+    def asked(name: str, frame: Frame) -> None:
+        if frame.kind == "train" and (frame.fields["brief"]["round"], name) in finished:
+            twice.append((frame.fields["brief"]["round"], name))
+
+    with trainers(members, tmp_path / "sockets", asked) as sockets:
         led_by = (str(tmp_path / "recipe.toml"), str(out), roster, str(sockets))
         for _ in range(count):  # somewhere in the first rounds of this sitting, or before them
             before = rounds_of(out)
             kills += struck(lead_with_trainers, led_by, tmp_path, rng.randint(1, 100), committing=False)
             assert rounds_of(out) >= before, "a committed round is never lost"
+            for path in (out / "spool").glob("round-*/*.json"):
+                finished.add((int(path.parent.name[-6:]), json.loads(path.read_text())["facts"]["client"]))
         lead_with_trainers(*led_by)
     assert kills == count
     assert [record.round for record in read_records(out / "rounds.jsonl")] == list(range(1, rounds + 1))
     execute(recipe, tmp_path / "local")
     assert digest(out) == digest(tmp_path / "local")
-    tally("SIGKILL of the server at random steps", kills, "0 rounds lost, the same bytes at the end")
+    assert twice == []
+    assert len(finished) >= count // 10
+    kept = (
+        f"0 rounds lost, 0 of {len(finished)} updates of unfinished rounds asked for again, the same bytes at the end"
+    )
+    tally("SIGKILL of the server at random steps", kills, kept)
 
 
 def wait_until(what: Callable[[], bool], seconds: float) -> None:
