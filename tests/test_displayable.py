@@ -106,6 +106,14 @@ def test_a_terminals_bar_shows_names_as_text() -> None:
     assert forbidden(file.getvalue(), keep="\n\r\x1b") == ""
 
 
+def test_the_bar_of_a_resumed_run_begins_where_the_run_stood() -> None:
+    file = io.StringIO()
+    console = PlainConsole(file=file, force_terminal=True, width=200, markup=False, emoji=False, color_system=None)
+    with Screen(console, "run", 40, done=30) as screen:
+        screen.step("client-0")
+    assert "31/40" in file.getvalue()
+
+
 def test_a_site_that_fails_with_any_reason_stops_nobody(tmp_path: Path) -> None:
     """Through the loop: what is shown and kept are bounded lines, and the round is that of the others."""
     shown: list[Event] = []

@@ -38,10 +38,16 @@ class Screen:
         name: the run's name in front of every line.
         steps: all optimizer steps of the run, for the bar's length.
         figures: which figures of the global model a round's line shows, where the round has them.
+        done: the steps of rounds that an earlier sitting committed.
     """
 
     def __init__(
-        self, console: Console | None, name: str, steps: int, figures: Sequence[str] = ("accuracy", "loss")
+        self,
+        console: Console | None,
+        name: str,
+        steps: int,
+        figures: Sequence[str] = ("accuracy", "loss"),
+        done: int = 0,
     ) -> None:
         self._console, self._name, self._figures = console, name, figures
         self._progress: Progress | None = None
@@ -58,7 +64,7 @@ class Screen:
                 console=console,
                 transient=True,
             )
-            self._task = self._progress.add_task(name, total=steps, note="")
+            self._task = self._progress.add_task(name, total=steps, completed=done, note="")
 
     def __enter__(self) -> Screen:
         if self._progress is not None:

@@ -52,6 +52,7 @@ def run(
     check_folder(resolved, folder, resume)
     names = trackers(track)
     from florana.cli.display import Screen, figures_table, summary_table
+    from florana.federation.journal import read_records
     from florana.report.page import write_report
     from florana.report.views import rows_note, shown_figures, summary, views
     from florana.runs.rounds import settled
@@ -68,9 +69,10 @@ def run(
         console.print(rows_note(setup.partition), highlight=False)
     shown = shown_figures(resolved.model_dump())
     name, steps = plain_name(resolved.strategy["name"]), _steps(resolved, setup)
+    done = steps * len(read_records(folder / "rounds.jsonl")) // resolved.federation.rounds
     with (
         safe_rounds(folder, f"florana run --resume {folder}") as interrupted_before,
-        Screen(console, name, steps=steps, figures=shown) as screen,
+        Screen(console, name, steps, shown, done) as screen,
         tracked(folder, names, screen.show, note) as show,
     ):
 
