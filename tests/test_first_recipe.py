@@ -150,3 +150,17 @@ def test_a_wrong_encoding_is_named_with_its_line(recipe_table: dict[str, Any], t
         recipe_table["data"]["encoding"] = name
         with pytest.raises(RecipeError, match="encoding"):
             check(recipe_table, "t")
+
+
+def test_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_bytes(b"review,mood\n" + "".join(f"schön {i},good\nblöd {i},bad\n" for i in range(20)).encode("cp1252"))
+    with pytest.raises(InputError, match=r"of `init`: --encoding"):
+        first_recipe(file, tmp_path / "recipe.toml")
+    text = first_recipe(file, tmp_path / "recipe.toml", "cp1252")
+    assert 'encoding = "cp1252"' in text
+    (tmp_path / "recipe.toml").write_text(text)
+    assert read_recipe(tmp_path / "recipe.toml").data.encoding == "cp1252"
+    for senseless in ("nonsense", "hex"):
+        with pytest.raises(InputError, match="there is no encoding"):
+            first_recipe(file, tmp_path / "recipe.toml", senseless)

@@ -3,6 +3,7 @@ resuming, Holm's correction, and validation rows that nobody else uses."""
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -14,7 +15,9 @@ import pytest
 import tomli_w
 from hypothesis import given
 from hypothesis import strategies as some
+from rich.console import Console
 
+from florana.cli.display_study import forecast_table
 from florana.errors import InputError, RecipeError
 from florana.federation.journal import read_records
 from florana.recipe.load import check
@@ -180,6 +183,10 @@ def test_the_forecast_counts_the_tuning(table: dict[str, Any], tmp_path: Path) -
         (MOMENTUM, 8),
     ]
     assert all(line.seconds > 0 for line in lines)
+    drawn = io.StringIO()
+    Console(file=drawn, width=80).print(forecast_table(lines))
+    assert "tuning of fedit" in drawn.getvalue()
+    assert max(map(len, drawn.getvalue().splitlines())) <= 80
 
 
 def test_compare_tunes_from_the_command_line(table: dict[str, Any], tmp_path: Path) -> None:

@@ -152,6 +152,9 @@ def test_a_merged_folder_of_runs_answers_as_they_do(recipe_table: dict[str, Any]
     for name in (USAGE, "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (runs[0] / "adapter" / name).read_bytes()
     assert not any("classes" in note for note in merged.notes)
+    (averaged,) = [note for note in merged.notes if "averaged with the weights" in note]
+    assert averaged.endswith(": classifier.bias, classifier.weight")
+    assert f"Note: {averaged}." in (tmp_path / "merged" / "README.md").read_text()
     assert set(classify(open_finished(tmp_path / "merged", device="cpu"), [("a good film",)])[0]["probabilities"]) == {
         "0", "1",
     }  # fmt: skip

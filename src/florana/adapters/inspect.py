@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from florana.adapters.hub import adapter_folder
-from florana.adapters.merge import answer_of, notes_on, widest_dtype
+from florana.adapters.merge import answer_of, widest_dtype
 from florana.adapters.merge_card import coefficients, names_of
 from florana.adapters.merge_rules import RULES
 from florana.adapters.reader import AdapterReader
-from florana.adapters.together import common_card, modules_of, open_together
+from florana.adapters.together import common_card, modules_of, notes_on, open_together
 from florana.lora import linalg
 from florana.lora.factors import LoraFactors
 

@@ -26,7 +26,7 @@ from florana.adapters.hub import adapter_folder
 from florana.adapters.merge_card import Merged, Source, coefficients, model_card, names_of
 from florana.adapters.merge_rules import RULES, Rule, rule_of
 from florana.adapters.reader import AdapterReader
-from florana.adapters.together import FROZEN, common_card, modules_of, open_together
+from florana.adapters.together import FROZEN, common_card, modules_of, notes_on, open_together
 from florana.aggregate.best_rank.exact import Answer, judged, relative
 from florana.aggregate.best_rank.exact import nearest as nearest_pair
 from florana.aggregate.error import ModuleError
@@ -273,22 +273,6 @@ def _require_range(modules: Mapping[str, LoraFactors], extra: Mapping[str, Tenso
     for name, tensor in {**factors, **extra}.items():
         if not is_finite(tensor):
             raise InputError(f"the sum of '{name}' leaves the range of {tensor.dtype}", fix="give a wider --dtype")
-
-
-def notes_on(readers: Sequence[AdapterReader], names: Sequence[str], alive: set[int]) -> list[str]:
-    """What is fine about the adapters but may not be meant: one that changes nothing, one that adapts fewer modules."""
-    union = modules_of(readers)
-    notes = []
-    for u, (reader, name) in enumerate(zip(readers, names, strict=True)):
-        if u not in alive:
-            notes.append(f"{name} changes nothing: in every module its factor B (or A) is zero")
-        lacks = [module for module in union if module not in reader.modules]
-        if lacks:
-            shown = ", ".join(lacks[:3]) + f" and {len(lacks) - 3} more" * (len(lacks) > 3)
-            notes.append(
-                f"{name} adapts {len(reader.modules)} of {len(union)} modules and adds nothing to the others ({shown})"
-            )
-    return notes
 
 
 def _source(name: str, reader: AdapterReader, weight: float, sha256: Mapping[str, str]) -> Source:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,6 +79,31 @@ def read_tensor(place: Place, key: str) -> Tensor:
     if not math.isfinite(float(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
         raise InputError(f"{place.path}: the tensor '{key}' has values that are not finite (NaN or infinite)")
     return tensor
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, on a private memory map: pages are read when values are, and given up when memory is short.
+
+    Pages come one by one, without reading ahead: who goes through a thousand files module by module would else read all
+    of each file for every module.
+
+    Raises:
+        InputError: the file is damaged, or holds what is not floating-point.
+    """
+    places = read_header(path)
+    try:
+        with path.open("rb") as stream:
+            whole = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read", why=str(error)) from None
+    if hasattr(mmap, "MADV_RANDOM"):
+        whole.madvise(mmap.MADV_RANDOM)
+    return {
+        key: torch.frombuffer(whole, dtype=place.dtype, count=math.prod(place.shape), offset=place.start).reshape(
+            place.shape
+        )
+        for key, place in places.items()
+    }
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -158,3 +158,30 @@ def _require_same_whole_tensors(readers: Sequence[AdapterReader]) -> None:
         for reader, shape in zip(having, shapes, strict=True):
             if shape != shapes[0]:
                 raise InputError(f"tensor '{name}' is {shape} in {reader.folder} but {shapes[0]} in {having[0].folder}")
+
+
+def notes_on(readers: Sequence[AdapterReader], names: Sequence[str], alive: set[int]) -> list[str]:
+    """What is fine about the adapters but may not be meant: one that changes nothing, one that adapts fewer modules,
+    heads that are averaged.
+
+    Args:
+        readers: the adapters.
+        names: a short name for each.
+        alive: the places of those that change something.
+    """
+    union = modules_of(readers)
+    notes = []
+    for u, (reader, name) in enumerate(zip(readers, names, strict=True)):
+        if u not in alive:
+            notes.append(f"{name} changes nothing: in every module its factor B (or A) is zero")
+        lacks = [module for module in union if module not in reader.modules]
+        if lacks:
+            shown = ", ".join(lacks[:3]) + f" and {len(lacks) - 3} more" * (len(lacks) > 3)
+            notes.append(
+                f"{name} adapts {len(reader.modules)} of {len(union)} modules and adds nothing to the others ({shown})"
+            )
+    whole = sorted({name for reader in readers for name in reader.extra})
+    if whole and len(readers) > 1:
+        shown = ", ".join(whole[:4]) + f" and {len(whole) - 4} more" * (len(whole) > 4)
+        notes.append(f"what is trained whole is no product, and is averaged with the weights: {shown}")
+    return notes

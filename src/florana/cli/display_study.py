@@ -53,16 +53,19 @@ def study_progress(console: Console | None, rounds: int) -> Iterator[Callable[[i
 def forecast_table(lines: Sequence[Forecast]) -> Table:
     """What a study would do: a line for each method and setting, and the sum."""
     table = Table(title="Plan of the study: nothing was written", title_justify="left")
-    for index, head in enumerate(("setting", "method", "runs", "rounds left", "up, a run", "down, a run", "time left")):
-        table.add_column(head, justify="left" if index < 2 else "right", overflow="fold")
+    several = len({line.setting for line in lines}) > 1
+    for name in ["setting", "method"] if several else ["method"]:
+        table.add_column(name, overflow="fold")
+    for head in ("runs", "rounds left", "up, a run", "down, a run", "time left"):
+        table.add_column(head, justify="right", no_wrap=True)
     for line in lines:
         sizes = (size(line.bytes_up), size(line.bytes_down))
         left = (str(line.runs), str(line.rounds_left), *sizes, duration(line.seconds))
-        table.add_row(line.setting, line.method, *left)
+        table.add_row(*([line.setting] if several else []), line.method, *left)
     table.add_section()
     whole = duration(sum(line.seconds for line in lines))
     runs, rounds = (str(sum(values)) for values in ([x.runs for x in lines], [x.rounds_left for x in lines]))
-    table.add_row("all", "one after the other", runs, rounds, "", "", whole)
+    table.add_row(*(["all"] if several else []), "one after the other", runs, rounds, "", "", whole)
     return table
 
 

@@ -49,6 +49,7 @@ def init(
     out: Annotated[Path, typer.Option(help="The recipe to write; one that exists is not replaced.")] = Path(
         "recipe.toml"
     ),
+    encoding: Annotated[str, typer.Option(help="Of the file, where it is not UTF-8: cp1252, latin-1.")] = "utf-8",
 ) -> None:
     """Look at a file of rows, and write a first recipe for it, with comments.
 
@@ -60,7 +61,7 @@ def init(
 
     if out.exists():
         raise RecipeError(f"{out} exists already", fix="name another file by --out")
-    text = first_recipe(data, out)
+    text = first_recipe(data, out, encoding)
     with explained(out.parent, "the recipe could not be written"):
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(out, text.encode())

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
+from florana.adapters.safetensors_io import map_tensors
 from florana.atomic_files import explained
 from florana.federation.messages import Brief, Reply, completed, travelling
 from florana.lora.factors import Update
@@ -106,7 +107,7 @@ class Spool:
             sent: the payload that it answers.
             update: as the gate made it.
         """
-        tensors = load_file(self._place(update.client).with_suffix(".safetensors"))
+        tensors = map_tensors(self._place(update.client).with_suffix(".safetensors"))
         return replace(update, adapter=completed(update.adapter, tensors, sent.blocks))
 
     def kept(self, brief: Brief) -> Kept | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,22 +44,30 @@ class Guess:
     length: float
 
 
-def first_recipe(file: Path, recipe: Path) -> str:
+def first_recipe(file: Path, recipe: Path, encoding: str = "utf-8") -> str:
     """The text of a recipe, for a file of rows.
 
     Args:
         file: csv, tsv, jsonl, json or parquet.
         recipe: where the text will lie: paths in a recipe count from there.
+        encoding: of a file of text.
 
     Raises:
-        InputError: the file cannot be read, or no column holds text.
+        InputError: there is no such encoding, the file cannot be read, or no column holds text.
     """
-    table = read_table(file.resolve(), f"all[:{SEEN}]", [], [])
+    try:
+        io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    except (LookupError, ValueError):
+        raise InputError(
+            f"there is no encoding '{encoding}'", fix="name one that Python knows: cp1252, latin-1"
+        ) from None
+    table = read_table(file.resolve(), f"all[:{SEEN}]", [], [], encoding)
     guess = guessed(table, file)
     place = os.path.relpath(file.resolve(), recipe.resolve().parent)
     tokens = min(512, max(32, 2 ** round(guess.length / 3).bit_length()))
     kind = "dirichlet" if guess.task == "sequence-classification" else "iid"
-    data = tomli_w.dumps({"train": place, **guess.data, "max_length": tokens}).strip()
+    other = {} if codecs.lookup(encoding).name == "utf-8" else {"encoding": encoding}
+    data = tomli_w.dumps({"train": place, **other, **guess.data, "max_length": tokens}).strip()
     model = WRITER if guess.task == "causal-lm" else CLASSIFIER
     uneven = "alpha = 0.5\n" if kind == "dirichlet" else ""
     rate = "1e-3" if guess.task == "causal-lm" else "2e-3"
