@@ -82,7 +82,7 @@ def read_tensor(place: Place, key: str) -> Tensor:
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, on a private memory map: pages are read when values are, and given up when memory is short.
+    """All tensors of a file, on a private memory map: pages are read when values are, and go when memory is short.
 
     Pages come one by one, without reading ahead: who goes through a thousand files module by module would else read all
     of each file for every module.
