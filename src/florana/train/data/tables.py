@@ -127,7 +127,8 @@ def _read_file(path: Path, texts: Sequence[str], given: str) -> pd.DataFrame:
         raise InputError(
             f"{path}, line {_undecodable(path, encoding)}: it is not {'UTF-8' if encoding == 'utf-8-sig' else given}",
             why=str(error),
-            fix="save the file as UTF-8 (a spreadsheet's 'CSV UTF-8'), or name what it is by data.encoding (of `init`: --encoding)",
+            fix="save the file as UTF-8 (a spreadsheet's 'CSV UTF-8'), or name what it is by data.encoding "
+            "(of `init`: --encoding)",
         ) from None
     except InputError:
         raise
