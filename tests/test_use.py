@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from florana.adapters.merge import merge
-from florana.cli.interrupted import Interrupted, safe_rounds
+from florana.cli.interrupted import Interrupted, interruptible, safe
 from florana.errors import InputError, RecipeError
 from florana.recipe.load import check
 from florana.recipe.usage import USAGE, read_usage
@@ -301,25 +301,36 @@ def test_a_run_goes_on_by_its_folder_alone(recipe_table: dict[str, Any], tmp_pat
         assert why in done.stderr
 
 
-def test_ctrl_c_says_what_is_safe_and_how_to_go_on(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("verb", "place", "how"),
+    [
+        (["run", "r.toml", "--out", "long"], "long", "florana run --resume long"),
+        (["compare", "r.toml", "--out", "long", "--methods", "fedit", "--seeds", "1", "--jobs", "1"],
+         "long/runs/as-recipe/seed-3/fedit", "the same command"),
+    ],
+)  # fmt: skip
+def test_ctrl_c_says_what_is_safe_and_how_to_go_on(
+    verb: list[str], place: str, how: str, recipe_table: dict[str, Any], tmp_path: Path
+) -> None:
     import tomli_w
 
     recipe_table["federation"] = {"rounds": 100_000}
+    recipe_table["study"] = {"controls": []}
     (tmp_path / "r.toml").write_text(tomli_w.dumps(recipe_table))
     process = subprocess.Popen(
-        [sys.executable, "-m", "florana", "run", "r.toml", "--out", "long"],
+        [sys.executable, "-m", "florana", *verb],
         cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    lines = tmp_path / "long" / "rounds.jsonl"
+    lines = tmp_path / place / "rounds.jsonl"
     while not lines.exists() or len(lines.read_text().splitlines()) < 2:
         assert process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=120)
     assert process.returncode == 130
-    safe = len(lines.read_text().splitlines())
+    done = len(lines.read_text().splitlines())
     last = told.strip().splitlines()[-1]
-    assert last == f"interrupted; {safe} rounds are safe; go on with: florana run --resume long"
+    assert last == f"interrupted; {done} rounds are safe; go on with: {how}"
 
 
 def test_a_ctrl_c_that_python_drops_is_raised_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +343,7 @@ def test_a_ctrl_c_that_python_drops_is_raised_again(tmp_path: Path, monkeypatch:
     handler = signal.getsignal(signal.SIGINT)
 
     def run() -> None:
-        with safe_rounds(tmp_path, "x") as again:
+        with interruptible(lambda: safe([tmp_path])) as again:
             again()
             Cleared()
             assert dropped == [KeyboardInterrupt]

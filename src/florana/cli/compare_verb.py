@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from florana.cli.interrupted import interruptible, safe
 from florana.cli.track_option import Track, note, trackers
 from florana.errors import RecipeError
 
@@ -79,9 +80,17 @@ def compare(
             + f", threads {threads_of(plan, folder, jobs)} each",
             highlight=False,
         )
-    with study_progress(console, left + tuning) as advance:
+    runs = {cell.id: folder_of(folder, cell) for cell in plan.cells}
+    with (
+        interruptible(lambda: f"{safe(list(runs.values()))}; go on with: the same command") as interrupted_before,
+        study_progress(console, left + tuning) as told_of,
+    ):
+
+        def advance(count: int, name: str) -> None:
+            interrupted_before()
+            told_of(count, name)
+
         plan, tried, failed = tune_study(plan, folder, jobs, advance)
-        runs = {cell.id: folder_of(folder, cell) for cell in plan.cells}
         with tracked_study(folder, runs, plan.base.federation.rounds, names, note) as look:
 
             def told(count: int, name: str) -> None:

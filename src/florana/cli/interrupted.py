@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,14 @@ class Interrupted(Exception):  # noqa: N818  (a person's wish)
 
 
 @contextmanager
-def safe_rounds(folder: Path, command: str) -> Iterator[Callable[[], None]]:
-    """Tell a Ctrl-C inside how many rounds of the run are committed.
+def interruptible(line: Callable[[], str]) -> Iterator[Callable[[], None]]:
+    """Give a Ctrl-C inside its line.
 
     Python drops the exception of a Ctrl-C that comes while an object is cleared away or a library looks away. So it is
     remembered, and what is given here, called now and then, raises it again.
 
     Args:
-        folder: the run folder.
-        command: what goes on with it.
+        line: what is said, made when it is needed.
 
     Raises:
         Interrupted: in the place of KeyboardInterrupt.
@@ -46,14 +46,23 @@ def safe_rounds(folder: Path, command: str) -> Iterator[Callable[[], None]]:
     try:
         yield again
     except KeyboardInterrupt:
-        from florana.federation.journal import read_records
-
-        try:
-            done = len(read_records(folder / "rounds.jsonl"))
-        except (FloranaError, OSError):
-            done = 0
-        safe = "no round was committed yet" if not done else f"{done} round{'s are' if done > 1 else ' is'} safe"
-        raise Interrupted(f"interrupted; {safe}; go on with: {command}") from None
+        raise Interrupted(f"interrupted; {line()}") from None
     finally:
         if ours:
             signal.signal(signal.SIGINT, before)
+
+
+def safe(folders: Sequence[Path]) -> str:
+    """How many rounds of some runs are committed, in words.
+
+    Examples:
+        >>> safe([Path("nowhere")])
+        'no round was committed yet'
+    """
+    from florana.federation.journal import read_records
+
+    done = 0
+    for folder in folders:
+        with contextlib.suppress(FloranaError, OSError):
+            done += len(read_records(folder / "rounds.jsonl"))
+    return "no round was committed yet" if not done else f"{done} round{'s are' if done > 1 else ' is'} safe"

@@ -20,7 +20,7 @@ from florana.cli.compare_verb import compare
 from florana.cli.deploy_verbs import doctor, join, serve
 from florana.cli.extras import missing
 from florana.cli.flower_verbs import flower
-from florana.cli.interrupted import Interrupted
+from florana.cli.interrupted import Interrupted, interruptible
 from florana.cli.plan_verb import plan
 from florana.cli.recipe_verb import init, recipe
 from florana.cli.run_verb import run
@@ -77,8 +77,16 @@ def demo(
             f"{len(STRATEGIES)} strategies, {rounds} rounds each",
             highlight=False,
         )
-    with Screen(console, "demo", steps=len(STRATEGIES) * rounds * CLIENTS * STEPS) as screen:
-        results, report = run_demo(out, rounds, lambda name: screen.named(name).show, screen.step)
+    with (
+        interruptible(lambda: f"begin anew with: florana demo --out {out} --replace") as interrupted_before,
+        Screen(console, "demo", steps=len(STRATEGIES) * rounds * CLIENTS * STEPS) as screen,
+    ):
+
+        def stepped(client: str) -> None:
+            interrupted_before()
+            screen.step(client)
+
+        results, report = run_demo(out, rounds, lambda name: screen.named(name).show, stepped)
     rows = summary(views([result.folder for result in results]))
     if as_json:
         typer.echo(json.dumps({"runs": rows, "report": str(report)}, indent=1))

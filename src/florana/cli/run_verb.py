@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from florana.cli.interrupted import safe_rounds
+from florana.cli.interrupted import interruptible, safe
 from florana.cli.track_option import Track, note, trackers
 from florana.errors import RecipeError
 
@@ -71,7 +71,7 @@ def run(
     name, steps = plain_name(resolved.strategy["name"]), _steps(resolved, setup)
     done = steps * len(read_records(folder / "rounds.jsonl")) // resolved.federation.rounds
     with (
-        safe_rounds(folder, f"florana run --resume {folder}") as interrupted_before,
+        interruptible(lambda: f"{safe([folder])}; go on with: florana run --resume {folder}") as interrupted_before,
         Screen(console, name, steps, shown, done) as screen,
         tracked(folder, names, screen.show, note) as show,
     ):
