@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from florana.errors import FloranaError, InputError, RecipeError
 from florana.federation.journal import read_records
 from florana.lora.factors import Adapter, LoraFactors
 from florana.recipe.load import check
-from florana.recipe.schema import Recipe, Train
+from florana.recipe.schema import Model, Recipe, Train
 from florana.runs.setup import execute, prepare
 from florana.strategy import STRATEGIES
 from florana.strategy.base import Pruning
@@ -26,6 +27,8 @@ from florana.train.client import penalty_of, train_locally
 from florana.train.cohort import Member, clip_each, train_together
 from florana.train.cohort_probe import require_together
 from florana.train.model import Workbench
+from tests.conftest import ROOT
+from tests.families import FAMILIES, LANGUAGE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -44,8 +47,13 @@ def language(table: dict[str, Any], tiny_llama: Path) -> dict[str, Any]:
 
 
 def in_double(bench: Workbench) -> None:
-    """The whole model in float64, the head's inputs left as they come."""
+    """The whole model in float64, the head's inputs left as they come, and no bias at the zero of a fresh model."""
     bench.model.double()
+    draws = torch.Generator().manual_seed(0)
+    for name, parameter in bench.frozen():
+        if name.endswith("bias"):
+            with torch.no_grad():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draws))
     for module in bench.model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save["default"]._forward_pre_hooks.clear()
@@ -324,6 +332,24 @@ def test_a_model_that_mixes_rows_is_refused(recipe_table: dict[str, Any]) -> Non
     with pytest.raises(InputError, match="ZeroDivisionError"):
         require_together(setup.bench, "tiny")
     monkey.undo()
+
+
+def test_the_families_that_are_refused_are_those_that_the_docs_name(tmp_path: Path) -> None:
+    """The probe itself compares a step together with the two alone, through each family's own layers and head."""
+    refused = []
+    for name, family in FAMILIES.items():
+        for task in family.tasks:
+            base = str(family.write(tmp_path / f"{name}-{task}"))
+            labels = ("bad", "good") if task != LANGUAGE else ()
+            made = Workbench(Model(base=base, rank=2, target_modules=family.targets), task, labels, 0)
+            try:
+                require_together(made, name)
+            except InputError as error:
+                print(name, task, error)
+                refused.append(name)
+    line = re.search(r"`engine.cohort` works with .* but ([^.]*)\.", (ROOT / "docs" / "models.md").read_text())
+    assert line is not None
+    assert re.split(r", | and ", line[1]) == list(dict.fromkeys(refused))
 
 
 def test_each_clients_gradient_is_clipped_as_torch_clips_it() -> None:

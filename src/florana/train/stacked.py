@@ -121,7 +121,10 @@ class StackedCore:
 
 
 class StackedWhole:
-    """A forward hook in the place of a module that is trained whole (a head): each client's rows through its own."""
+    """What stands in the place of a module that is trained whole (a head): each client's rows through its own.
+
+    In its place and no hook behind it: the module itself would draw from the clients' streams for nothing.
+    """
 
     def __init__(self, wrapper: Any, name: str, extras: Sequence[Mapping[str, Tensor]], device: torch.device,
                  present: Present) -> None:  # fmt: skip
@@ -131,7 +134,7 @@ class StackedWhole:
             for inner, _ in self.module.named_parameters()
         }
 
-    def __call__(self, wrapper: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         count = len(self.present.clients)
         rows = [_split(value, count) for value in args]
         named = {key: _split(value, count) for key, value in kwargs.items()}
@@ -191,11 +194,13 @@ class Stack:
                 layers[name].enable_adapters(False)
                 hooks.append(layers[name].register_forward_hook(pair, prepend=True))
             for name, whole in self.wholes.items():
-                hooks.append(wrappers[name].register_forward_hook(whole, with_kwargs=True))
+                wrappers[name].forward = whole
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+            for name in self.wholes:
+                del wrappers[name].forward
             for name in self.pairs:
                 layers[name].enable_adapters(True)
 
