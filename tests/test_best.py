@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from hypothesis import given
 from hypothesis import strategies as some
 from safetensors.torch import load_file
@@ -23,7 +24,7 @@ from florana.runs.rounds import Result
 from florana.runs.setup import execute
 from florana.strategy.base import State
 from tests.federation import CARD, FakeEngine, built, federation, first_adapter, noisy
-from tests.program import struck
+from tests.program import florana, struck
 
 PLAIN = RoundRecord(1, "fedit", [], {}, {}, {}, None, {}, 0, 0, 0.0, 0.0, {"overall": None})
 
@@ -157,6 +158,9 @@ def test_a_run_keeps_the_best_measured_round_by_its_validation_rows(
     scores = [record.eval["validation"]["accuracy"] for record in result.records]
     best = best_round(result.records, "accuracy")
     assert best == scores.index(max(scores)) + 1 != 5
+    (tmp_path / "r.toml").write_text(tomli_w.dumps(recipe_table))
+    done = florana("run", "r.toml", "--out", "told", cwd=tmp_path)
+    assert f"(of round {best}, the best by accuracy on the validation rows)" in done.stdout
     again = {**recipe_table, "evaluate": {"personal": "never"}, "federation": {**recipe_table["federation"]}}
     again["federation"]["rounds"] = best
     ran(again, tmp_path / "shorter")

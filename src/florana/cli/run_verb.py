@@ -90,7 +90,9 @@ def run(
         if (more := figures_table(views([folder]))) is not None:
             console.print(more)
         console.print(
-            f"run: {folder}\nadapter: {folder / 'adapter'}\nreport: {report}", highlight=False, soft_wrap=True
+            f"run: {folder}\nadapter: {folder / 'adapter'}{_kept(resolved, folder)}\nreport: {report}",
+            highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -119,6 +121,17 @@ def _print_plan(recipe: Recipe, console: Console | None) -> None:
         console.print(plan_table(result))
     else:
         typer.echo(json.dumps(result.to_json(), indent=1))
+
+
+def _kept(recipe: Recipe, folder: Path) -> str:
+    """Which round's adapter it is, where that need not be the last."""
+    from florana.federation.best import up_to_kept
+    from florana.federation.journal import read_records
+
+    if recipe.evaluate.keep != "best":
+        return ""
+    kept = up_to_kept(recipe.model_dump(), read_records(folder / "rounds.jsonl"))
+    return f" (of round {kept[-1].round}, the best by {recipe.evaluate.by} on the validation rows)"
 
 
 def _steps(recipe: Recipe, setup: Setup) -> int:
