@@ -99,15 +99,15 @@ def attend(
     assert isinstance(private, ec.EllipticCurvePrivateKey)
     interceptors = [NodeAuthHttpInterceptor(private, private.public_key())]
     authority = invitation.authority.read_bytes()
-    away = False
+    away, met = False, False
     with FleetHttpClient.from_server_address(invitation.address, False, authority, interceptors) as client:
         while not done.is_set():
             try:
                 clock_difference(invitation)  # its errors say what is wrong with a certificate
                 with _present(client, public_key_to_bytes(private.public_key())) as line:
                     if away:
-                        say("the server is there again")
-                    away = False
+                        say("the server is there again" if met else "the server is there")
+                    away, met = False, True
                     _attend(line, answer, done, say, ends)
             except httpx.HTTPStatusError as error:
                 _judge(error, invitation)
