@@ -23,7 +23,7 @@ from florana.recipe import schema as r
 from florana.strategy.base import Pruning
 from florana.train.data.tokenize import Example
 from florana.train.evaluate import evaluate
-from florana.train.local_loss import proximal, smoothed, targets
+from florana.train.local_loss import predictions, proximal, smoothed
 from florana.train.model import Workbench
 from florana.train.optimizer import curve, optimizer_of
 
@@ -243,25 +243,40 @@ def visited(seed: int, rows: int, together: int) -> Iterator[list[int]]:
             yield order[start : start + together]
 
 
+def pieces(examples: Sequence[Example], settings: r.Train) -> list[tuple[Sequence[Example], float]]:
+    """The batches of one step, each with its share of the step's predictions; one without any is left out.
+
+    Args:
+        examples: the rows of the step.
+        settings: the recipe's section.
+
+    Examples:
+        >>> rows = [Example((1, 2, 3), (), (-100, 2, 3)), Example((1, 2), (), (-100, 2))]
+        >>> [(len(batch), round(share, 2)) for batch, share in pieces(rows, r.Train(steps=1, batch_size=1))]
+        [(1, 0.67), (1, 0.33)]
+    """
+    size = settings.batch_size
+    batches = [examples[at : at + size] for at in range(0, len(examples), size)]
+    if len(batches) > 1:
+        batches = [batch for batch in batches if predictions(batch)] or batches[:1]
+    counts = [1] if len(batches) == 1 else [predictions(batch) for batch in batches]
+    return [(batch, count / sum(counts)) for batch, count in zip(batches, counts, strict=True)]
+
+
 def _backward(
     bench: Workbench, examples: Sequence[Example], settings: r.Train, terms: Sequence[Callable[[], Tensor]]
 ) -> Tensor:
     """The gradient of one step, batch by batch, as one batch of all its rows gives it; returns the model's own loss."""
-    size = settings.batch_size
-    batches = [bench.batch(examples[at : at + size]) for at in range(0, len(examples), size)]
-    if len(batches) > 1:
-        batches = [batch for batch in batches if targets(batch)] or batches[:1]
-    counts = [1] if len(batches) == 1 else [targets(batch) for batch in batches]
     loss = torch.zeros((), device=bench.device)
-    for batch, count in zip(batches, counts, strict=True):
+    for number, (rows, share) in enumerate(pieces(examples, settings)):
+        batch = bench.batch(rows)
         with torch.autocast(bench.device.type, torch.bfloat16, enabled=settings.autocast == "bfloat16"):
             output = bench.forward(batch)
-        share = count / sum(counts)
         own = output.loss
         if settings.label_smoothing:
             own = smoothed(output, batch["labels"], settings.label_smoothing)
         wanted = own if share == 1 else share * own
-        for term in terms if batch is batches[0] else ():
+        for term in terms if number == 0 else ():
             wanted = wanted + term()
         wanted.backward()
         loss += (output.loss if share == 1 else share * output.loss).detach()

@@ -19,7 +19,7 @@ from florana.errors import FloranaError
 from florana.lora.factors import Adapter, adapter_from_tensors
 from florana.recipe.train_schema import Train
 from florana.strategy.base import Pruning
-from florana.train.client import diverged, penalty_of, rows_per_step, steps_per_round, visited
+from florana.train.client import diverged, penalty_of, pieces, rows_per_step, steps_per_round, visited
 from florana.train.data.tokenize import IGNORED, Example
 from florana.train.local_loss import proximal
 from florana.train.model import Workbench
@@ -89,13 +89,13 @@ def train_together(
         drawing.enter_context(streams)
         for step in range(max(steps)):
             here = [i for i, count in enumerate(steps) if step < count]
-            pieces = {i: _pieces([members[i].examples[row] for row in next(orders[i])], settings) for i in here}
-            for turn in range(max(len(own) for own in pieces.values())):
-                taking = [i for i in here if turn < len(pieces[i])]
+            taken = {i: pieces([members[i].examples[row] for row in next(orders[i])], settings) for i in here}
+            for turn in range(max(len(own) for own in taken.values())):
+                taking = [i for i in here if turn < len(taken[i])]
                 present.clients = torch.tensor(taking, device=bench.device)
                 present.all = len(taking) == len(members)
                 streams.of(taking)
-                own, wanted = _losses(bench, [pieces[i][turn] for i in taking], settings)
+                own, wanted = _losses(bench, [taken[i][turn] for i in taking], settings)
                 total: Tensor = wanted.sum()
                 for term in terms if turn == 0 else ():
                     total = total + term()
@@ -144,40 +144,23 @@ def clip_each(parameters: Sequence[torch.nn.Parameter], most: float) -> None:
     torch._foreach_mul_(grads, [scale.reshape(-1, *[1] * (grad.ndim - 1)) for grad in grads])
 
 
-def _pieces(examples: Sequence[Example], settings: Train) -> list[tuple[Sequence[Example], float]]:
-    """The batches of one client's step, each with its share of the step's predictions."""
-    size = settings.batch_size
-    batches = [examples[at : at + size] for at in range(0, len(examples), size)]
-    if len(batches) > 1:
-        batches = [batch for batch in batches if _predictions(batch)] or batches[:1]
-    counts = [_predictions(batch) for batch in batches] if len(batches) > 1 else [1]
-    return [(batch, count / sum(counts)) for batch, count in zip(batches, counts, strict=True)]
-
-
-def _predictions(examples: Sequence[Example]) -> int:
-    """How many predictions a loss over these rows is the mean of."""
-    if all(len(row.labels) == 1 for row in examples):
-        return len(examples)
-    return sum(label != IGNORED for row in examples for label in row.labels[1:])
-
-
 def _losses(
-    bench: Workbench, pieces: Sequence[tuple[Sequence[Example], float]], settings: Train
+    bench: Workbench, batches: Sequence[tuple[Sequence[Example], float]], settings: Train
 ) -> tuple[Tensor, Tensor]:
     """Of each client its share of the step's loss, the model's own and the one to minimise, both (clients,)."""
-    most = max(len(rows) for rows, _ in pieces)
+    most = max(len(rows) for rows, _ in batches)
     # of each client equally many: a row that fills up counts in no loss
-    batch = bench.batch([row for rows, _ in pieces for row in (*rows, *[rows[0]] * (most - len(rows)))])
-    real = torch.tensor([place < len(rows) for rows, _ in pieces for place in range(most)]).to(bench.device)
-    shares = torch.tensor([share for _, share in pieces], dtype=torch.float64)
+    batch = bench.batch([row for rows, _ in batches for row in (*rows, *[rows[0]] * (most - len(rows)))])
+    real = torch.tensor([place < len(rows) for rows, _ in batches for place in range(most)]).to(bench.device)
+    shares = torch.tensor([share for _, share in batches], dtype=torch.float64)
     labels = batch.pop("labels")
     with torch.autocast(bench.device.type, torch.bfloat16, enabled=settings.autocast == "bfloat16"):
         logits = bench.forward(batch).logits
-    own = loss_each(logits, labels, real, len(pieces))
+    own = loss_each(logits, labels, real, len(batches))
     shares = shares.to(own)
     if not settings.label_smoothing:
         return shares * own, shares * own
-    return shares * own, shares * loss_each(logits, labels, real, len(pieces), settings.label_smoothing)
+    return shares * own, shares * loss_each(logits, labels, real, len(batches), settings.label_smoothing)
 
 
 def loss_each(logits: Tensor, labels: Tensor, real: Tensor, clients: int, smoothing: float = 0.0) -> Tensor:

@@ -6,7 +6,6 @@ asked -> groups of alike clients -> chunks of `size` -> train_together -> each c
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Generator, Hashable, Iterator, Sequence
 
@@ -16,10 +15,10 @@ from florana.displayable import log
 from florana.errors import FloranaError
 from florana.federation.error_feedback import FEEDBACK
 from florana.federation.local_engine import Asked, Outcome
-from florana.recipe.train_schema import Train
 from florana.train.client import TrainingClients, require_rows, steps_per_round
 from florana.train.cohort import Member, adapter_of, train_together
 from florana.train.cohort_probe import require_together
+from florana.train.optimizer import is_constant
 
 AUTO = 16
 """Clients at once on a device of its own, where the recipe says "auto"."""
@@ -130,24 +129,19 @@ def _grouped(clients: TrainingClients, asked: Sequence[Asked]) -> Iterator[list[
     steps = [steps_per_round(clients.train, max(1, len(clients.data[brief.client].bins))) for brief, _ in asked]
     for number, (brief, memory) in enumerate(asked):
         header = brief.payload[8 : 8 + int.from_bytes(brief.payload[:8], "little")]
-        names = [name for name in json.loads(header) if name.startswith("residual/")]
         key = (
             header,
-            brief.payload if names else b"",
+            brief.payload if b'"residual/' in header else b"",
             tuple(sorted((name, kept.shape) for name, kept in memory.items() if not name.startswith(FEEDBACK))),
             tuple(sorted(brief.trains)),
             tuple(sorted(brief.scalings.items())),
             None if brief.blocks is None else len(brief.blocks),
-            0 if _constant(clients.train) else steps[number],
+            0 if is_constant(clients.train) else steps[number],
             number if not clients.data[brief.client].bins else -1,
         )
         groups.setdefault(key, []).append(number)
     for group in groups.values():
         yield sorted(group, key=lambda number: -steps[number])
-
-
-def _constant(settings: Train) -> bool:
-    return settings.lr_schedule == "constant" and settings.warmup_ratio == 0
 
 
 def _short(error: Exception) -> bool:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-IGNORED = -100
-"""Of Transformers: labels that do not count."""
+from florana.train.data.tokenize import IGNORED, Example
 
 
-def targets(batch: Mapping[str, Tensor]) -> int:
-    """How many predictions a batch's loss is the mean of: rows, or tokens after the first that count.
+def predictions(examples: Sequence[Example]) -> int:
+    """How many predictions a loss over these rows is the mean of: rows, or tokens after the first that count.
 
     Examples:
-        >>> targets({"labels": torch.tensor([[5, -100, 7], [-100, 8, 9]])}), targets({"labels": torch.tensor([1, 0])})
-        (3, 2)
+        >>> rows = [Example((5, 6, 7), (), (5, -100, 7)), Example((6, 8, 9), (), (-100, 8, 9))]
+        >>> predictions(rows), predictions([Example((5, 6), (), (1,))])
+        (3, 1)
     """
-    labels = batch["labels"]
-    return len(labels) if labels.dim() == 1 else int((labels[:, 1:] != IGNORED).sum())
+    if all(len(row.labels) == 1 for row in examples):
+        return len(examples)
+    return sum(label != IGNORED for row in examples for label in row.labels[1:])
 
 
 def smoothed(output: Any, labels: Tensor, smoothing: float) -> Tensor:

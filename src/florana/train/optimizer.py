@@ -79,7 +79,7 @@ def curve(settings: Train, steps: int, round_: int, rounds: int) -> Callable[[in
         >>> [half(step) for step in range(4)]
         [0.5, 0.375, 0.25, 0.125]
     """
-    if settings.lr_schedule == "constant" and settings.warmup_ratio == 0:
+    if is_constant(settings):
         return lambda step: 1.0
     whole = settings.lr_schedule_over == "run"
     total, done = (rounds * steps, (round_ - 1) * steps) if whole else (steps, 0)
@@ -90,6 +90,11 @@ def curve(settings: Train, steps: int, round_: int, rounds: int) -> Callable[[in
     factor: Callable[[int], float] = scheduler.lr_lambdas[0]
     # Transformers' first step has a rate of 0 where there is a warm-up, and one step a round would train nothing
     return lambda step: float(factor(done + step + 1 if done + step < warmup else done + step))
+
+
+def is_constant(settings: Train) -> bool:
+    """Whether the learning rate is the same in every step."""
+    return settings.lr_schedule == "constant" and settings.warmup_ratio == 0
 
 
 def reach(settings: Train, steps: int) -> Reach | None:
