@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from florana.adapters.adapter_folder import AdapterCard
-from florana.federation.collect import Event
+from florana.federation.event import Event
 from florana.federation.journal import Journal
 from florana.federation.loop import Federation, run_rounds
 from florana.federation.messages import Brief, Failure, Reply, pack, unpack

@@ -17,7 +17,7 @@ from torch import Tensor
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
-from florana.federation.collect import Event
+from florana.federation.event import Event
 from florana.flower.app.frames import Frame
 from florana.flower.app.server_app import lead
 from florana.flower.app.settings import Settings

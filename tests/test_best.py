@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from florana.errors import RecipeError
 from florana.federation.best import best_round, enough
-from florana.federation.collect import Event
+from florana.federation.event import Event
 from florana.federation.journal import Journal, read_records
 from florana.federation.loop import Federation, run_rounds
 from florana.federation.round_record import RoundRecord

@@ -21,7 +21,7 @@ from florana.cli.main import _complain, app
 from florana.cli.say import say
 from florana.displayable import displayable, log
 from florana.errors import FloranaError
-from florana.federation.collect import Event
+from florana.federation.event import Event
 from florana.federation.journal import read_records
 from florana.federation.messages import Brief, Failure, Reply
 from florana.federation.sampling import sample

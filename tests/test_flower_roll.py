@@ -16,7 +16,7 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 from flwr.app import RecordDict
 
 from florana.errors import FederationError
-from florana.federation.collect import Event
+from florana.federation.event import Event
 from florana.federation.journal import read_records
 from florana.flower.app.flower_records import from_record, to_record
 from florana.flower.app.frames import Frame

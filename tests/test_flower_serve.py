@@ -18,7 +18,7 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 import florana.flower.deploy.serve as serving
 from florana.errors import FederationError, InputError
-from florana.federation.collect import Event
+from florana.federation.event import Event
 from florana.federation.messages import Brief, Reply
 from florana.flower.app.codec import brief_frame
 from florana.flower.app.frames import Frame

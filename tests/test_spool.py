@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from florana.errors import FederationError
-from florana.federation.collect import Event
+from florana.federation.event import Event
 from florana.federation.journal import Journal
 from florana.federation.loop import run_rounds
 from florana.federation.messages import Brief, Failure, Reply

@@ -16,7 +16,7 @@ import tomli_w
 import torch
 
 from florana.errors import InputError, RecipeError
-from florana.federation.collect import Event
+from florana.federation.event import Event
 from florana.lora.factors import Adapter
 from florana.recipe.load import check
 from florana.recipe.schema import Recipe

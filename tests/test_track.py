@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from florana.cli.extras import missing
 from florana.cli.main import app
-from florana.federation.collect import Event
+from florana.federation.event import Event
 from florana.federation.journal import read_records
 from florana.recipe.schema import Recipe
 from florana.runs.setup import execute, prepare

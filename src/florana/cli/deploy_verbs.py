@@ -19,7 +19,7 @@ from florana.flower import require_flwr
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from florana.federation.collect import Event
+    from florana.federation.event import Event
     from florana.flower.deploy.doctor import Finding
 
 OURS_ALONE = 0o077

@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 from florana.displayable import displayable
-from florana.federation.collect import Event
+from florana.federation.event import Event
 from florana.federation.round_record import RoundRecord
 from florana.report.page import duration, number, seconds, size
 from florana.report.views import rows_note

@@ -6,33 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from florana.displayable import displayable
+from florana.federation.event import Event
 from florana.federation.gate import Expected, RejectedUpdate, oversized, validate
 from florana.federation.messages import Brief, Engine, Failure
-from florana.federation.round_record import RoundRecord
 from florana.federation.spool import Spool
 from florana.lora.factors import Update
 
 REASON = 500
 """Characters of why an update was refused."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something to show while a run goes on.
-
-    Args:
-        kind: joined, back, resumed, repaired, round, reply, refused, committed, ended, or told (of the end).
-        round: counted from 1.
-        client: whom it is about, where it is one client.
-        detail: what happened, in words.
-        record: the round's record, of a committed round.
-    """
-
-    kind: str
-    round: int
-    client: str = ""
-    detail: str = ""
-    record: RoundRecord | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from florana.aggregate.error import AggregationError, measure
 from florana.errors import FederationError
-from florana.federation.collect import Event, collect
+from florana.federation.collect import collect
+from florana.federation.event import Event
 from florana.federation.gate import MAX_CHANGE, Expected
 from florana.federation.journal import Journal, first_rows, read_records
 from florana.federation.messages import Brief, Engine, pack

@@ -18,7 +18,7 @@ from torch import Tensor
 from florana.adapters.adapter_folder import AdapterCard
 from florana.atomic_files import explained, replace_file
 from florana.errors import RecipeError
-from florana.federation.collect import Event
+from florana.federation.event import Event
 from florana.federation.journal import Journal, read_records
 from florana.federation.loop import Federation, run_rounds
 from florana.federation.messages import Engine

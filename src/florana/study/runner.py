@@ -25,7 +25,7 @@ import torch
 from florana.atomic_files import explained, replace_file
 from florana.errors import FloranaError
 from florana.federation.best import enough
-from florana.federation.collect import Event
+from florana.federation.event import Event
 from florana.federation.journal import read_records
 from florana.federation.round_record import RoundRecord
 from florana.recipe import schema as r

@@ -19,7 +19,7 @@ from florana.atomic_files import replace_file
 from florana.bounded import read_json, read_toml
 from florana.displayable import displayable
 from florana.errors import FloranaError
-from florana.federation.collect import Event
+from florana.federation.event import Event
 from florana.federation.journal import read_records
 from florana.federation.round_record import RoundRecord
 from florana.track.round_figures import figures_of, settings_of

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from flwr.app import MessageType
 
 from florana.displayable import displayable
-from florana.federation.collect import Event
+from florana.federation.event import Event
 from florana.federation.messages import Failure, pack
 from florana.flower.app.flower_engine import Nodes, Seat, exchange
 from florana.flower.app.frames import Frame

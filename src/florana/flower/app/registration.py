@@ -13,7 +13,8 @@ from flwr.app import MessageType
 
 from florana.displayable import displayable
 from florana.errors import FederationError
-from florana.federation.collect import REASON, Event
+from florana.federation.collect import REASON
+from florana.federation.event import Event
 from florana.federation.messages import Failure
 from florana.flower.app.flower_engine import Nodes, Seat, exchange
 from florana.flower.app.frames import Frame

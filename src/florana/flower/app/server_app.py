@@ -23,7 +23,7 @@ from torch import Tensor
 from florana.atomic_files import explained, replace_file
 from florana.displayable import log
 from florana.errors import FloranaError, InputError, RecipeError
-from florana.federation.collect import Event
+from florana.federation.event import Event
 from florana.federation.journal import first_rows, read_records
 from florana.federation.messages import Engine, unpack_whole
 from florana.flower.app.farewell import ended_frame, farewell

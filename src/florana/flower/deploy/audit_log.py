@@ -23,7 +23,7 @@ from florana.errors import InputError
 from florana.flower.deploy.audit_chain import CLOSED, FIRST, Entry, digest_of, entry_of, line_of, verified
 
 if TYPE_CHECKING:  # it brings torch, and an operator's small commands need none
-    from florana.federation.collect import Event
+    from florana.federation.event import Event
 
 NAME = "audit.jsonl"
 TAIL_BYTES = 2**16

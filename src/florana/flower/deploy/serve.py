@@ -9,7 +9,7 @@ from pathlib import Path
 
 from florana.atomic_files import explained
 from florana.errors import FederationError, InputError, RecipeError
-from florana.federation.collect import Event
+from florana.federation.event import Event
 from florana.flower.app.server_app import lead, noted
 from florana.flower.app.settings import Settings
 from florana.flower.deploy.audit_chain import digest_of
