@@ -11,7 +11,8 @@ from torch import Tensor
 from florana.adapters.adapter_folder import AdapterCard
 from florana.federation.event import Event
 from florana.federation.journal import Journal
-from florana.federation.loop import Federation, run_rounds
+from florana.federation.loop import run_rounds
+from florana.federation.terms import Federation
 from florana.federation.messages import Brief, Failure, Reply, pack, unpack
 from florana.federation.weighting import Weighing, by_examples
 from florana.lora.factors import Adapter, LoraFactors, adapter_from_tensors, kind_of

@@ -23,10 +23,11 @@ from florana.runs.setup import execute, prepare
 from florana.strategy import STRATEGIES
 from florana.strategy.base import Pruning
 from florana.train import cohort_engine, cohort_probe
-from florana.train.client import penalty_of, train_locally
+from florana.train.client import train_locally
 from florana.train.cohort import Member, clip_each, train_together
 from florana.train.cohort_probe import require_together
 from florana.train.model import Workbench
+from florana.train.pruning import penalty_of
 from tests.conftest import ROOT
 from tests.families import FAMILIES, LANGUAGE
 

@@ -19,9 +19,10 @@ from florana.runs.chosen_strategy import strategy_of
 from florana.runs.dry_run import plan
 from florana.runs.setup import begin, execute, prepare
 from florana.strategy.base import Payload, Pruning
-from florana.train.client import TrainingClients, penalty_of, train_locally
+from florana.train.client import TrainingClients, train_locally
 from florana.train.data.tokenize import collate
 from florana.train.evaluate import evaluate
+from florana.train.pruning import penalty_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 

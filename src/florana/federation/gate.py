@@ -73,6 +73,23 @@ def validate(reply: Reply, expected: Expected, seen: Collection[str], opened: Op
             bytes, a missing or foreign tensor, a wrong shape or dtype, a value or a product that is not finite, a scale
             below 0, a number that no training of this recipe could have moved so far.
     """
+    check_head(reply, expected, seen)
+    sent = expected.clients[reply.client]
+    tensors = opened(sent) if opened else _from_bytes(reply.payload, sent, expected.uplink)
+    adapter = _check_tensors(tensors, sent, expected.uplink)
+    if expected.reach is not None and (reach := expected.reach(reply.examples)) is not None:
+        _check_reach(adapter, sent, reach)
+    return Update(reply.client, reply.round, adapter, reply.examples, dict(reply.metrics))
+
+
+def check_head(reply: Reply, expected: Expected, seen: Collection[str]) -> None:
+    """Raise RejectedUpdate where a reply is not one of this round, or what it says beside its tensors makes no sense.
+
+    Args:
+        reply: what came from the client; untrusted.
+        expected: what the server asked for.
+        seen: the clients whose reply was already let through.
+    """
     if reply.client not in expected.clients:
         raise RejectedUpdate("was not asked in this round")
     if reply.round != expected.round:
@@ -80,15 +97,9 @@ def validate(reply: Reply, expected: Expected, seen: Collection[str], opened: Op
     if reply.client in seen:
         raise RejectedUpdate("has already answered in this round")
     _check_examples(reply, expected.examples.get(reply.client))
-    sent = expected.clients[reply.client]
-    tensors = opened(sent) if opened else _from_bytes(reply.payload, sent, expected.uplink)
-    adapter = _check_tensors(tensors, sent, expected.uplink)
-    if expected.reach is not None and (reach := expected.reach(reply.examples)) is not None:
-        _check_reach(adapter, sent, reach)
     bad = [name for name, value in reply.metrics.items() if not math.isfinite(value)]
     if bad:
         raise RejectedUpdate(f"the metric '{bad[0]}' is not finite")
-    return Update(reply.client, reply.round, adapter, reply.examples, dict(reply.metrics))
 
 
 def _check_examples(reply: Reply, known: int | None) -> None:
@@ -109,7 +120,16 @@ def check_size(size: int, template: Mapping[str, Tensor]) -> None:
 
 
 def _from_bytes(content: bytes, sent: Payload, uplink: quantize.Format) -> Mapping[str, Tensor]:
-    check_size(len(content), quantize.form_of(travelling(sent.adapter, sent.work.up, sent.blocks), uplink))
+    return loaded(content, quantize.form_of(travelling(sent.adapter, sent.work.up, sent.blocks), uplink))
+
+
+def loaded(content: bytes, template: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of a reply, their number and size bounded by those expected, and not otherwise checked.
+
+    Raises:
+        RejectedUpdate: too many bytes, or no safetensors.
+    """
+    check_size(len(content), template)
     try:
         return load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -117,14 +137,31 @@ def _from_bytes(content: bytes, sent: Payload, uplink: quantize.Format) -> Mappi
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], sent: Payload, uplink: quantize.Format) -> Adapter:
-    template = quantize.form_of(travelling(sent.adapter, sent.work.up, sent.blocks), uplink)
-    for name in sorted(template.keys() - tensors.keys()):
-        raise RejectedUpdate(f"lacks the tensor '{name}'")
-    for name in sorted(tensors.keys() - template.keys()):
-        raise RejectedUpdate(f"brings the foreign tensor '{name[:80]}'")
+    _check_names(tensors, quantize.form_of(travelling(sent.adapter, sent.work.up, sent.blocks), uplink))
     like = _form(sent, tensors)
-    before = travelling(like, sent.work.up, sent.blocks)
-    for name, expected in quantize.form_of(before, uplink).items():
+    values = checked(tensors, travelling(like, sent.work.up, sent.blocks), uplink)
+    adapter = completed(like, values, sent.blocks)
+    for name, pair in folded(adapter).modules.items():
+        size = linalg.norm(linalg.stack([pair], [1.0]))
+        if not size <= torch.finfo(torch.float32).max:
+            raise RejectedUpdate(f"the product of module '{name}' overflows (norm {size:.1e})")
+    return adapter
+
+
+def checked(tensors: Mapping[str, Tensor], before: Mapping[str, Tensor], uplink: quantize.Format) -> Mapping[str, Tensor]:
+    """What a client's tensors say, in the place of `before`.
+
+    Args:
+        tensors: as they came.
+        before: name -> what the server knows them to have been, or would be without any training.
+        uplink: the format of the reply.
+
+    Raises:
+        RejectedUpdate: a missing or foreign name, a wrong shape or type, a value that is not finite, or too large.
+    """
+    template = quantize.form_of(before, uplink)
+    _check_names(tensors, template)
+    for name, expected in template.items():
         _check_tensor(name, tensors[name], expected)
         if uplink == "int8":
             _check_levels(name, tensors[name])
@@ -132,12 +169,14 @@ def _check_tensors(tensors: Mapping[str, Tensor], sent: Payload, uplink: quantiz
     if uplink != "float32":  # the sum of two numbers in range may be out of it
         for name, expected in before.items():
             _check_tensor(name, values[name], expected)
-    adapter = completed(like, values, sent.blocks)
-    for name, pair in folded(adapter).modules.items():
-        size = linalg.norm(linalg.stack([pair], [1.0]))
-        if not size <= torch.finfo(torch.float32).max:
-            raise RejectedUpdate(f"the product of module '{name}' overflows (norm {size:.1e})")
-    return adapter
+    return values
+
+
+def _check_names(tensors: Mapping[str, Tensor], template: Mapping[str, Tensor]) -> None:
+    for name in sorted(template.keys() - tensors.keys()):
+        raise RejectedUpdate(f"lacks the tensor '{name}'")
+    for name in sorted(tensors.keys() - template.keys()):
+        raise RejectedUpdate(f"brings the foreign tensor '{name[:80]}'")
 
 
 def _form(sent: Payload, tensors: Mapping[str, Tensor]) -> Adapter:

@@ -2,71 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
+from pathlib import Path
 
 from florana.aggregate.error import AggregationError, measure
-from florana.errors import FederationError
-from florana.federation.collect import collect
 from florana.federation.event import Event
-from florana.federation.gate import MAX_CHANGE, Expected
+from florana.federation.gather import Gathered, gather
 from florana.federation.journal import Journal, first_rows, read_records
-from florana.federation.messages import Brief, Engine, pack
-from florana.federation.quantize import Format
+from florana.federation.messages import Engine
 from florana.federation.round_record import RoundRecord, slim
-from florana.federation.sampling import derive, sample
+from florana.federation.sampling import sample
 from florana.federation.spool import Spool
-from florana.federation.step_bounds import Reach
-from florana.federation.weighting import Weighing, weigh
-from florana.lora.factors import Contribution, Update
-from florana.strategy.base import Payload, State, Strategy
-
-_CARRIED = {"stay": ["A", "B", "core", "extra"], "move": ["extra"]}
-"""Kinds of tensors whose rounding a client carries over, by `strategy.facts.Facts.coordinates`."""
-
-Scores = Mapping[str, float]
-"""Metric name -> value."""
-
-
-@dataclass(frozen=True, eq=False)
-class Federation:
-    """The fixed facts of a run.
-
-    Args:
-        clients: all client names.
-        rounds: how many rounds there are in all.
-        per_round: how many clients take part in each round.
-        seed: of sampling and of the clients' training.
-        weighing: how much each update counts.
-        evaluate: scores of a state's global model, or None where the server cannot measure.
-        measured: whether a round is one that is measured.
-        personal: whether a round is one in which clients measure their own models.
-        minimum: the fewest usable updates.
-        examples: client -> its training rows, where the server knows them.
-        uplink: how clients write what they send, see `federation.quantize`.
-        max_change: see `gate.oversized`.
-        validate: as `evaluate`, on the rows to choose by; None where there are none.
-        enough: whether the run ends with these records, before its last round.
-        reach: training rows -> see `federation.step_bounds`; None where nobody knows.
-    """
-
-    clients: Sequence[str]
-    rounds: int
-    per_round: int
-    seed: int
-    weighing: Weighing
-    evaluate: Callable[[State], Scores] | None
-    measured: Callable[[int], bool]
-    personal: Callable[[int], bool]
-    minimum: int = 1
-    examples: Mapping[str, int] = field(default_factory=dict)
-    uplink: Format = "float32"
-    max_change: float = MAX_CHANGE
-    validate: Callable[[State], Scores] | None = None
-    enough: Callable[[Sequence[RoundRecord]], bool] = lambda records: False
-    reach: Callable[[int], Reach | None] | None = None
+from florana.federation.terms import Federation
+from florana.federation.trip_memory import lasting
+from florana.federation.trips import gather_sums
+from florana.lora.factors import Update
+from florana.strategy.base import Outcome, State, Strategy
 
 
 def run_rounds(
@@ -94,10 +48,9 @@ def run_rounds(
     rows = first_rows(records)
     records = [slim(record) for record in records]
     while state.round < federation.rounds and not federation.enough(records):
-        spool = Spool(journal.folder, state.round + 1)
-        state, record = _one_round(strategy, state, engine, federation, rows, spool, show)
-        journal.commit(state, record, engine.memories())
-        spool.remove()
+        state, record = _one_round(strategy, state, engine, federation, rows, journal.folder, show)
+        journal.commit(state, record, lasting(engine.memories()))
+        Spool(journal.folder, state.round).remove()
         rows = {**record.examples, **rows}
         records.append(slim(record))
         show(Event("committed", state.round, record=record))
@@ -112,94 +65,52 @@ def _one_round(
     engine: Engine,
     federation: Federation,
     rows: Mapping[str, int],
-    spool: Spool,
+    run: Path,
     show: Callable[[Event], None],
 ) -> tuple[State, RoundRecord]:
     round_ = state.round + 1
     chosen = sample(federation.clients, federation.per_round, federation.seed, round_)
     show(Event("round", round_, detail=str(len(chosen))))
-    payloads = {client: strategy.brief(state, client) for client in chosen}
-    briefs = _briefs(strategy, payloads, round_, federation)
-    # read while answers come in: a site that joins during the round is held to the rows it said
-    known: Mapping[str, int] = ChainMap(federation.examples, rows)  # type: ignore[arg-type]
-    expected = Expected(round_, payloads, known, federation.uplink, federation.reach)
-    collected = collect(engine, briefs, expected, spool, federation.max_change, show)
-    updates = sorted(collected.updates, key=lambda update: update.client)
-    if len(updates) < max(1, federation.minimum):
-        reasons = "; ".join(f"{client}: {reason}" for client, reason in sorted(collected.refused.items()))
-        raise FederationError(
-            f"round {round_} has {len(updates)} usable updates of {len(chosen)} clients asked, "
-            f"and needs {max(1, federation.minimum)}",
-            why=reasons or "no client answered",
-            fix="mend the clients named and run again with --resume: the rounds before this one are committed",
-        )
-    weighed = weigh(updates, payloads, federation.weighing)
-    kept, weights = weighed.updates, weighed.weights
-    parts = [
-        Contribution(update.client, update.adapter, weights[update.client], sent.residual, sent.blocks)
-        for update, sent in ((update, payloads[update.client]) for update in kept)
-    ]
+    spools = functools.partial(Spool, run, round_)
+    if strategy.sums is None:
+        came = gather(strategy, state, chosen, engine, federation, rows, spools(0), show)
+    else:
+        came = gather_sums(strategy, strategy.sums, state, chosen, engine, federation, rows, spools, show)
     started = time.perf_counter()
-    outcome = strategy.step(state, parts)
+    outcome = strategy.step(state, came.parts)
     server_seconds = time.perf_counter() - started
-    error: Mapping[str, object] = {"overall": None, "optimum": None, "per_module": {}}
-    if strategy.facts.one_model:
-        aimed, answer = outcome.judged or (parts, outcome.state)
-        error = _error_json(measure(aimed, answer.adapter, answer.residual))
-    if federation.uplink != "float32":
-        error = {**error, "uplink": _weighted("uplink_error", kept, parts)}
+    error = _error(strategy, outcome, came)
+    if federation.uplink != "float32" and strategy.sums is None:
+        error = {**error, "uplink": came.mean("uplink_error")}
+    traffic = came.traffic
     record = RoundRecord(
         round=round_,
         strategy=strategy.name,
-        clients=[update.client for update in kept],
-        refused=dict(sorted(collected.refused.items())),
-        examples={update.client: update.examples for update in kept},
-        weights=dict(weights),
-        train_loss=_weighted("train_loss", kept, parts),
-        eval=_scores(outcome.state, kept, federation, one_model=strategy.facts.one_model),
-        bytes_up=sum(collected.bytes_up.values()),
-        bytes_down=sum(len(brief.payload) for brief in briefs),
+        clients=[update.client for update in came.updates],
+        refused=dict(sorted(came.refused.items())),
+        examples={update.client: update.examples for update in came.updates},
+        weights=dict(came.weights),
+        train_loss=came.mean("train_loss"),
+        eval=_scores(outcome.state, came.updates, federation, one_model=strategy.facts.one_model),
+        bytes_up=sum(sizes["up"] for sizes in traffic.values()),
+        bytes_down=sum(sizes["down"] for sizes in traffic.values()),
         server_seconds=server_seconds,
-        client_seconds=collected.client_seconds,
+        client_seconds=came.seconds,
         error=error,
-        notes={**outcome.notes, **weighed.notes},
-        traffic={
-            brief.client: {"up": collected.bytes_up[brief.client], "down": len(brief.payload)} for brief in briefs
-        },
+        notes={**outcome.notes, **came.notes},
+        traffic=traffic,
     )
     return outcome.state, record
 
 
-def _briefs(strategy: Strategy, payloads: Mapping[str, Payload], round_: int, federation: Federation) -> list[Brief]:
-    packed: dict[tuple[int, int], bytes] = {}  # clients that get the same objects get the same bytes
-    briefs = []
-    for client, payload in payloads.items():
-        key = (id(payload.adapter), id(payload.residual))
-        if key not in packed:
-            packed[key] = pack(payload.adapter, payload.work.down, payload.residual)
-        briefs.append(
-            Brief(
-                round=round_,
-                client=client,
-                seed=derive(federation.seed, "client", round_, client),
-                payload=packed[key],
-                evaluate=federation.personal(round_),
-                trains=sorted(payload.work.trains),
-                returns=sorted(payload.work.up),
-                scalings=payload.adapter.scalings,
-                blocks=payload.blocks,
-                pruning=payload.pruning,
-                uplink=federation.uplink,
-                feedback=[] if federation.uplink == "float32" else _CARRIED[strategy.facts.coordinates],
-            )
-        )
-    return briefs
-
-
-def _weighted(name: str, updates: Sequence[Update], parts: Sequence[Contribution]) -> float | None:
-    if any(name not in update.metrics for update in updates):
-        return None
-    return sum(update.metrics[name] * part.weight for update, part in zip(updates, parts, strict=True))
+def _error(strategy: Strategy, outcome: Outcome, came: Gathered) -> Mapping[str, object]:
+    """How far the step is from the clients' true mean, where anybody has their updates."""
+    if not strategy.facts.one_model or came.truth is None:
+        return {"overall": None, "optimum": None, "per_module": {}}
+    aimed, answer = outcome.judged or (came.truth, outcome.state)
+    if strategy.sums is not None and outcome.judged is not None:  # the optimizer moved the mean that it was given
+        aimed = [replace(part, residual=aimed[0].residual) for part in came.truth]
+    return _error_json(measure(aimed, answer.adapter, answer.residual))
 
 
 def _scores(

@@ -17,9 +17,10 @@ from torch import Tensor
 from florana.errors import InputError
 from florana.federation.quantize import Format
 from florana.lora.factors import Adapter, adapter_from_tensors, kind_of
-from florana.strategy.base import Pruning
+from florana.strategy.base import Named, Pruning
 
 _RESIDUAL = "residual/"
+_QUESTION = "question/"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Brief:
         uplink: how the tensors of the answer are written, see `federation.quantize`.
         feedback: kinds of tensors of which the client carries over what rounding left out, see
             `federation.error_feedback`.
+        trip: of a method that works on sums (`strategy.base.Sums`), which of them is asked for, from 0; the client
+            trains before the first. None: its update itself.
     """
 
     round: int
@@ -54,6 +57,7 @@ class Brief:
     pruning: Pruning | None = None
     uplink: Format = "float32"
     feedback: Collection[str] = field(default_factory=list)
+    trip: int | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ def pack(
     kinds: Collection[str] = ("A", "B", "core"),
     residual: Adapter | None = None,
     blocks: Collection[int] | None = None,
+    question: Named | None = None,
 ) -> bytes:
     """The tensors of those kinds (see `travelling`), and a frozen residual where there is one, as safetensors bytes.
 
@@ -150,11 +155,29 @@ def pack(
         kinds: of `A`, `B`, `core` and `scale`.
         residual: the frozen part that goes along; its scalings must be 1, since they are not sent.
         blocks: as in `travelling`.
+        question: what goes along for the first of a method's sums.
     """
     tensors = travelling(adapter, kinds, blocks)
     if residual is not None:
         tensors |= {_RESIDUAL + name: tensor for name, tensor in residual.tensors().items()}
+    tensors |= {_QUESTION + name: tensor for name, tensor in (question or {}).items()}
     return save({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def pack_question(question: Named) -> bytes:
+    """What goes down before a later one of a method's sums.
+
+    Examples:
+        >>> import torch
+        >>> question_in(pack_question({"range/q": torch.ones(1)}))["range/q"].tolist()
+        [1.0]
+    """
+    return save({_QUESTION + name: tensor.contiguous() for name, tensor in question.items()})
+
+
+def question_in(content: bytes) -> dict[str, Tensor]:
+    """The question in bytes of a trusted side, of `pack` or `pack_question`."""
+    return {n.removeprefix(_QUESTION): t for n, t in load(content).items() if n.startswith(_QUESTION)}
 
 
 def unpack_whole(content: bytes, scalings: Mapping[str, float]) -> Adapter:

@@ -1,6 +1,6 @@
 """The updates of the round that is running, on the disk before they count: RUN/spool/round-000007/.
 
-    reply -> gate -> <name>.safetensors (what travelled, as float32), <name>.json (who, figures, digests)  -> Update
+    reply -> gate -> trip-0/<name>.safetensors (what travelled, as float32), <name>.json (who, figures, digests)  -> Update
     server killed -> begun anew -> the same briefs -> those whose answers lie here are not asked again
 
 An update that was kept is read through a memory map: its pages come from the disk when a rule reaches its module, and
@@ -25,9 +25,8 @@ from torch import Tensor
 
 from florana.adapters.safetensors_io import map_tensors
 from florana.atomic_files import explained
-from florana.federation.messages import Brief, Reply, completed, travelling
-from florana.lora.factors import Update
-from florana.strategy.base import Payload
+from florana.federation.messages import Brief, Reply
+from florana.strategy.base import Named
 
 FOLDER = "spool"
 
@@ -53,23 +52,21 @@ class Spool:
     Args:
         run: RUN, which exists.
         round_: the round's number.
+        trip: of a method that works on sums, whose answers these are.
     """
 
-    def __init__(self, run: Path, round_: int) -> None:
-        self._run, self._folder = run, run / FOLDER / f"round-{round_:06d}"
+    def __init__(self, run: Path, round_: int, trip: int = 0) -> None:
+        self._run, self._folder = run, run / FOLDER / f"round-{round_:06d}" / f"trip-{trip}"
         self._asked: dict[str, str] = {}
         self._payloads: dict[int, str] = {}
 
-    def keep(
-        self, brief: Brief, sent: Payload, reply: Reply, update: Update, memory: Mapping[str, Tensor] | None
-    ) -> Update:
-        """Write down an update that the gate let through; returns it with its tensors left on the disk.
+    def keep(self, brief: Brief, reply: Reply, tensors: Named, memory: Named | None) -> Named:
+        """Write down an update that the gate let through; returns its tensors, left on the disk.
 
         Args:
             brief: what the client was asked.
-            sent: the payload of that.
             reply: its answer.
-            update: what the gate made of it.
+            tensors: what the gate made of the answer's tensors, as float32.
             memory: what the client keeps now, where the engine holds it.
 
         Raises:
@@ -85,30 +82,24 @@ class Spool:
             "bytes_up": len(reply.payload),
             "sha256": {},
         }
-        contents = {".safetensors": travelling(update.adapter, sent.work.up, sent.blocks)}
+        contents = {".safetensors": dict(tensors)}
         if memory is not None:
             contents[".memory"] = dict(memory)
         with explained(self._run, f"the update of client '{brief.client}' could not be kept"):
             self._run.stat()  # one that was moved away is not begun anew
             self._folder.mkdir(parents=True, exist_ok=True)
-            for ending, tensors in contents.items():
-                data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+            for ending, content in contents.items():
+                data = save({name: tensor.contiguous() for name, tensor in content.items()})
                 facts["sha256"][ending] = hashlib.sha256(data).hexdigest()
                 place.with_suffix(ending).write_bytes(data)
             part = place.with_suffix(".tmp")
             part.write_text(json.dumps({"facts": facts, "sha256": _digest_of(facts)}))
             part.replace(place.with_suffix(".json"))  # last: what it names is there
-            return self.left(sent, update)
+            return self.left(brief.client)
 
-    def left(self, sent: Payload, update: Update) -> Update:
-        """The update with its tensors left on the disk, where they are kept.
-
-        Args:
-            sent: the payload that it answers.
-            update: as the gate made it.
-        """
-        tensors = map_tensors(self._place(update.client).with_suffix(".safetensors"))
-        return replace(update, adapter=completed(update.adapter, tensors, sent.blocks))
+    def left(self, client: str) -> Named:
+        """The tensors that are kept of a client's answer, left on the disk."""
+        return map_tensors(self._place(client).with_suffix(".safetensors"))
 
     def kept(self, brief: Brief) -> Kept | None:
         """The answer to this very brief, where it is here and whole."""
@@ -146,7 +137,7 @@ class Spool:
 
     def remove(self) -> None:
         """Remove the spool: the round is committed, or another one is."""
-        shutil.rmtree(self._folder.parent, ignore_errors=True)
+        shutil.rmtree(self._run / FOLDER, ignore_errors=True)
 
     def _place(self, client: str) -> Path:
         return self._folder / hashlib.sha256(client.encode()).hexdigest()[:24]

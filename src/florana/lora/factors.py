@@ -171,6 +171,8 @@ class Update:
         adapter: what it sent, completed by what it was sent.
         examples: the number of its training rows.
         metrics: what it measured while training.
+        measured: what it sent in the place of its factors, where the method works on sums; its adapter is then the one
+            that it was sent.
     """
 
     client: str
@@ -178,3 +180,4 @@ class Update:
     adapter: Adapter
     examples: int
     metrics: Mapping[str, float]
+    measured: Mapping[str, Tensor] = field(default_factory=dict)

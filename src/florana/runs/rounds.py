@@ -20,9 +20,10 @@ from florana.atomic_files import explained, replace_file
 from florana.errors import RecipeError
 from florana.federation.event import Event
 from florana.federation.journal import Journal, read_records
-from florana.federation.loop import Federation, run_rounds
+from florana.federation.loop import run_rounds
 from florana.federation.messages import Engine
 from florana.federation.round_record import RoundRecord
+from florana.federation.terms import Federation
 from florana.recipe import schema as r
 from florana.recipe.usage import usage_of, write_usage
 from florana.runs.model_card import write_card

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from florana.federation.best import enough
 from florana.federation.local_engine import LocalEngine
-from florana.federation.loop import Federation
 from florana.federation.side_by_side import require_forks, side_by_side
+from florana.federation.terms import Federation
 from florana.federation.weighting import Weighing, by_examples, uniformly
 from florana.lora.factors import Adapter
 from florana.recipe import schema as r
@@ -191,6 +191,7 @@ def clients_of(
         "personal" if recipe.model.personal else "average",
         recipe.federation.rounds,
         step,
+        recipe.build_strategy().sums,
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from florana.strategy import (
     best_rank,
     fed_sb,
+    fedask,
     fedex_lora,
     fedit,
     fedrot,
@@ -42,6 +43,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "flexlora": flexlora.build,
     "florist": florist.build,
     "hetlora": hetlora.build,
+    "fedask": fedask.build,
     "fedsvd": fedsvd.build,
     "lora-fair": lora_fair.build,
     "frlora": frlora.build,

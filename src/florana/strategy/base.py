@@ -94,6 +94,7 @@ class Payload:
         work: what to train and send.
         blocks: the blocks of its cores that the client trains and sends, in any order (None: all); all of them go down.
         pruning: the permission to prune, where the client has it.
+        question: what goes along for the first of the `Sums`.
     """
 
     adapter: Adapter
@@ -101,6 +102,7 @@ class Payload:
     work: Work = PAIR
     blocks: tuple[int, ...] | None = None
     pruning: Pruning | None = None
+    question: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +119,32 @@ class Outcome:
     state: State
     notes: Mapping[str, object] = field(default_factory=dict)
     judged: tuple[Sequence[Contribution], State] | None = None
+
+
+Named = Mapping[str, Tensor]
+"""Tensors by name."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """How a method gets on with sums over the clients alone: it asks for one after the other, each in a trip of its own.
+
+    The clients train once, before the first trip, and keep their update until the last. A trip's sum is a weighted mean
+    over those who answered it.
+
+    Args:
+        trips: how many sums a round takes.
+        ask: (what was sent, the means so far) -> what goes down before the next trip; empty before the first, whose
+            part is `Payload.question`.
+        measure: (trip from 0, round, what came down, the adapter as received, as trained) -> what a client sends: each
+            tensor linear in the client's product, or in the tensors that it trained whole.
+        mean: (the adapter as sent, all means) -> the clients' mean as one adapter, for `Strategy.step`; of any rank.
+    """
+
+    trips: int
+    ask: Callable[[Adapter, Sequence[Named]], Named]
+    measure: Callable[[int, int, Named, Adapter, Adapter], Named]
+    mean: Callable[[Adapter, Sequence[Named]], Adapter]
 
 
 Cut = Callable[[Payload, int, float], Payload]
@@ -137,6 +165,7 @@ class Strategy:
         cut: how a client of a lower rank gets its part; None where all clients must have one rank.
         begin: what `init` is given: PEFT's usual start (`lora`), or factors from the singular vectors of each base
             weight (`principal`) or of its first gradient (`gradient`).
+        sums: what it asks clients for in the place of their factors; None: the factors.
     """
 
     name: str
@@ -147,6 +176,7 @@ class Strategy:
     step: Callable[[State, Sequence[Contribution]], Outcome]
     cut: Cut | None = None
     begin: Literal["lora", "principal", "gradient"] = "lora"
+    sums: Sums | None = None
 
 
 def start(adapter: Adapter) -> State:

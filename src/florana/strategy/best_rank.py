@@ -8,6 +8,8 @@ dense. Beyond the published methods, each an option:
     carry_rank     what rank r could not carry is kept at the server, in at most so many terms, for the next target
     broadcast_*    the terms after the first r go out too, as a frozen part beside the pair: so many, or as many as an
                    error asks for, or as a budget allows
+    source         `sums`: near the same adapter from two sums over the clients (`aggregate/best_rank/sketch.py`); the
+                   server needs no single client's factors
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ from florana.strategy import facts
 from florana.strategy.base import Outcome, State, Strategy, advance, broadcast, ranks_of, start
 from florana.strategy.ranks import best_and_rest, best_terms
 from florana.strategy.residuals import residual_note
+from florana.strategy.two_trips import columns_of, near_A, two_trips
 
 FACTS = facts.Facts(
     does="the nearest adapter of rank r; options `factorization`, `carry_rank`, `broadcast_rank`, "
-    "`broadcast_error`, `broadcast_bytes`",
+    "`broadcast_error`, `broadcast_bytes`, `source`, `sketch`",
     trains="A, B",
     up=facts.PAIR,
     down=facts.PAIR,
@@ -59,6 +62,8 @@ def build(
     broadcast_rank: int | None = None,
     broadcast_error: float | None = None,
     broadcast_bytes: int | None = None,
+    source: Literal["factors", "sums"] = "factors",
+    sketch: int | None = None,
 ) -> Strategy:
     """The strategy; the clients' rank is that of the adapter it starts from.
 
@@ -68,13 +73,43 @@ def build(
         broadcast_rank: r + k, how many terms of every module go out.
         broadcast_error: the relative error per module at which the terms that go out are enough.
         broadcast_bytes: float32 bytes of a whole broadcast, spent where they take away most error.
+        source: what the server has: every client's factors, or two sums of sketches of their products.
+        sketch: k, the columns of those sketches; None: 2 r.
+
+    Raises:
+        RecipeError: options that exclude one another, or a number that makes no sense.
     """
     wide = _chooser(broadcast_rank, broadcast_error, broadcast_bytes)
     if carry_rank < 0:
         raise RecipeError(f"strategy.carry_rank is {carry_rank}, not at least 0")
     step = _Step(FACTORIZATIONS[factorization], carry_rank, wide)
+    if source == "sums":
+        return _from_sums(step, sketch)
+    if sketch is not None:
+        raise RecipeError("strategy.sketch is of strategy.source = 'sums'", fix="set the source, or leave it out")
     made_of, cut = (FACTS, best_terms) if wide is None else (WIDE, best_and_rest)
     return Strategy("best-rank", "Eckart-Young 1936; arXiv 2402.11505", made_of, start, broadcast, step, cut=cut)
+
+
+def _from_sums(step: _Step, sketch: int | None) -> Strategy:
+    if step.wide is not None:
+        raise RecipeError(
+            "strategy.broadcast_rank, broadcast_error and broadcast_bytes do not go with strategy.source = 'sums'",
+            why="clients of lower ranks would carry different frozen parts, which the sums do not tell apart",
+            fix="leave it out, or set strategy.source = 'factors'",
+        )
+    k, columns = columns_of(sketch, 2)
+    made_of = replace(
+        FACTS,
+        up=facts.sketched(k, columns),
+        down=facts.and_range(k, columns),
+        exact="near the optimum of rank r: within 1 % on six clients of a real Llama, 10 % in a rough first round",
+        absent="nothing; one that answers the first trip alone is missing from the second sum",
+        secure_aggregation="yes: two sums, of sketches",
+        robust="no: its server sees sums of sketches, not updates",
+    )
+    source, sums = "Halko, Martinsson and Tropp 2011", two_trips(columns, near_A)
+    return Strategy("best-rank", source, made_of, start, broadcast, step, cut=best_terms, sums=sums)
 
 
 def _chooser(rank: int | None, error: float | None, budget: int | None) -> Callable[[Rank], Choose] | None:

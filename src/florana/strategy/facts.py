@@ -52,6 +52,28 @@ IN_TURN = Count("r out, r in in turn", lambda s: s.rank * (s.out if s.round % 2 
 PAIR_AND_RESIDUAL = Count("(r + k) (out + in)", lambda s: (s.rank + s.residual) * (s.out + s.into))
 A_AND_RESIDUAL = Count("r in + k (out + in)", lambda s: s.rank * s.into + s.residual * (s.out + s.into))
 RESIDUAL = Count("k (out + in)", lambda s: s.residual * (s.out + s.into))
+def sketched(k: str, columns: Callable[[int], int]) -> Count:
+    """Of two sums of sketches: k out numbers, then k in.
+
+    Args:
+        k: as a formula.
+        columns: the rank -> k, before the module's own sides bound it.
+
+    Examples:
+        >>> sketched("2 r", lambda rank: 2 * rank).of(Size(out=4, into=6, rank=1))
+        20
+    """
+    return Count(f"{k} (out + in)", lambda s: min(columns(s.rank), s.out, s.into) * (s.out + s.into))
+
+
+def and_range(k: str, columns: Callable[[int], int]) -> Count:
+    """The factors, and what is sent between two sums of sketches: an orthonormal basis of k columns."""
+    return Count(
+        f"r (out + in) + {k} out",
+        lambda s: s.rank * (s.out + s.into) + min(columns(s.rank), s.out, s.into) * s.out,
+    )
+
+
 CORE = Count("h (r/h)^2", lambda s: s.rank * s.rank // s.blocks)
 
 

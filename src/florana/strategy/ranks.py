@@ -12,6 +12,7 @@ from florana.errors import RecipeError
 from florana.lora import linalg
 from florana.lora.factors import Adapter
 from florana.strategy.base import Payload, State, Strategy
+from florana.strategy.two_trips import told
 
 
 def first_terms(payload: Payload, rank: int, scaling: float) -> Payload:
@@ -75,6 +76,8 @@ def with_ranks(strategy: Strategy, ranks: Mapping[str, int], scaling_of: Callabl
         )
 
     def brief(state: State, client: str) -> Payload:
-        return cut(strategy.brief(state, client), ranks[client], scaling_of(ranks[client]))
+        whole = strategy.brief(state, client)
+        own = cut(whole, ranks[client], scaling_of(ranks[client]))
+        return own if strategy.sums is None else told(own, whole.adapter)
 
     return replace(strategy, brief=brief)

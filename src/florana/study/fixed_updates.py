@@ -20,6 +20,7 @@ from florana.recipe import schema as r
 from florana.runs.chosen_strategy import strategy_of
 from florana.runs.setup import Setup, engine_of, federation_of, first_state, global_scores
 from florana.strategy.base import PAIR, Outcome, State, Strategy
+from florana.strategy.two_trips import seen
 from florana.study.named_methods import Method
 
 Held = Mapping[int, tuple[State, Sequence[Contribution]]]
@@ -67,7 +68,7 @@ def exchange(
             continue
         for round_, (before, parts) in held.items():
             own = one.init(before.adapter).memory  # what the rule itself would have kept: another one began the state
-            after = one.step(replace(before, memory=own), parts).state
+            after = one.step(replace(before, memory=own), seen(one, before, parts)).state
             error = measure(parts, after.adapter, after.residual)
             row = {"method": method.label, "round": round_, "error": error.error, "optimum": error.optimum}
             if scored is None or round_ in scored:

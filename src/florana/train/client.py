@@ -14,18 +14,20 @@ import torch
 from torch import Tensor
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
-from florana.aggregate.heterogeneous import leading, tail
+from florana.aggregate.heterogeneous import leading
 from florana.errors import FloranaError
-from florana.federation.error_feedback import FEEDBACK, outgoing, uplink_error
+from florana.federation import trip_memory
+from florana.federation.error_feedback import outgoing, uplink_error
 from florana.federation.messages import Brief, Reply, unpack
-from florana.lora.factors import Adapter, LoraFactors, kind_of
+from florana.lora.factors import Adapter, kind_of
 from florana.recipe import schema as r
-from florana.strategy.base import Pruning
+from florana.strategy.base import Sums
 from florana.train.data.tokenize import Example
 from florana.train.evaluate import evaluate
 from florana.train.local_loss import predictions, proximal, smoothed
 from florana.train.model import Workbench
 from florana.train.optimizer import curve, optimizer_of
+from florana.train.pruning import penalty_of, shrunk
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +59,7 @@ class TrainingClients:
         head: the recipe's policy for tensors trained whole.
         rounds: of the whole run, which a schedule may span.
         step: called after every optimizer step, for progress.
+        sums: what the strategy asks for in the place of the update, where it does.
     """
 
     bench: Workbench
@@ -68,11 +71,16 @@ class TrainingClients:
     head: str
     rounds: int = 1
     step: Callable[[str], None] = lambda client: None
+    sums: Sums | None = None
     _last: tuple[Brief, tuple[Adapter, Adapter | None]] | None = field(default=None, repr=False)
 
     def fit(self, brief: Brief, memory: Mapping[str, Tensor]) -> tuple[Reply, Mapping[str, Tensor]]:
         """One round of one client: the reply, and what it keeps (what it trains and does not send; remainders)."""
         started = time.perf_counter()
+        if brief.trip:  # it has trained
+            content, own = trip_memory.measured(brief, self.sums, memory), self.data[brief.client]
+            seconds = time.perf_counter() - started
+            return Reply(brief.client, brief.round, len(own.train), {}, content, seconds), memory
         sent = self.received(brief, memory)
         self.bench.load(*sent, brief.trains, brief.blocks)
         term = penalty_of(self.bench.factors, brief.pruning) if brief.pruning is not None else None
@@ -83,7 +91,7 @@ class TrainingClients:
 
     def received(self, brief: Brief, memory: Mapping[str, Tensor]) -> tuple[Adapter, Adapter | None]:
         """The adapter to train, and the residual: what was sent, completed by what the client kept."""
-        return self._unpacked(brief, {n: t for n, t in memory.items() if not n.startswith(FEEDBACK)})
+        return self._unpacked(brief, trip_memory.own(memory))
 
     def answer(
         self,
@@ -117,6 +125,10 @@ class TrainingClients:
         stays = set(brief.trains) - set(brief.returns) | ({"extra"} if self.head == "personal" else set())
         kept = {name: tensor for name, tensor in trained.tensors().items() if kind_of(name) in stays}
         sent = Adapter(trained.modules, {} if "extra" in stays else trained.extra, trained.cores)
+        if brief.trip is not None:
+            kept |= trip_memory.update_of(adapter, sent)
+            content = trip_memory.measured(brief, self.sums, kept)
+            return Reply(brief.client, brief.round, len(own.train), metrics, content, seconds), kept
         out = outgoing(sent, adapter, brief, memory)
         if brief.uplink != "float32":
             metrics["uplink_error"] = uplink_error(out.arrives, sent, adapter)
@@ -131,16 +143,6 @@ class TrainingClients:
                 return unpacked
             self._last = (brief, unpacked)
         return self._last[1]
-
-
-def penalty_of(modules: Mapping[str, LoraFactors], pruning: Pruning) -> Callable[[], Tensor]:
-    """penalty * tail of these very parameters, computed anew at every call: HetLoRA's term in the clients' loss."""
-    return lambda: pruning.penalty * tail(modules, pruning.rank)
-
-
-def shrunk(before: Adapter, after: Adapter, pruning: Pruning) -> bool:
-    """Whether training made what lies beyond the lower rank smaller: the client then prunes it."""
-    return bool(tail(after.modules, pruning.rank) < tail(before.modules, pruning.rank))
 
 
 def train_locally(

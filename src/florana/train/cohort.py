@@ -19,12 +19,13 @@ from florana.errors import FloranaError
 from florana.lora.factors import Adapter, adapter_from_tensors
 from florana.recipe.train_schema import Train
 from florana.strategy.base import Pruning
-from florana.train.client import diverged, penalty_of, pieces, rows_per_step, steps_per_round, visited
+from florana.train.client import diverged, pieces, rows_per_step, steps_per_round, visited
 from florana.train.data.tokenize import IGNORED, Example
 from florana.train.local_loss import proximal
 from florana.train.model import Workbench
 from florana.train.optimizer import curve, optimizer_of
 from florana.train.own_streams import OwnStreams
+from florana.train.pruning import penalty_of
 from florana.train.stacked import Present, Stack
 
 

@@ -13,8 +13,8 @@ import torch
 
 from florana.displayable import log
 from florana.errors import FloranaError
-from florana.federation.error_feedback import FEEDBACK
-from florana.federation.local_engine import Asked, Outcome
+from florana.federation.local_engine import Asked, Outcome, one_after_the_other
+from florana.federation.trip_memory import own
 from florana.train.client import TrainingClients, require_rows, steps_per_round
 from florana.train.cohort import Member, adapter_of, train_together
 from florana.train.cohort_probe import require_together
@@ -38,6 +38,9 @@ class Cohorts:
 
     def __call__(self, asked: Sequence[Asked]) -> Generator[Outcome, None, None]:
         """Each client's outcome."""
+        if asked and asked[0][0].trip:  # of what was trained before
+            yield from one_after_the_other(self._clients.fit, asked)
+            return
         found: dict[int, Outcome] = {}
         rest = iter(_grouped(self._clients, asked))
         group: list[int] = []
@@ -132,7 +135,7 @@ def _grouped(clients: TrainingClients, asked: Sequence[Asked]) -> Iterator[list[
         key = (
             header,
             brief.payload if b'"residual/' in header else b"",
-            tuple(sorted((name, kept.shape) for name, kept in memory.items() if not name.startswith(FEEDBACK))),
+            tuple(sorted((name, kept.shape) for name, kept in own(memory).items())),
             tuple(sorted(brief.trains)),
             tuple(sorted(brief.scalings.items())),
             None if brief.blocks is None else len(brief.blocks),

@@ -86,7 +86,8 @@ class Site:
             return Frame("changed")
         if brief.uplink != self.uplink or (self.uplink == "float32" and brief.feedback):
             return failure_frame(f"is asked to answer in {brief.uplink[:20]}; its own recipe says {self.uplink}")
-        memory = recall(self.folder, run, self.who, brief.round)
+        # a later trip of a round is asked of what was kept in its first
+        memory = recall(self.folder, run, self.who, brief.round + (1 if brief.trip else 0))
         with threads(self.card.threads):  # in whatever thread Flower asks
             reply, kept = self.fit(brief, memory)
         keep(self.folder, run, self.who, brief.round, kept)

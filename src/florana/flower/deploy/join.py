@@ -138,7 +138,10 @@ def told(
         return failure_frame(reason)
     brief = frame.fields.get("brief")
     if isinstance(brief, dict):
-        say(f"{site.who}: round {brief.get('round')}")
+        trip = brief.get("trip")
+        again = f", trip {trip + 1}" if type(trip) is int and 0 < trip < 10 else ""  # each has its own answer
+        say(f"{site.who}: round {brief.get('round')}{again}")
+        kept = kept.with_name(kept.name + again.replace(", trip ", "-"))
     as_it_was = frame.fields.get("card") == digest(site.card)
     answer = remembered(site.answer, frame, kept) if as_it_was else site.answer(frame)
     if answer.kind == "failure":

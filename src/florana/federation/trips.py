@@ -1,0 +1,188 @@
+"""A round of a method that works on sums alone: it asks for one after the other, of clients that trained once.
+
+    brief, Payload.question -> client trains, keeps its update, measures it -> gate -> weighted mean, the first
+    Sums.ask(means so far)  -> the same clients measure what they kept      -> gate -> weighted mean, the next
+    Sums.mean(all means)    -> one contribution for Strategy.step
+
+A client that answers one trip and not the next is missing from the later means, which are then the others'.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from florana.federation.collect import Collected, Gate, collect
+from florana.federation.event import Event
+from florana.federation.gate import Expected, RejectedUpdate, check_head, checked, loaded
+from florana.federation.gather import Gathered, briefs_of, contributions, expectation, require
+from florana.federation.messages import Brief, Engine, Reply, pack_question
+from florana.federation.quantize import Format, form_of
+from florana.federation.spool import Spool
+from florana.federation.terms import Federation
+from florana.federation.trip_memory import update_in
+from florana.federation.weighting import Weighed, weigh
+from florana.lora.factors import Contribution, Update
+from florana.strategy.base import Named, Payload, State, Strategy, Sums
+
+MEAN = "the clients' mean"
+"""How the one contribution of a round of sums is called."""
+
+
+def gather_sums(
+    strategy: Strategy,
+    sums: Sums,
+    state: State,
+    chosen: Sequence[str],
+    engine: Engine,
+    federation: Federation,
+    rows: Mapping[str, int],
+    spools: Callable[[int], Spool],
+    show: Callable[[Event], None],
+) -> Gathered:
+    """One round's means, as one contribution.
+
+    Args:
+        strategy: the method.
+        sums: its own.
+        state: what is broadcast.
+        chosen: the clients that are asked.
+        engine: reaches them.
+        federation: the fixed terms of the run.
+        rows: client -> its training rows, as earlier rounds had them.
+        spools: trip -> where its answers are kept.
+        show: told of what happens.
+
+    Raises:
+        FederationError: fewer usable answers than the minimum, in any trip.
+    """
+    round_ = state.round + 1
+    payloads = {client: strategy.brief(state, client) for client in chosen}
+    briefs = briefs_of(strategy, payloads, round_, federation)
+    expected = expectation(payloads, round_, rows, federation)
+    traffic = {client: {"up": 0, "down": 0} for client in chosen}
+    refused: dict[str, str] = {}
+    means: list[Named] = []
+    trips: list[Weighed] = []
+    seconds, truth = 0.0, None
+    for trip in range(sums.trips):
+        question = sums.ask(state.adapter, means) if trip else {}
+        if trip:
+            asked = pack_question(question)
+            briefs = [replace(b, payload=asked, trip=trip) for b in briefs if b.client not in refused]
+        gate = _gate(sums, trip, expected, [brief.client for brief in briefs], question, federation.max_change)
+        collected = collect(engine, briefs, gate, spools(trip), show)
+        _account(traffic, briefs, collected)
+        refused |= {c: why if not trip else f"trip {trip + 1}: {why}" for c, why in collected.refused.items()}
+        require(collected, len(chosen), round_, federation.minimum)
+        weighed = weigh(collected.updates, payloads, federation.weighing)
+        means.append(_mean(weighed))
+        trips.append(weighed)
+        seconds += collected.client_seconds
+        if not trip:
+            truth = _truth(weighed, payloads, engine)
+    adapter = sums.mean(state.adapter, means)
+    residual = next(iter(payloads.values())).residual
+    return Gathered(
+        [Contribution(MEAN, adapter, 1.0, residual)],
+        trips[0].updates,
+        trips[0].weights,
+        refused,
+        traffic,
+        seconds,
+        {**trips[0].notes, "answered": [len(weighed.updates) for weighed in trips]},
+        truth,
+    )
+
+
+def _gate(
+    sums: Sums, trip: int, expected: Expected, asked: Sequence[str], question: Named, max_change: float
+) -> Gate:
+    """Answers are held against what the client would have sent had it not trained: in shape, and in how far they are
+    from it."""
+    untrained: dict[tuple[int, int], Named] = {}
+
+    def before(client: str) -> Named:
+        sent = expected.clients[client]
+        key = (id(sent.adapter), id(sent.question) if sent.question else 0)
+        if key not in untrained:
+            down = question if trip else sent.question
+            untrained[key] = sums.measure(trip, expected.round, down, sent.adapter, sent.adapter)
+        return untrained[key]
+
+    def check(reply: Reply, seen: Collection[str], form: Format) -> Update:
+        check_head(reply, expected, seen)
+        if reply.client not in asked:
+            raise RejectedUpdate("was not asked in this trip")
+        like = before(reply.client)
+        tensors = checked(loaded(reply.payload, form_of(like, form)), like, form)
+        sent = expected.clients[reply.client]
+        return Update(reply.client, reply.round, sent.adapter, reply.examples, dict(reply.metrics), tensors)
+
+    def large(updates: Sequence[Update]) -> Mapping[str, str]:
+        return _oversized({u.client: _moved(u.measured, before(u.client)) for u in updates}, max_change)
+
+    return Gate(
+        expected.round,
+        asked,
+        check,
+        lambda update: update.measured,
+        lambda update, kept: replace(update, measured=kept),
+        large,
+    )
+
+
+def _moved(tensors: Named, before: Named) -> dict[str, float]:
+    """Kind -> how far the tensors of that kind are from what they were."""
+    squares: dict[str, list[float]] = {}
+    for name, tensor in tensors.items():
+        moved = float((tensor.double() - before[name].double()).norm())
+        squares.setdefault(name.partition("/")[0], []).append(moved)
+    return {kind: math.hypot(*sizes) for kind, sizes in squares.items()}
+
+
+def _oversized(moved: Mapping[str, Mapping[str, float]], factor: float) -> dict[str, str]:
+    """Client -> why, as `gate.oversized` has it, of what clients measured in the place of their factors."""
+    wrong: dict[str, str] = {}
+    for kind in next(iter(moved.values())) if len(moved) > 2 else ():
+        median = statistics.median_low(sizes[kind] for sizes in moved.values())
+        wrong |= {
+            client: f"moved '{kind}' by {sizes[kind]:.1e}, more than {factor:g} times the median of this round, "
+            f"{median:.1e}"
+            for client, sizes in moved.items()
+            if median > 0 and sizes[kind] > factor * median and client not in wrong
+        }
+    return wrong
+
+
+def _mean(weighed: Weighed) -> dict[str, Tensor]:
+    """The weighted mean of what clients measured, summed in float64 in the order of their names."""
+    total: dict[str, Tensor] = {}
+    for update in weighed.updates:
+        for name, tensor in update.measured.items():
+            term = weighed.weights[update.client] * tensor.double()
+            total[name] = term if name not in total else total[name] + term
+    like = weighed.updates[0].measured
+    return {name: tensor.to(like[name].dtype) for name, tensor in total.items()}
+
+
+def _truth(weighed: Weighed, payloads: Mapping[str, Payload], engine: Engine) -> list[Contribution] | None:
+    """The clients' own updates, where the engine holds their memories: a simulation knows what no server sees."""
+    held = engine.memories()
+    parts = []
+    for part in contributions(weighed, payloads):
+        own = update_in(held.get(part.client, {}), part.adapter.scalings)
+        if own is None:
+            return None
+        parts.append(replace(part, adapter=own[1]))
+    return parts
+
+
+def _account(traffic: dict[str, dict[str, int]], briefs: Sequence[Brief], collected: Collected) -> None:
+    for brief in briefs:
+        traffic[brief.client]["up"] += collected.bytes_up[brief.client]
+        traffic[brief.client]["down"] += len(brief.payload)
