@@ -26,8 +26,8 @@ from florana import Adapter, LoraFactors
 from florana.adapters.adapter_folder import AdapterCard
 from florana.federation.journal import Journal
 from florana.federation.loop import run_rounds
-from florana.federation.terms import Federation
 from florana.federation.messages import Brief, Reply
+from florana.federation.terms import Federation
 from florana.federation.weighting import Weighing, by_examples
 from florana.strategy import STRATEGIES, builder
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from florana.aggregate.cores import folded
 from florana.aggregate.stack import combined
 from florana.federation.loop import run_rounds
-from florana.federation.terms import Federation
 from florana.federation.messages import Brief, Failure, Reply, pack, unpack
 from florana.federation.step_bounds import reach_of
+from florana.federation.terms import Federation
 from florana.federation.weighting import Weighing, by_examples
 from florana.lora.factors import kind_of
 from florana.recipe.robust_schema import Robust

@@ -12,8 +12,9 @@ from florana.adapters.adapter_folder import AdapterCard
 from florana.federation.event import Event
 from florana.federation.journal import Journal
 from florana.federation.loop import run_rounds
-from florana.federation.terms import Federation
 from florana.federation.messages import Brief, Failure, Reply, pack, unpack
+from florana.federation.terms import Federation
+from florana.federation.trip_memory import measured, update_of
 from florana.federation.weighting import Weighing, by_examples
 from florana.lora.factors import Adapter, LoraFactors, adapter_from_tensors, kind_of
 from florana.strategy import STRATEGIES
@@ -34,6 +35,7 @@ def first_adapter() -> Adapter:
 
 
 VARIANTS = {
+    "best-rank from sums": {"name": "best-rank", "source": "sums"},
     "hetlora pruning": {"name": "hetlora", "gamma": 0.5, "penalty": 0.1},
     "ravan one head": {"name": "ravan", "heads": 2, "size": 2, "heads_per_client": 1},
 }
@@ -48,8 +50,16 @@ def built(strategy: str) -> Strategy:
     return STRATEGIES[str(options.pop("name"))](**options)
 
 
+_KEPT: dict[tuple[str, int], Mapping[str, Tensor]] = {}
+"""(client, seed of its round) -> the update that it measures again in later trips."""
+
+
 def noisy(brief: Brief, strategy: str = "fedit") -> Reply:
     """What a client answers: what it was asked to train of what it was sent, plus noise of its own seed."""
+    examples = 10 * (1 + int(brief.client[-1]))
+    if brief.trip:
+        content, _ = measured(brief, built(strategy).sums, _KEPT[brief.client, brief.seed])
+        return Reply(brief.client, brief.round, examples, {}, content, 0.01)
     first = built(strategy).init(first_adapter()).adapter
     adapter, _ = unpack(brief.payload, first, {}, brief.scalings)
     generator = torch.Generator().manual_seed(brief.seed)
@@ -59,8 +69,11 @@ def noisy(brief: Brief, strategy: str = "fedit") -> Reply:
     }
     moved |= {name: tensor + 1 for name, tensor in moved.items() if kind_of(name) == "extra"}
     answer = adapter_from_tensors(moved, brief.scalings)
-    examples = 10 * (1 + int(brief.client[-1]))
     metrics = {"train_loss": 1.0 + int(brief.client[-1])}
+    if brief.trip is not None:
+        _KEPT[brief.client, brief.seed] = update_of(adapter, answer)
+        content, _ = measured(brief, built(strategy).sums, _KEPT[brief.client, brief.seed])
+        return Reply(brief.client, brief.round, examples, metrics, content, 0.01)
     return Reply(brief.client, brief.round, examples, metrics, pack(answer, brief.returns, blocks=brief.blocks), 0.01)
 
 

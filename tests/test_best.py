@@ -18,8 +18,8 @@ from florana.federation.best import best_round, enough
 from florana.federation.event import Event
 from florana.federation.journal import Journal, read_records
 from florana.federation.loop import run_rounds
-from florana.federation.terms import Federation
 from florana.federation.round_record import RoundRecord
+from florana.federation.terms import Federation
 from florana.recipe.load import check
 from florana.runs.rounds import Result
 from florana.runs.setup import execute

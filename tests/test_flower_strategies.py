@@ -46,10 +46,12 @@ pytestmark = pytest.mark.usefixtures("launched")
 
 def test_every_method_is_exported_or_left_out_on_purpose() -> None:
     named = {made(name).method.name for name in METHODS}
-    assert STRATEGIES.keys() - named == {"fed-sb", "ravan", "frlora"}
-    for left_out in ("fed-sb", "ravan", "frlora"):
+    assert STRATEGIES.keys() - named == {"fed-sb", "ravan", "frlora", "fedask"}
+    for left_out in ("fed-sb", "ravan", "frlora", "fedask"):
         with pytest.raises(RecipeError, match="cannot be dropped into a Flower app"):
             LoraStrategy(STRATEGIES[left_out](), scaling=1.0)
+    with pytest.raises(RecipeError, match="asks each client twice"):
+        LoraStrategy(STRATEGIES["best-rank"](source="sums"), scaling=1.0)
 
 
 @pytest.mark.parametrize("name", METHODS)

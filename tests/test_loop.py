@@ -56,7 +56,10 @@ FAULTS: dict[str, tuple[Callable[[Reply], Reply], str]] = {
         tensors(lambda c: c.update({n: torch.full_like(t, 3e38) for n, t in c.items() if n.endswith("layer.0.q")})),
         "overflows",
     ),
-    "wrong rank": (tensors(put("layer.0.q", lambda t: torch.zeros([2 * n if n == 2 else n for n in t.shape]))), "4"),
+    "wrong rank": (
+        tensors(put("layer.0.q", lambda t: torch.zeros([2 * n if n in (2, 4) else n for n in t.shape]))),
+        "4",
+    ),
     "broadcastable shape": (tensors(put("layer.0.q", lambda t: t.flatten()[:1].clone())), "has shape (1,)"),
     "transposed": (tensors(put("layer.0.q", lambda t: t.permute(*range(t.ndim)[::-1]).clone())), "has shape ("),
     "missing tensor": (tensors(lambda c: c.pop(one_of(c, "layer.1.q"))), "lacks the tensor '"),

@@ -68,6 +68,11 @@ def test_the_counts_are_those_of_packed_messages(name: str, tiny_bert: Path) -> 
     (line, _) = plan_model("m", shapes.modules, shapes.parameters, rank=2, clients=3, methods=[name]).lines
     start = Adapter({n: LoraFactors(torch.zeros(o, 2), torch.randn(2, i), 1.0) for n, (o, i) in shapes.modules.items()})
     payload = STRATEGIES[name]().brief(STRATEGIES[name]().init(start), "c")
+    if (sums := STRATEGIES[name]().sums) is not None:
+        first = sums.measure(0, 1, {}, start, start)
+        second = sums.measure(1, 1, sums.ask(start, [first]), start, start)
+        assert line.up == sum(t.numel() for t in (*first.values(), *second.values()))
+        return
     up = pack(payload.adapter, payload.work.up, blocks=payload.blocks)
     numbers = sum(t.numel() for t in load(up).values())
     assert line.up == numbers

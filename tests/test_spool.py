@@ -128,7 +128,7 @@ def quantised(answer: Callable[[Brief], Sequence[Any]]) -> Callable[[Brief], Seq
 
 def damage(folder: Path, how: str) -> None:
     """What may become of a spool, in each of its files in turn."""
-    place = sorted(folder.glob("*.json"))[0]
+    place = sorted(folder.rglob("*.json"))[0]
     facts = json.loads(place.read_text())["facts"]
     tensors = place.with_suffix(".safetensors")
     if how == "a flipped bit":

@@ -148,7 +148,9 @@ def _check_tensors(tensors: Mapping[str, Tensor], sent: Payload, uplink: quantiz
     return adapter
 
 
-def checked(tensors: Mapping[str, Tensor], before: Mapping[str, Tensor], uplink: quantize.Format) -> Mapping[str, Tensor]:
+def checked(
+    tensors: Mapping[str, Tensor], before: Mapping[str, Tensor], uplink: quantize.Format
+) -> Mapping[str, Tensor]:
     """What a client's tensors say, in the place of `before`.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a round brings: clients briefed, their answers through the gate, weighed; the contributions that a step takes."""
+"""What a round brings: clients briefed, their answers through the gate and weighed, as contributions for a step."""
 
 from __future__ import annotations
 
@@ -127,9 +127,7 @@ def require(collected: Collected, asked: int, round_: int, minimum: int) -> None
         )
 
 
-def briefs_of(
-    strategy: Strategy, payloads: Mapping[str, Payload], round_: int, federation: Federation
-) -> list[Brief]:
+def briefs_of(strategy: Strategy, payloads: Mapping[str, Payload], round_: int, federation: Federation) -> list[Brief]:
     """What each client is asked first.
 
     Args:

@@ -80,7 +80,7 @@ def _one_round(
     outcome = strategy.step(state, came.parts)
     server_seconds = time.perf_counter() - started
     error = _error(strategy, outcome, came)
-    if federation.uplink != "float32" and strategy.sums is None:
+    if federation.uplink != "float32":
         error = {**error, "uplink": came.mean("uplink_error")}
     traffic = came.traffic
     record = RoundRecord(

@@ -1,6 +1,6 @@
 """The updates of the round that is running, on the disk before they count: RUN/spool/round-000007/.
 
-    reply -> gate -> trip-0/<name>.safetensors (what travelled, as float32), <name>.json (who, figures, digests)  -> Update
+    reply -> gate -> trip-0/<name>.safetensors (what travelled, as float32), <name>.json (who, figures, digests)
     server killed -> begun anew -> the same briefs -> those whose answers lie here are not asked again
 
 An update that was kept is read through a memory map: its pages come from the disk when a rule reaches its module, and

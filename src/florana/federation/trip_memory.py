@@ -8,6 +8,7 @@ not hold them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from safetensors.torch import save
@@ -51,8 +52,9 @@ def lasting(memories: Mapping[str, Named]) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def measured(brief: Brief, sums: Sums | None, memory: Named) -> bytes:
-    """The answer to one trip, from the update that is kept.
+def measured(brief: Brief, sums: Sums | None, memory: Named) -> tuple[bytes, dict[str, float]]:
+    """The answer to one trip, from the update that is kept; and, of a quantized uplink, how far what arrives is from
+    what was measured, relative to what training changed (`uplink_error`).
 
     Args:
         brief: what the client was asked.
@@ -72,4 +74,10 @@ def measured(brief: Brief, sums: Sums | None, memory: Named) -> bytes:
         sums.measure(brief.trip, brief.round, question, both[0], adapter) for adapter in (both[1], both[0])
     )
     written = quantize.written(tensors, before, brief.uplink)
-    return save({name: tensor.contiguous() for name, tensor in written.items()})
+    content = save({name: tensor.contiguous() for name, tensor in written.items()})
+    if brief.uplink == "float32":
+        return content, {}
+    there = quantize.read(written, before, brief.uplink)
+    missed = math.hypot(*(float((there[n].double() - tensor.double()).norm()) for n, tensor in tensors.items()))
+    moved = math.hypot(*(float((tensor.double() - before[n].double()).norm()) for n, tensor in tensors.items()))
+    return content, {"uplink_error": missed / moved if moved > 0 else 0.0}

@@ -99,9 +99,7 @@ def gather_sums(
     )
 
 
-def _gate(
-    sums: Sums, trip: int, expected: Expected, asked: Sequence[str], question: Named, max_change: float
-) -> Gate:
+def _gate(sums: Sums, trip: int, expected: Expected, asked: Sequence[str], question: Named, max_change: float) -> Gate:
     """Answers are held against what the client would have sent had it not trained: in shape, and in how far they are
     from it."""
     untrained: dict[tuple[int, int], Named] = {}

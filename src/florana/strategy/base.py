@@ -127,7 +127,7 @@ Named = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Sums:
-    """How a method gets on with sums over the clients alone: it asks for one after the other, each in a trip of its own.
+    """How a method gets on with sums over the clients alone: one after the other, each in a trip of its own.
 
     The clients train once, before the first trip, and keep their update until the last. A trip's sum is a weighted mean
     over those who answered it.

@@ -52,6 +52,8 @@ IN_TURN = Count("r out, r in in turn", lambda s: s.rank * (s.out if s.round % 2 
 PAIR_AND_RESIDUAL = Count("(r + k) (out + in)", lambda s: (s.rank + s.residual) * (s.out + s.into))
 A_AND_RESIDUAL = Count("r in + k (out + in)", lambda s: s.rank * s.into + s.residual * (s.out + s.into))
 RESIDUAL = Count("k (out + in)", lambda s: s.residual * (s.out + s.into))
+
+
 def sketched(k: str, columns: Callable[[int], int]) -> Count:
     """Of two sums of sketches: k out numbers, then k in.
 

@@ -18,7 +18,6 @@ from florana.strategy.base import PAIR, Outcome, State, Strategy, advance, ranks
 from florana.strategy.ranks import best_terms
 from florana.strategy.two_trips import columns_of, random_once, two_trips
 
-
 LINEAR = "in B alone: linear; the rest is post-processing"
 
 

@@ -23,12 +23,12 @@ Omega = Callable[[Tensor, int, str, int], Tensor]
 """(the A that was sent, k, the module's name, the round) -> Omega, (in, k)."""
 
 
-def near_A(A: Tensor, columns: int, name: str, round_: int) -> Tensor:  # noqa: N802, N803
+def near_A(A: Tensor, columns: int, name: str, round_: int) -> Tensor:  # noqa: N802
     """The rows of the A that was sent, and random directions, new in every round."""
     return sketch.directions(A, columns, A.shape[1], f"{name} {round_}")
 
 
-def random_once(A: Tensor, columns: int, name: str, round_: int) -> Tensor:  # noqa: N803
+def random_once(A: Tensor, columns: int, name: str, round_: int) -> Tensor:
     """Random directions, the same in all rounds."""
     del round_
     return sketch.directions(None, columns, A.shape[1], name)
@@ -67,7 +67,7 @@ def two_trips(columns: Callable[[int], int], omega: Omega) -> Sums:
             }
         found: dict[str, Tensor] = {f"extra/{name}": tensor for name, tensor in trained.extra.items()}
         for name, pair in trained.modules.items():
-            A = question.get(WARM + name, received.modules[name].A)  # noqa: N806
+            A = question.get(WARM + name, received.modules[name].A)
             wide = min(columns(len(A)), *pair.shape)
             found[RANGE + name] = sketch.ranged(pair, omega(A, wide, name, round_))
         return found
@@ -85,7 +85,7 @@ def two_trips(columns: Callable[[int], int], omega: Omega) -> Sums:
 
 def told(payload: Payload, whole: Adapter) -> Payload:
     """The part of a client of a lower rank, with the whole broadcast's A beside it."""
-    return replace(payload, question={WARM + name: pair.A for name, pair in whole.modules.items()})
+    return replace(payload, question={WARM + name: pair.A.clone() for name, pair in whole.modules.items()})
 
 
 def seen(strategy: Strategy, state: State, parts: Sequence[Contribution]) -> Sequence[Contribution]:

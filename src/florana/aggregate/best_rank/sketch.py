@@ -24,7 +24,7 @@ from torch import Tensor
 from florana.lora.factors import LoraFactors
 
 
-def directions(A: Tensor | None, columns: int, into: int, seed: str) -> Tensor:  # noqa: N803
+def directions(A: Tensor | None, columns: int, into: int, seed: str) -> Tensor:
     """Omega: orthonormal columns that span the rows of A, as far as they go, and random directions beside them.
 
     Args:
@@ -46,7 +46,8 @@ def directions(A: Tensor | None, columns: int, into: int, seed: str) -> Tensor: 
     if A is not None:
         rows = A[:columns].double().cpu()
         drawn[:, : len(rows)] = rows.T
-    return torch.linalg.qr(drawn).Q
+    omega: Tensor = torch.linalg.qr(drawn).Q
+    return omega
 
 
 def ranged(pair: LoraFactors, omega: Tensor) -> Tensor:
@@ -61,17 +62,18 @@ def ranged(pair: LoraFactors, omega: Tensor) -> Tensor:
     return (pair.scaling * pair.B.double() @ narrow).to(pair.A.dtype)
 
 
-def basis(Y: Tensor) -> Tensor:  # noqa: N803
+def basis(Y: Tensor) -> Tensor:
     """Q: orthonormal columns that span those of Y, (out, k), in Y's type.
 
     Examples:
         >>> basis(torch.tensor([[2.0], [0.0]])).abs().tolist()
         [[1.0], [0.0]]
     """
-    return torch.linalg.qr(Y.double()).Q.to(Y.dtype)
+    q: Tensor = torch.linalg.qr(Y.double()).Q
+    return q.to(Y.dtype)
 
 
-def projected(pair: LoraFactors, Q: Tensor) -> Tensor:  # noqa: N803
+def projected(pair: LoraFactors, Q: Tensor) -> Tensor:
     """Z_u = s (Q^T B) A: (k, in), in the factors' own type.
 
     Examples:
@@ -83,7 +85,7 @@ def projected(pair: LoraFactors, Q: Tensor) -> Tensor:  # noqa: N803
     return (pair.scaling * narrow @ pair.A.double()).to(pair.A.dtype)
 
 
-def whole(Q: Tensor, Z: Tensor, scaling: float) -> LoraFactors:  # noqa: N803
+def whole(Q: Tensor, Z: Tensor, scaling: float) -> LoraFactors:
     """Q Z as factors of rank k, of the given scaling.
 
     Args:

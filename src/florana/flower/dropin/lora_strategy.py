@@ -110,10 +110,12 @@ class LoraStrategy(FedAvg):
             )
         given: dict[str, Any] = {name: value for name, value in options.items() if name not in _OWN}
         super().__init__(**given)
-        if method.begin != "lora" or method.facts.up is facts.CORE:
+        if method.begin != "lora" or method.facts.up is facts.CORE or method.sums is not None:
+            asks = "it asks each client twice in a round, which Flower's strategies do not"
+            begins = "it starts from the base weights, or trains matrices that a PEFT model does not have"
             raise RecipeError(
                 f"the method '{method.name}' cannot be dropped into a Flower app",
-                why="it starts from the base weights, or trains matrices that a PEFT model does not have",
+                why=begins if method.sums is None else asks,
                 fix="use florana's own app: florana flower export",
             )
         self.method = method

@@ -9,9 +9,9 @@ Every class is made from its method's declaration: it takes the method's own opt
 The second line's methods send a frozen part beside the LoRA factors, or train one factor, or leave one with its client;
 a client that does not use `florana.flower.receive` and `florana.flower.reply` is refused, with that as the reason.
 
-Three methods have no class. Fed-SB and RAVAN train small matrices inside the layers, which a PEFT model does not have;
-FRLoRA (and Fed-SB) begin at singular vectors of the base weights, which the server of a plain app does not hold. They
-run in florana's own engines.
+Four methods have no class. Fed-SB and RAVAN train small matrices inside the layers, which a PEFT model does not have;
+FRLoRA (and Fed-SB) begin at singular vectors of the base weights, which the server of a plain app does not hold;
+FedASK (as BestRank with source = "sums") asks its clients twice in a round. They run in florana's own engines.
 """
 
 from __future__ import annotations
