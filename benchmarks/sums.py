@@ -56,13 +56,8 @@ def main() -> None:
         followed = dataclasses.replace(plain, step=watched)
         run_rounds(followed, state, engine_of(recipe, setup, state), fixed, journal, lambda event: None)
     shown = sorted({1, 2, 3, given.rounds})
-    print(
-        "| sums | numbers up | "
-        + " | ".join(f"round {n}" for n in shown)
-        + " |\n|---" * 1
-        + "|---" * (1 + len(shown))
-        + "|"
-    )
+    print("| sums | numbers up | " + " | ".join(f"round {n}" for n in shown) + " |")
+    print("|---" * (2 + len(shown)) + "|")
     for name, rounds in ratios.items():
         up = 1.0 if name == "FedIT" else float(name.split("= ")[1].removesuffix(" r"))
         cells = [f"{fmean(rounds[n - 1]):.3f} ({max(rounds[n - 1]):.2f})" for n in shown]

@@ -410,3 +410,28 @@ def test_events_name_the_trip(tmp_path: Path) -> None:
     told: list[Event] = []
     run(tmp_path, SUMS, 1, leaves_between(victim), show=told.append)
     assert [e.detail for e in told if e.kind == "refused"] == ["away"]
+
+
+def test_best_rank_looks_elsewhere_in_every_round_and_fedask_in_the_same_directions() -> None:
+    start, parts = near_clients(0, 3, 1, (9, 7), 0.3)
+    for name, options, changes in (
+        ("best-rank", {"source": "sums"}, True),
+        ("fedask", {"sketch": 2, "trains": "AB"}, False),
+    ):
+        sums = STRATEGIES[name](**options).sums  # type: ignore[arg-type]
+        assert sums is not None
+        first, second = (sums.measure(0, round_, {}, start, parts[0].adapter)["range/q"] for round_ in (1, 2))
+        assert torch.equal(first, second) != changes
+
+
+def test_who_did_not_answer_the_first_trip_is_not_asked_in_the_second(tmp_path: Path) -> None:
+    victim = sample(CLIENTS, 3, seed=7, round_=1)[1]
+    asked: list[tuple[str, int | None]] = []
+
+    def answer(brief: Brief) -> Sequence[Reply | Failure]:
+        asked.append((brief.client, brief.trip))
+        return [Failure(victim, "away")] if brief.client == victim else [noisy(brief, SUMS)]
+
+    run(tmp_path, SUMS, 1, answer)
+    assert (victim, 0) in asked
+    assert (victim, 1) not in asked

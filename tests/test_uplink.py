@@ -28,7 +28,7 @@ from florana.study import grid
 from tests.program import florana
 
 NARROW = ["bfloat16", "int8"]
-NEW_PAIRS = {"best-rank", "oracle", "flora", "flexlora", "florist", "fedsvd"}
+NEW_PAIRS = {"best-rank", "oracle", "flora", "flexlora", "florist", "fedask", "fedsvd"}
 """Methods whose next pair does not continue the last: singular vectors, or fresh factors."""
 SMALL = {"ravan": {"name": "ravan", "heads": 2, "size": 4}}
 
