@@ -58,7 +58,7 @@ def noisy(brief: Brief, strategy: str = "fedit") -> Reply:
     """What a client answers: what it was asked to train of what it was sent, plus noise of its own seed."""
     examples = 10 * (1 + int(brief.client[-1]))
     if brief.trip:
-        content, _ = measured(brief, built(strategy).sums, _KEPT[brief.client, brief.seed])
+        content = measured(brief, built(strategy).sums, _KEPT[brief.client, brief.seed]).content
         return Reply(brief.client, brief.round, examples, {}, content, 0.01)
     first = built(strategy).init(first_adapter()).adapter
     adapter, _ = unpack(brief.payload, first, {}, brief.scalings)
@@ -72,7 +72,7 @@ def noisy(brief: Brief, strategy: str = "fedit") -> Reply:
     metrics = {"train_loss": 1.0 + int(brief.client[-1])}
     if brief.trip is not None:
         _KEPT[brief.client, brief.seed] = update_of(adapter, answer)
-        content, _ = measured(brief, built(strategy).sums, _KEPT[brief.client, brief.seed])
+        content = measured(brief, built(strategy).sums, _KEPT[brief.client, brief.seed]).content
         return Reply(brief.client, brief.round, examples, metrics, content, 0.01)
     return Reply(brief.client, brief.round, examples, metrics, pack(answer, brief.returns, blocks=brief.blocks), 0.01)
 

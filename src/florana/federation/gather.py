@@ -142,7 +142,7 @@ def briefs_of(strategy: Strategy, payloads: Mapping[str, Payload], round_: int, 
         key = (id(payload.adapter), id(payload.residual), id(payload.question) if payload.question else 0)
         if key not in packed:
             packed[key] = pack(payload.adapter, payload.work.down, payload.residual, question=payload.question)
-        carries = federation.uplink != "float32" and strategy.sums is None
+        carries = "move" if strategy.sums is not None else strategy.facts.coordinates
         briefs.append(
             Brief(
                 round=round_,
@@ -156,7 +156,7 @@ def briefs_of(strategy: Strategy, payloads: Mapping[str, Payload], round_: int, 
                 blocks=payload.blocks,
                 pruning=payload.pruning,
                 uplink=federation.uplink,
-                feedback=_CARRIED[strategy.facts.coordinates] if carries else [],
+                feedback=[] if federation.uplink == "float32" else _CARRIED[carries],
                 trip=None if strategy.sums is None else 0,
             )
         )

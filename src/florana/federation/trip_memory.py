@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from safetensors.torch import save
 from torch import Tensor
@@ -18,7 +19,7 @@ from florana.errors import FloranaError
 from florana.federation import quantize
 from florana.federation.error_feedback import FEEDBACK
 from florana.federation.messages import Brief, question_in
-from florana.lora.factors import Adapter, adapter_from_tensors
+from florana.lora.factors import Adapter, adapter_from_tensors, kind_of
 from florana.strategy.base import Named, Sums
 
 UPDATE, RECEIVED = "update/", "received/"
@@ -52,9 +53,24 @@ def lasting(memories: Mapping[str, Named]) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def measured(brief: Brief, sums: Sums | None, memory: Named) -> tuple[bytes, dict[str, float]]:
-    """The answer to one trip, from the update that is kept; and, of a quantized uplink, how far what arrives is from
-    what was measured, relative to what training changed (`uplink_error`).
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A client's answer to one trip.
+
+    Args:
+        content: the safetensors bytes.
+        metrics: of a quantized uplink, `uplink_error`: how far what arrives is from what was measured, relative to what
+            training changed.
+        feedback: what rounding left out of the tensors trained whole, for the next round; see `error_feedback`.
+    """
+
+    content: bytes
+    metrics: Mapping[str, float]
+    feedback: Mapping[str, Tensor]
+
+
+def measured(brief: Brief, sums: Sums | None, memory: Named) -> Measured:
+    """The answer to one trip, from the update that is kept.
 
     Args:
         brief: what the client was asked.
@@ -73,11 +89,15 @@ def measured(brief: Brief, sums: Sums | None, memory: Named) -> tuple[bytes, dic
     tensors, before = (
         sums.measure(brief.trip, brief.round, question, both[0], adapter) for adapter in (both[1], both[0])
     )
-    written = quantize.written(tensors, before, brief.uplink)
+    carries = {n for n in tensors if kind_of(n) in brief.feedback}
+    left = {n: memory[FEEDBACK + n].double() if FEEDBACK + n in memory else 0.0 for n in carries}
+    wanted = {n: tensor.double() + left[n] if n in carries else tensor for n, tensor in tensors.items()}
+    written = quantize.written(wanted, before, brief.uplink)
     content = save({name: tensor.contiguous() for name, tensor in written.items()})
     if brief.uplink == "float32":
-        return content, {}
+        return Measured(content, {}, {})
     there = quantize.read(written, before, brief.uplink)
     missed = math.hypot(*(float((there[n].double() - tensor.double()).norm()) for n, tensor in tensors.items()))
     moved = math.hypot(*(float((tensor.double() - before[n].double()).norm()) for n, tensor in tensors.items()))
-    return content, {"uplink_error": missed / moved if moved > 0 else 0.0}
+    rest = {FEEDBACK + n: (wanted[n] - there[n].double()).float().nan_to_num(0.0, 0.0, 0.0) for n in carries}
+    return Measured(content, {"uplink_error": missed / moved if moved > 0 else 0.0}, rest)

@@ -78,9 +78,9 @@ class TrainingClients:
         """One round of one client: the reply, and what it keeps (what it trains and does not send; remainders)."""
         started = time.perf_counter()
         if brief.trip:  # it has trained
-            content, metrics = trip_memory.measured(brief, self.sums, memory)
-            rows, seconds = len(self.data[brief.client].train), time.perf_counter() - started
-            return Reply(brief.client, brief.round, rows, metrics, content, seconds), memory
+            found, rows = trip_memory.measured(brief, self.sums, memory), len(self.data[brief.client].train)
+            seconds = time.perf_counter() - started
+            return Reply(brief.client, brief.round, rows, found.metrics, found.content, seconds), memory
         sent = self.received(brief, memory)
         self.bench.load(*sent, brief.trains, brief.blocks)
         term = penalty_of(self.bench.factors, brief.pruning) if brief.pruning is not None else None
@@ -127,8 +127,11 @@ class TrainingClients:
         sent = Adapter(trained.modules, {} if "extra" in stays else trained.extra, trained.cores)
         if brief.trip is not None:
             kept |= trip_memory.update_of(adapter, sent)
-            content, more = trip_memory.measured(brief, self.sums, kept)
-            return Reply(brief.client, brief.round, len(own.train), metrics | more, content, seconds), kept
+            found = trip_memory.measured(brief, self.sums, {**memory, **kept})
+            reply = Reply(
+                brief.client, brief.round, len(own.train), {**metrics, **found.metrics}, found.content, seconds
+            )
+            return reply, {**kept, **found.feedback}
         out = outgoing(sent, adapter, brief, memory)
         if brief.uplink != "float32":
             metrics["uplink_error"] = uplink_error(out.arrives, sent, adapter)
