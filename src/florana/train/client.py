@@ -6,13 +6,11 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from florana.aggregate.heterogeneous import leading
 from florana.errors import FloranaError
@@ -26,6 +24,7 @@ from florana.train.data.tokenize import Example
 from florana.train.evaluate import evaluate
 from florana.train.local_loss import predictions, proximal, smoothed
 from florana.train.model import Workbench
+from florana.train.neftune import noisy_embeddings
 from florana.train.optimizer import curve, optimizer_of
 from florana.train.pruning import penalty_of, shrunk
 
@@ -286,16 +285,3 @@ def _backward(
         wanted.backward()
         loss += (output.loss if share == 1 else share * output.loss).detach()
     return loss
-
-
-@contextmanager
-def noisy_embeddings(bench: Workbench, settings: r.Train) -> Iterator[None]:
-    """NEFTune's noise on the embeddings, by Transformers' own hook, while the rows of a round go through."""
-    if settings.neftune_noise_alpha is None:
-        yield
-        return
-    handle = activate_neftune(bench.model, settings.neftune_noise_alpha)
-    try:
-        yield
-    finally:
-        deactivate_neftune(bench.model, handle)
