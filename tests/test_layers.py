@@ -18,7 +18,7 @@ SOURCE = ROOT / "src" / "florana"
 FLOORS = [
     {"errors"},
     {"atomic_files", "displayable", "bounded", "other_names"},
-    {"lora", "score"},
+    {"lora", "score", "secure"},
     {"aggregate"},
     {"robust", "adapters"},
     {"strategy"},
@@ -46,7 +46,8 @@ ROOMS = {
     "rich": {"cli"},
     "pydantic": {"recipe", "flower"},
     "flwr": {"flower"},
-    "cryptography": {"flower"},
+    "cryptography": {"flower", "secure"},
+    "Crypto": {"secure"},
     "re2": {"adapters"},
     "tensorboard": {"track"},
     "wandb": {"track"},

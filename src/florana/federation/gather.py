@@ -28,16 +28,19 @@ class Gathered:
 
     Args:
         parts: for the strategy's step.
-        updates: those behind them, with what they measured.
-        weights: client -> weight, of those updates.
+        clients: whose updates those are.
+        updates: they, with what their clients measured, where the server sees them.
+        weights: client -> weight, where it is known.
         refused: client -> why it does not count.
         traffic: client -> {"up", "down"}, in bytes.
         seconds: of the clients' training, summed.
         notes: what the journal says of it.
         truth: the contributions to measure the step against: None where nobody has them.
+        metrics: the weighted means of what the clients measured, of what all did.
     """
 
     parts: Sequence[Contribution]
+    clients: Sequence[str]
     updates: Sequence[Update]
     weights: Mapping[str, float]
     refused: Mapping[str, str]
@@ -45,12 +48,16 @@ class Gathered:
     seconds: float
     notes: Mapping[str, object] = field(default_factory=dict)
     truth: Sequence[Contribution] | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
-    def mean(self, metric: str) -> float | None:
-        """The weighted mean of what the clients measured; None where one of them did not."""
-        if any(metric not in update.metrics for update in self.updates):
-            return None
-        return sum(update.metrics[metric] * self.weights[update.client] for update in self.updates)
+
+def mean_metrics(weighed: Weighed) -> dict[str, float]:
+    """The weighted means of what all clients measured."""
+    shared = set.intersection(*(set(update.metrics) for update in weighed.updates))
+    return {
+        name: sum(update.metrics[name] * weighed.weights[update.client] for update in weighed.updates)
+        for name in sorted(shared)
+    }
 
 
 def gather(
@@ -87,6 +94,7 @@ def gather(
     parts = contributions(weighed, payloads)
     return Gathered(
         parts,
+        [update.client for update in weighed.updates],
         weighed.updates,
         weighed.weights,
         collected.refused,
@@ -94,6 +102,7 @@ def gather(
         collected.client_seconds,
         weighed.notes,
         parts,
+        mean_metrics(weighed),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from florana.displayable import log
 from florana.errors import FloranaError
-from florana.federation.messages import Brief, Failure, Reply
+from florana.federation.messages import Brief, Failure, Reply, Step
 
 Memory = Mapping[str, Tensor]
 """The state of one client."""
@@ -53,9 +53,17 @@ class LocalEngine:
         fit: one client's round.
         memories: client -> what it keeps.
         each: all clients of a round; None: `fit` for one after the other.
+        sealed: a client's answer to a step of a secure sum, where there are any.
     """
 
-    def __init__(self, fit: Fit, memories: Mapping[str, Memory] | None = None, each: Each | None = None) -> None:
+    def __init__(
+        self,
+        fit: Fit,
+        memories: Mapping[str, Memory] | None = None,
+        each: Each | None = None,
+        sealed: Callable[[str, Step, Memory], Step] | None = None,
+    ) -> None:
+        self._sealed = sealed
         self._each = each or functools.partial(one_after_the_other, fit)
         self._memories: dict[str, Memory] = {client: kept for client, kept in (memories or {}).items() if kept}
 
@@ -66,6 +74,15 @@ class LocalEngine:
     def remember(self, client: str, memory: Memory) -> None:
         """Put a client's memory in the place of what it kept."""
         self._memories[client] = memory
+
+    def exchange(self, steps: Mapping[str, Step]) -> Iterator[tuple[str, Step | Failure]]:
+        """The clients' answers to a step of a secure sum, in the order of the steps."""
+        assert self._sealed is not None, "a recipe with secure sums has its clients' part"
+        for client, step in steps.items():
+            try:
+                yield client, self._sealed(client, step, self._memories.get(client, {}))
+            except FloranaError as error:
+                yield client, Failure(client, str(error).replace("\n", "; "))
 
     def fit(self, briefs: Sequence[Brief]) -> Iterator[Reply | Failure]:
         """The clients' answers, in the order of the briefs."""

@@ -15,6 +15,7 @@ from florana.federation.journal import Journal, first_rows, read_records
 from florana.federation.messages import Engine
 from florana.federation.round_record import RoundRecord, slim
 from florana.federation.sampling import sample
+from florana.federation.sealed_sums import gather_sealed
 from florana.federation.spool import Spool
 from florana.federation.terms import Federation
 from florana.federation.trip_memory import lasting
@@ -72,7 +73,9 @@ def _one_round(
     chosen = sample(federation.clients, federation.per_round, federation.seed, round_)
     show(Event("round", round_, detail=str(len(chosen))))
     spools = functools.partial(Spool, run, round_)
-    if strategy.sums is None:
+    if federation.sealing is not None:
+        came = gather_sealed(strategy, federation.sealing, state, chosen, engine, federation, show)
+    elif strategy.sums is None:
         came = gather(strategy, state, chosen, engine, federation, rows, spools(0), show)
     else:
         came = gather_sums(strategy, strategy.sums, state, chosen, engine, federation, rows, spools, show)
@@ -81,16 +84,16 @@ def _one_round(
     server_seconds = time.perf_counter() - started
     error = _error(strategy, outcome, came)
     if federation.uplink != "float32":
-        error = {**error, "uplink": came.mean("uplink_error")}
+        error = {**error, "uplink": came.metrics.get("uplink_error")}
     traffic = came.traffic
     record = RoundRecord(
         round=round_,
         strategy=strategy.name,
-        clients=[update.client for update in came.updates],
+        clients=list(came.clients),
         refused=dict(sorted(came.refused.items())),
         examples={update.client: update.examples for update in came.updates},
         weights=dict(came.weights),
-        train_loss=came.mean("train_loss"),
+        train_loss=came.metrics.get("train_loss"),
         eval=_scores(outcome.state, came.updates, federation, one_model=strategy.facts.one_model),
         bytes_up=sum(sizes["up"] for sizes in traffic.values()),
         bytes_down=sum(sizes["down"] for sizes in traffic.values()),
@@ -108,7 +111,7 @@ def _error(strategy: Strategy, outcome: Outcome, came: Gathered) -> Mapping[str,
     if not strategy.facts.one_model or came.truth is None:
         return {"overall": None, "optimum": None, "per_module": {}}
     aimed, answer = outcome.judged or (came.truth, outcome.state)
-    if strategy.sums is not None and outcome.judged is not None:  # the optimizer moved the mean that it was given
+    if came.truth is not came.parts and outcome.judged is not None:  # the optimizer moved the mean that it was given
         aimed = [replace(part, residual=aimed[0].residual) for part in came.truth]
     return _error_json(measure(aimed, answer.adapter, answer.residual))
 

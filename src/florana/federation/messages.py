@@ -6,9 +6,10 @@ bytes a network would, so the bytes counted are the bytes sent, and no client ca
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -43,6 +44,7 @@ class Brief:
             `federation.error_feedback`.
         trip: of a method that works on sums (`strategy.base.Sums`), which of them is asked for, from 0; the client
             trains before the first. None: its update itself.
+        sealed: the client trains and keeps its update; what it measures goes into sums that hide it.
     """
 
     round: int
@@ -58,6 +60,7 @@ class Brief:
     uplink: Format = "float32"
     feedback: Collection[str] = field(default_factory=list)
     trip: int | None = None
+    sealed: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,24 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One message of a secure sum, either way.
+
+    Args:
+        head: named values that JSON can say.
+        payload: bytes beside them.
+    """
+
+    head: Mapping[str, Any]
+    payload: bytes = b""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return len(json.dumps(dict(self.head))) + len(self.payload)
+
+
+@dataclass(frozen=True)
 class Failure:
     """A client that could not answer, and why."""
 
@@ -97,6 +118,10 @@ class Engine(Protocol):
 
     def fit(self, briefs: Sequence[Brief]) -> Iterator[Reply | Failure]:
         """Send each client its instructions; yield what comes back."""
+        ...
+
+    def exchange(self, steps: Mapping[str, Step]) -> Iterator[tuple[str, Step | Failure]]:
+        """Send each client its step of a secure sum; yield each client's answer once, in any order."""
         ...
 
     def memories(self) -> Mapping[str, Mapping[str, Tensor]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from florana.federation.gate import MAX_CHANGE
 from florana.federation.quantize import Format
 from florana.federation.round_record import RoundRecord
+from florana.federation.sealed_client import Sealing
 from florana.federation.step_bounds import Reach
 from florana.federation.weighting import Weighing
 from florana.strategy.base import State
@@ -35,6 +36,7 @@ class Federation:
         max_change: see `gate.oversized`.
         validate: as `evaluate`, on the rows to choose by; None where there are none.
         enough: whether the run ends with these records, before its last round.
+        sealing: what the recipe says of secure sums; None where the server sees each update.
         reach: training rows -> see `federation.step_bounds`; None where nobody knows.
     """
 
@@ -53,3 +55,4 @@ class Federation:
     validate: Callable[[State], Scores] | None = None
     enough: Callable[[Sequence[RoundRecord]], bool] = lambda records: False
     reach: Callable[[int], Reach | None] | None = None
+    sealing: Sealing | None = None

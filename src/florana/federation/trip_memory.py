@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -24,11 +25,32 @@ from florana.strategy.base import Named, Sums
 
 UPDATE, RECEIVED = "update/", "received/"
 
+LOSS, _ROUND = "loss", "round"
+"""What else is kept of it: the client's mean training loss, and the round."""
 
-def update_of(received: Adapter, trained: Adapter) -> dict[str, Tensor]:
-    """What is kept of a round's training: both without the tensors that stay with the client."""
+
+def update_of(received: Adapter, trained: Adapter, loss: float = 0.0, round_: int = 0) -> dict[str, Tensor]:
+    """What is kept of a round's training: both without the tensors that stay with the client.
+
+    Args:
+        received: what it was sent.
+        trained: what training made of it.
+        loss: of the training.
+        round_: the round.
+    """
     before = {RECEIVED + name: tensor for name, tensor in received.tensors().items() if name in trained.tensors()}
-    return before | {UPDATE + name: tensor for name, tensor in trained.tensors().items()}
+    after = {UPDATE + name: tensor for name, tensor in trained.tensors().items()}
+    return before | after | {UPDATE + LOSS: torch.tensor([loss]), UPDATE + _ROUND: torch.tensor([round_])}
+
+
+def loss_in(memory: Named) -> float:
+    """The training loss of the update that is kept."""
+    return float(memory[UPDATE + LOSS])
+
+
+def round_in(memory: Named) -> int:
+    """The round of the update that is kept; 0 where none is."""
+    return int(memory[UPDATE + _ROUND]) if UPDATE + _ROUND in memory else 0
 
 
 def update_in(memory: Named, scalings: Mapping[str, float]) -> tuple[Adapter, Adapter] | None:

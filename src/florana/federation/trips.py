@@ -19,7 +19,7 @@ from torch import Tensor
 from florana.federation.collect import Collected, Gate, collect
 from florana.federation.event import Event
 from florana.federation.gate import Expected, RejectedUpdate, check_head, checked, loaded
-from florana.federation.gather import Gathered, briefs_of, contributions, expectation, require
+from florana.federation.gather import Gathered, briefs_of, contributions, expectation, mean_metrics, require
 from florana.federation.messages import Brief, Engine, Reply, pack_question
 from florana.federation.quantize import Format, form_of
 from florana.federation.spool import Spool
@@ -89,6 +89,7 @@ def gather_sums(
     residual = next(iter(payloads.values())).residual
     return Gathered(
         [Contribution(MEAN, adapter, 1.0, residual)],
+        [update.client for update in trips[0].updates],
         trips[0].updates,
         trips[0].weights,
         refused,
@@ -96,6 +97,7 @@ def gather_sums(
         seconds,
         {**trips[0].notes, "answered": [len(weighed.updates) for weighed in trips]},
         truth,
+        mean_metrics(trips[0]),
     )
 
 

@@ -13,6 +13,7 @@ import tomli_w
 from pydantic import Field, model_validator
 
 from florana.recipe.data_schema import Data, Generation, Partition, Section
+from florana.recipe.privacy_schema import Privacy
 from florana.recipe.robust_schema import Robust
 from florana.recipe.server_schema import Server
 from florana.recipe.study_schema import Study
@@ -27,6 +28,7 @@ __all__ = [
     "Generation",
     "Model",
     "Partition",
+    "Privacy",
     "Recipe",
     "Robust",
     "Rounds",
@@ -185,6 +187,7 @@ class Recipe(Section):
     train: Train
     federation: Rounds = Rounds()
     robust: Robust = Robust()
+    privacy: Privacy = Privacy()
     strategy: dict[str, Any]
     """`name`, and the strategy's own options."""
     server: Server = Server()

@@ -205,7 +205,9 @@ def partition(run: RunView) -> str:
             columns = min(len(labels), 4)
             figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
         else:
-            axes.barh([_plain(name) for name in names], [clients[name]["train"] for name in names], color=COLOURS[0])
+            axes.barh(
+                [_plain(name) for name in names], [clients[name].get("train", 0) for name in names], color=COLOURS[0]
+            )
         axes.set_xlabel("training rows" + (f" (first {shown} clients)" if len(clients) > shown else ""))
         axes.grid(axis="y", visible=False)
         return svg_of(figure)

@@ -185,10 +185,16 @@ def _settings(recipe: Any, setup: Any) -> list[tuple[str, str]]:
         ("Local training", f"{length} of {train['batch_size']} rows, learning rate {train['learning_rate']:g}"),
         *([("Kept", f"the best round by {asked['by']} on the validation rows")] if asked.get("keep") == "best" else []),
         ("Weights", "by number of examples" if rounds["weighting"] == "examples" else "uniform"),
+        *([("Server sees", _sees(recipe["privacy"]))] if recipe.get("privacy", {}).get("secure_aggregation") else []),
         *([("Uplink", rounds["uplink"])] if rounds.get("uplink", "float32") != "float32" else []),
         *([("Written", _written(recipe["generation"]))] if "generation" in recipe else []),
         ("Seed", str(recipe["seed"])),
     ]
+
+
+def _sees(privacy: Any) -> str:
+    """What the server saw of the clients, and no more than that."""
+    return f"sums over {privacy['min_clients']} clients or more, {privacy['bits']} bits a number; no client's own part"
 
 
 def _written(own: Any) -> str:

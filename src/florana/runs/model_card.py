@@ -86,7 +86,13 @@ def card_of(
     base, last = str(recipe["model"].get("hub_name") or recipe["model"]["base"]), records[-1]
     title = displayable(str(recipe.get("title") or f"{usage.task} by {last.strategy}"))
     clients = sorted({client for record in records for client in record.clients})
-    rows = {client: record.examples[client] for record in records for client in record.clients}
+    rows = {client: record.examples[client] for record in records for client in record.examples}
+    sizes = (
+        f"{sum(rows.values())} training rows in all (the smallest had {min(rows.values())}, the largest "
+        f"{max(rows.values())})"
+        if rows
+        else "hidden numbers of training rows (the server saw sums over clients alone)"
+    )
     hub = not base.startswith(("package:", "/")) and "\\" not in base
     snippet = SNIPPETS[usage.task]
     if usage.task == "sequence-classification":
@@ -103,8 +109,7 @@ def card_of(
         f"# {title}",
         "",
         f"A LoRA adapter for `{displayable(base)}`, trained by a federation: {len(clients)} clients with "
-        f"{sum(rows.values())} training rows in all (the smallest had {min(rows.values())}, the largest "
-        f"{max(rows.values())}), {last.round} rounds of `{displayable(last.strategy)}`.",
+        f"{sizes}, {last.round} rounds of `{displayable(last.strategy)}`.",
         "",
         *_figures(setup, records),
         *_classes(usage),

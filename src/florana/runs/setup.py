@@ -1,8 +1,8 @@
 """The only joiner: a recipe becomes a model, data, clients, a strategy and an engine; the result is a run folder.
 
-RUN/recipe.toml       resolved, runs again      RUN/environment.json  versions, hardware, threads, seed
-RUN/setup.json        who holds what, the start's score      RUN/rounds.jsonl    one line per committed round
-RUN/adapter/          the global adapter, for PEFT           RUN/checkpoint/, RUN/log.txt
+RUN/recipe.toml   resolved, runs again              RUN/environment.json        versions, hardware, threads, seed
+RUN/setup.json    who holds what, the start's score RUN/rounds.jsonl            one line per committed round
+RUN/adapter/      the global adapter, for PEFT      RUN/checkpoint/, RUN/log.txt
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from florana.federation.terms import Federation
 from florana.federation.weighting import Weighing, by_examples, uniformly
 from florana.lora.factors import Adapter
 from florana.recipe import schema as r
+from florana.recipe.privacy_schema import sealing_of
 from florana.runs.chosen_strategy import strategy_of
 from florana.runs.completions import write_completions
 from florana.runs.rounds import Result, Show, execute_rounds, settled
 from florana.runs.run_folder import check_folder
+from florana.runs.sealed_clients import sealed_here
 from florana.strategy.base import State, Strategy
 from florana.train import lora_init
 from florana.train.client import ClientData, TrainingClients, steps_per_round
@@ -167,14 +169,15 @@ def engine_of(
     memories: Mapping[str, Mapping[str, Tensor]] | None = None,
     step: Callable[[str], None] = lambda client: None,
 ) -> LocalEngine:
-    """The clients of a set-up in the local engine; `begun` is the first state, which every client knows."""
+    """The clients of a set-up in the local engine; all know `begun`, the first state."""
     workers, clients = recipe.engine.workers, clients_of(recipe, setup, begun, step)
+    sealed = sealed_here(recipe, setup.examples)
     if workers == 1:
-        return LocalEngine(clients.fit, memories, in_cohorts(clients, recipe.engine.cohort, recipe.model.base))
+        return LocalEngine(clients.fit, memories, in_cohorts(clients, recipe.engine.cohort, recipe.model.base), sealed)
 
     require_forks()
     each = functools.partial(side_by_side, workers, lambda told: clients_of(recipe, setup, begun, told).fit, step)
-    return LocalEngine(clients.fit, memories, each)
+    return LocalEngine(clients.fit, memories, each, sealed)
 
 
 def clients_of(
@@ -257,11 +260,7 @@ def federation_of(
         setup.bench.load(state.adapter, state.residual)
         return evaluate(setup.bench, setup.validation, recipe.evaluate.batch_size)
 
-    personal: dict[str, Callable[[int], bool]] = {
-        "never": lambda round_: False,
-        "last": lambda round_: round_ == rounds,
-        "every": lambda round_: round_ % every == 0 or round_ == rounds,
-    }
+    often = {"never": None, "last": rounds, "every": every}[recipe.evaluate.personal]
     return Federation(
         clients=sorted(clients),
         rounds=rounds,
@@ -277,13 +276,14 @@ def federation_of(
         evaluate=None if recipe.model.personal or setup is None or not setup.common else scores,
         validate=None if recipe.model.personal or setup is None or not setup.validation else validation,
         measured=lambda round_: round_ % every == 0 or round_ == rounds or asked(round_),
-        personal=personal[recipe.evaluate.personal],
+        personal=lambda round_: often is not None and (round_ % often == 0 or round_ == rounds),
         minimum=recipe.federation.min_clients,
         examples=examples,
         uplink=recipe.federation.uplink,
         max_change=recipe.federation.max_change,
         enough=lambda records: enough(records, recipe.evaluate.by, recipe.evaluate.patience),
         reach=lambda rows: reach(recipe.train, steps_per_round(recipe.train, rows)),
+        sealing=sealing_of(recipe),
     )
 
 

@@ -125,6 +125,10 @@ Named = Mapping[str, Tensor]
 """Tensors by name."""
 
 
+Allowed = Callable[[str], Tensor]
+"""The name of a tensor, as in `Adapter.tensors` -> the most that training can move each of its numbers."""
+
+
 @dataclass(frozen=True)
 class Sums:
     """How a method gets on with sums over the clients alone: one after the other, each in a trip of its own.
@@ -139,12 +143,15 @@ class Sums:
         measure: (trip from 0, round, what came down, the adapter as received, as trained) -> what a client sends: each
             tensor linear in the client's product, or in the tensors that it trained whole.
         mean: (the adapter as sent, all means) -> the clients' mean as one adapter, for `Strategy.step`; of any rank.
+        bounds: (trip, round, what came down, the adapter as received, how far training can move its numbers) -> the
+            most by which each tensor that is sent can differ from an untrained client's.
     """
 
     trips: int
     ask: Callable[[Adapter, Sequence[Named]], Named]
     measure: Callable[[int, int, Named, Adapter, Adapter], Named]
     mean: Callable[[Adapter, Sequence[Named]], Adapter]
+    bounds: Callable[[int, int, Named, Adapter, Allowed], dict[str, float]]
 
 
 Cut = Callable[[Payload, int, float], Payload]

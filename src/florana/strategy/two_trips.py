@@ -14,7 +14,7 @@ from torch import Tensor
 from florana.aggregate.best_rank import sketch
 from florana.errors import RecipeError
 from florana.lora.factors import Adapter, Contribution
-from florana.strategy.base import Named, Payload, State, Strategy, Sums
+from florana.strategy.base import Allowed, Named, Payload, State, Strategy, Sums
 
 RANGE, PROJECTION, WARM = "range/", "projection/", "warm/"
 
@@ -80,7 +80,19 @@ def two_trips(columns: Callable[[int], int], omega: Omega) -> Sums:
         }
         return Adapter(modules, {n.removeprefix("extra/"): t for n, t in first.items() if n.startswith("extra/")})
 
-    return Sums(2, ask, measure, mean)
+    def bounds(trip: int, round_: int, question: Named, received: Adapter, allowed: Allowed) -> dict[str, float]:
+        found = {f"extra/{name}": float(allowed(f"extra/{name}").max()) for name in received.extra} if not trip else {}
+        for name, pair in received.modules.items():
+            reach = allowed(f"B/{name}"), allowed(f"A/{name}")
+            if trip:
+                found[PROJECTION + name] = sketch.projection_bound(pair, *reach, question[RANGE + name])
+            else:
+                A = question.get(WARM + name, pair.A)
+                directions = omega(A, min(columns(len(A)), *pair.shape), name, round_)
+                found[RANGE + name] = sketch.range_bound(pair, *reach, directions)
+        return found
+
+    return Sums(2, ask, measure, mean, bounds)
 
 
 def told(payload: Payload, whole: Adapter) -> Payload:

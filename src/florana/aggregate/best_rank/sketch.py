@@ -99,3 +99,37 @@ def whole(Q: Tensor, Z: Tensor, scaling: float) -> LoraFactors:
         [4.0, 4.0]
     """
     return LoraFactors(B=Q, A=(Z.double() / scaling).to(Q.dtype), scaling=scaling)
+
+
+def range_bound(pair: LoraFactors, moved_B: Tensor, moved_A: Tensor, omega: Tensor) -> float:
+    """The most that any number of Y_u can change by when B and A change by at most so much, number by number:
+
+        |d Y| <= s (moved_B |A Omega| + (|B| + moved_B) (moved_A |Omega|))
+
+    Args:
+        pair: B (out, r) and A (r, in) before.
+        moved_B: (out, r), not negative.
+        moved_A: (r, in), not negative.
+        omega: (in, k).
+
+    Examples:
+        >>> pair = LoraFactors(torch.zeros(2, 1), torch.ones(1, 2), 1.0)
+        >>> range_bound(pair, torch.full((2, 1), 0.5), torch.zeros(1, 2), torch.eye(2, 1))
+        0.5
+    """
+    B, A, omega = pair.B.double().abs(), pair.A.double(), omega.double()
+    there = moved_B.double() @ (A @ omega).abs() + (B + moved_B.double()) @ (moved_A.double() @ omega.abs())
+    return float(pair.scaling * there.max())
+
+
+def projection_bound(pair: LoraFactors, moved_B: Tensor, moved_A: Tensor, Q: Tensor) -> float:
+    """As `range_bound`, of Z_u: |d Z| <= s |Q^T| (moved_B |A| + (|B| + moved_B) moved_A), by way of (k, r).
+
+    Examples:
+        >>> pair = LoraFactors(torch.zeros(2, 1), torch.ones(1, 2), 1.0)
+        >>> projection_bound(pair, torch.full((2, 1), 0.5), torch.zeros(1, 2), torch.eye(2, 1))
+        0.5
+    """
+    B, A, q = pair.B.double().abs(), pair.A.double().abs(), Q.double().abs().T
+    there = (q @ moved_B.double()) @ A + (q @ (B + moved_B.double())) @ moved_A.double()
+    return float(pair.scaling * there.max())

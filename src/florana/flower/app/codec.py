@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
-from florana.federation.messages import Brief, Failure, Reply
+from florana.federation.messages import Brief, Failure, Reply, Step
 from florana.flower.app.frames import Frame
+from florana.secure.session_keys import Refused
 from florana.strategy.base import Pruning
 
 
@@ -28,6 +29,35 @@ def reply_frame(reply: Reply, nonce: str) -> Frame:
     """A reply, with the word of the brief that it answers."""
     named = {f.name: _plain(getattr(reply, f.name)) for f in fields(Reply) if f.name != "payload"}
     return Frame("reply", {"reply": named, "nonce": nonce}, reply.payload)
+
+
+def sealed_frame(step: Step, run: str, nonce: str, card: str = "") -> Frame:
+    """A step of a secure sum, either way, with the word that ties question and answer together."""
+    return Frame("sealed", {"step": dict(step.head), "run": run, "nonce": nonce, "card": card}, step.payload)
+
+
+def step_in(frame: Frame) -> Step:
+    """The step in a frame of the server. Raises Refused where there is none."""
+    head = frame.fields.get("step")
+    if not isinstance(head, dict):
+        raise Refused("is sent a step of a secure sum that is none")
+    return Step(head, frame.payload)
+
+
+def read_sealed(frame: Frame, client: str, nonce: str) -> Step | Failure:
+    """A client's answer to a step of a secure sum, or why it is none. Raises nothing.
+
+    Args:
+        frame: what the node sent; untrusted.
+        client: whom the server asked.
+        nonce: the word that the step went out with.
+    """
+    if frame.kind != "sealed":
+        failed = read_reply(frame, client, nonce)
+        return failed if isinstance(failed, Failure) else Failure(client, "answered with an update, unasked")
+    if frame.fields.get("nonce") != nonce or not isinstance(frame.fields.get("step"), dict):
+        return Failure(client, "answered another step than the one it got")
+    return Step(frame.fields["step"], frame.payload)
 
 
 def failure_frame(reason: str) -> Frame:

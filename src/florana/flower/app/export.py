@@ -43,6 +43,12 @@ def export(recipe: Recipe, folder: Path, settings: Settings | None = None) -> Pa
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RecipeError(f"{folder} exists already", fix="name a new folder")
+    if recipe.privacy.secure_aggregation:
+        raise RecipeError(
+            "privacy.secure_aggregation does not run in an exported app",
+            why="Flower begins its clients anew for every message, and the secrets of a session are in memory alone",
+            fix="run it with 'florana run', or between sites with 'florana serve' and 'florana join'",
+        )
     title = recipe.title or f"{plain_name(recipe.strategy['name'])} on {Path(recipe.data.train).name}"
     config = to_config(recipe, settings or Settings(out=str((folder / "run").resolve())))
     package = "florana_app"

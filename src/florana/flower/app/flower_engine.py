@@ -16,12 +16,15 @@ from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from torch import Tensor
 
-from florana.federation.messages import Brief, Failure, Reply
-from florana.flower.app.codec import brief_frame, read_reply
+from florana.federation.messages import Brief, Failure, Reply, Step
+from florana.flower.app.codec import brief_frame, read_reply, read_sealed, sealed_frame
 from florana.flower.app.flower_records import from_record, to_record
 from florana.flower.app.frames import Frame
 
 POLL_SECONDS = 0.05
+
+PATIENCE = 60.0
+"""Seconds of one step of a secure sum, at most: a site has nothing to do in it that takes long."""
 
 PLAIN = {
     ErrorCode.MESSAGE_UNAVAILABLE: "was not reached before the time was over",
@@ -113,6 +116,24 @@ class FlowerEngine:
             if isinstance(answer, Frame) and answer.kind == "changed":
                 self.changed(client)
             yield answer if isinstance(answer, Failure) else read_reply(answer, client, nonces[client])
+
+    def exchange(self, steps: Mapping[str, Step]) -> Iterator[tuple[str, Step | Failure]]:
+        """Every site's answer to a step of a secure sum; after a minute at most, a Failure for each missing."""
+        seats, absent = self.seats()
+        for client in steps.keys() - seats.keys():
+            yield client, Failure(client, absent.get(client, "is not connected"))
+        nonces = {client: secrets.token_hex(16) for client in steps if client in seats}
+        frames = {
+            client: (seats[client].node, sealed_frame(steps[client], self.run, nonce, seats[client].card))
+            for client, nonce in nonces.items()
+        }
+        for client in nonces:
+            said = {name: steps[client].head[name] for name in ("step", "trip") if name in steps[client].head}
+            self.note("asked", site=client, run=self.run, **said, **size_and_digest(steps[client].payload))
+        for client, answer in exchange(self.grid, frames, min(self.deadline, PATIENCE)):
+            if isinstance(answer, Frame):
+                self.note("answered", site=client, kind=answer.kind, **size_and_digest(answer.payload))
+            yield client, answer if isinstance(answer, Failure) else read_sealed(answer, client, nonces[client])
 
     def _frame(self, brief: Brief, seats: Mapping[str, Seat], nonces: Mapping[str, str]) -> Frame:
         return brief_frame(brief, self.run, nonces[brief.client], seats[brief.client].card)

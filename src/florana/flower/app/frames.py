@@ -13,7 +13,7 @@ class Frame:
     """A message between server and site.
 
     Args:
-        kind: `hello`, `train`, `reply` or `failure`.
+        kind: `hello`, `train`, `reply`, `sealed` (a step of a secure sum) or `failure`.
         fields: named values that JSON can say.
         payload: tensors, as `federation.messages.pack` made them.
     """

@@ -172,7 +172,9 @@ class Registration:
                 self._refuse(name or claimed or f"node {node}", problem)
                 continue
             back = card.client in self.cards
-            self.cards[card.client], self.examples[card.client] = card, card.holds.train
+            self.cards[card.client] = card
+            if card.holds.train is not None:
+                self.examples[card.client] = card.holds.train
             self._clients[node], self._again[node] = card.client, math.inf
             self.refused.pop(card.client, None)
             if self._fits(card.client, self._settled):
@@ -196,7 +198,7 @@ class Registration:
         if not known and card.client in self._clients.values():
             return f"two nodes call themselves '{card.client[:80]}'"
         said, known_rows = card.holds.train, self.rows.get(card.client, self.examples.get(card.client))
-        if known_rows is not None and said != known_rows:
+        if said is not None and known_rows is not None and said != known_rows:
             return (
                 f"says it has {said} training rows, and {known_rows} were approved or counted before; a new count "
                 f"needs 'florana flower approve FED NAME.pub --rows NAME={said}' and a restart"

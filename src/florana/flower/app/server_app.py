@@ -26,6 +26,7 @@ from florana.errors import FloranaError, InputError, RecipeError
 from florana.federation.event import Event
 from florana.federation.journal import first_rows, read_records
 from florana.federation.messages import Engine, unpack_whole
+from florana.federation.terms import Federation
 from florana.flower.app.farewell import ended_frame, farewell
 from florana.flower.app.flower_engine import FlowerEngine, Nodes, Note, unnoted
 from florana.flower.app.registration import Registration
@@ -121,7 +122,10 @@ def _lead(
         begun,
         card,
         engine,
-        federation_of(recipe, here, clients, registration.examples, functools.partial(write_completions, folder)),
+        named_run(
+            federation_of(recipe, here, clients, registration.examples, functools.partial(write_completions, folder)),
+            run,
+        ),
         lambda: _facts(recipe, here, registration, begun),
         show,
         here.partition.get("labels", ()) if here is not None else recipe.data.labels or (),
@@ -136,6 +140,12 @@ def _lead(
                 show(Event("repaired", len(result.records), detail=f"sites get no adapter: {error.why}"))
         last = ended_frame(run, len(result.records), kept)
         farewell(grid, registration.connected()[0], last, settings.deadline, show)
+
+
+def named_run(federation: Federation, run: str) -> Federation:
+    """The terms of a run, with its name where sums are secure: clients count by it what they have opened."""
+    sealing = federation.sealing
+    return federation if sealing is None else replace(federation, sealing=replace(sealing, run=run))
 
 
 def _from_a_client(recipe: r.Recipe, strategy: Strategy, registration: Registration) -> Adapter:
@@ -191,7 +201,9 @@ def _rows_before(folder: Path) -> dict[str, int]:
     """Client -> the training rows it had when this run first counted it; empty for a new run."""
     path = folder / "setup.json"
     clients = json.loads(path.read_text(encoding="utf-8"))["clients"] if path.exists() else {}
-    return first_rows(read_records(folder / "rounds.jsonl")) | {name: holds["train"] for name, holds in clients.items()}
+    return first_rows(read_records(folder / "rounds.jsonl")) | {
+        name: holds["train"] for name, holds in clients.items() if "train" in holds
+    }
 
 
 def _run_name(folder: Path) -> str:

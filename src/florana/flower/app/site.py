@@ -17,14 +17,17 @@ from florana.federation.client_state import keep, recall
 from florana.federation.local_engine import Fit
 from florana.federation.messages import pack
 from florana.federation.quantize import Format
-from florana.flower.app.codec import failure_frame, read_brief, reply_frame
+from florana.federation.sealed_client import SealedClient
+from florana.flower.app.codec import failure_frame, read_brief, reply_frame, sealed_frame, step_in
 from florana.flower.app.frames import Frame
-from florana.flower.app.site_card import Card, Common, digest
+from florana.flower.app.sealed_site import sealed_at
+from florana.flower.app.site_card import Card, Common, Holds, digest
 from florana.lora.factors import Adapter
 from florana.recipe import schema as r
 from florana.runs.chosen_strategy import strategy_of
 from florana.runs.setup import Setup, clients_of, first_state
 from florana.runs.threads import instructions, threads
+from florana.secure.identities import Signer
 from florana.strategy.base import Strategy
 
 PLACES = {
@@ -54,6 +57,7 @@ class Site:
         start: the adapter before the first round, head included.
         folder: where the client state is kept.
         uplink: how the site's own recipe says that updates are written.
+        sealed: its part in secure sums, where its own recipe has them: it then sends nothing of an update but there.
     """
 
     who: str
@@ -62,6 +66,7 @@ class Site:
     start: Adapter
     folder: Path
     uplink: Format = "float32"
+    sealed: SealedClient | None = None
 
     def answer(self, frame: Frame) -> Frame:
         """The reply to one frame of the server. What goes wrong becomes a `failure` with its reason."""
@@ -69,6 +74,8 @@ class Site:
             if frame.kind == "hello":
                 start = pack(self.start) if frame.fields.get("start") else b""
                 return Frame("hello", self.card.model_dump(mode="json"), start)
+            if frame.kind == "sealed":
+                return self._sealed(frame)
             if frame.kind != "train":
                 return failure_frame(f"does not know requests of kind '{frame.kind[:40]}'")
             return self._train(frame)
@@ -84,6 +91,9 @@ class Site:
             return failure_frame(f"is '{self.who}', but was asked as '{brief.client[:80]}'")
         if frame.fields.get("card") != digest(self.card):  # it was started anew since, with something else
             return Frame("changed")
+        if brief.sealed != (self.sealed is not None):
+            asked, own = ("sealed", "open") if brief.sealed else ("open", "sealed")
+            return failure_frame(f"is asked for an update that is {asked}; by its own recipe they are {own}")
         if brief.uplink != self.uplink or (self.uplink == "float32" and brief.feedback):
             return failure_frame(f"is asked to answer in {brief.uplink[:20]}; its own recipe says {self.uplink}")
         # a later trip of a round is asked of what was kept in its first
@@ -93,6 +103,14 @@ class Site:
         keep(self.folder, run, self.who, brief.round, kept)
         return reply_frame(reply, str(frame.fields["nonce"]))
 
+    def _sealed(self, frame: Frame) -> Frame:
+        if self.sealed is None:
+            return failure_frame("is asked for a secure sum; its own recipe has none")
+        if frame.fields.get("card") != digest(self.card):
+            return Frame("changed")
+        step = self.sealed.answer(step_in(frame), lambda run, round_: recall(self.folder, run, self.who, round_ + 1))
+        return sealed_frame(step, str(frame.fields.get("run")), str(frame.fields["nonce"]))
+
 
 def site_of(
     recipe: r.Recipe,
@@ -101,6 +119,7 @@ def site_of(
     folder: Path,
     step: Callable[[str], None] | None = None,
     counts: bool = True,
+    signer: Signer | None = None,
 ) -> Site:
     """The site of one client of a set-up.
 
@@ -111,6 +130,7 @@ def site_of(
         folder: where the client state is kept.
         step: told of every optimizer step.
         counts: whether it says how many rows of each class it has.
+        signer: its signatures, and those of the others that it knows: for secure sums.
 
     Raises:
         RecipeError: the set-up has no such client, or the strategy starts from all clients' gradients.
@@ -124,7 +144,10 @@ def site_of(
         card = card_of(recipe, setup, who, clients.first)
         if not counts:
             card = card.model_copy(update={"holds": card.holds.model_copy(update={"per_label": None})})
-        return Site(who, clients.fit, card, clients.first, folder, recipe.federation.uplink)
+        sealed = sealed_at(recipe, signer, len(setup.clients[who].train), folder)
+        if sealed is not None:  # not even its rows are told
+            card = card.model_copy(update={"holds": Holds(train=None, test=0)})
+        return Site(who, clients.fit, card, clients.first, folder, recipe.federation.uplink, sealed)
 
 
 def starts_anywhere(strategy: Strategy) -> Strategy:
@@ -172,7 +195,7 @@ def agreed(recipe: r.Recipe) -> dict[str, Any]:
     """The part of the recipe that must be the same everywhere, by dotted key."""
     table = recipe.model_dump(mode="json", exclude_none=True)
     result: dict[str, Any] = {"seed": recipe.seed, "task": recipe.task, "federation.uplink": recipe.federation.uplink}
-    for section in ("model", "data", "partition", "train", "strategy"):
+    for section in ("model", "data", "partition", "train", "strategy", "privacy"):
         left_out = PLACES.get(section, set())
         result |= {f"{section}.{key}": value for key, value in table[section].items() if key not in left_out}
     return result

@@ -20,9 +20,9 @@ class _Said(BaseModel):
 
 
 class Holds(_Said):
-    """How many rows, and of which class; never the rows."""
+    """How many rows, and of which class; never the rows. `train` is None where secure sums hide it."""
 
-    train: Count
+    train: Count | None
     test: Count
     per_label: list[Count] | None = None
 
@@ -77,7 +77,8 @@ class Card(_Said):
 
     def introduced(self, began: Mapping[str, Any] | None) -> str:
         """Who joins, in words; `began` is what it computed with when the run began, where it took part then."""
-        words = f"{self.holds.train} rows, threads {self.threads}"
+        rows = "its rows hidden" if self.holds.train is None else f"{self.holds.train} rows"
+        words = f"{rows}, threads {self.threads}"
         if began is None or began == self.computes:
             return words
         now = self.computes

@@ -1,6 +1,7 @@
 """What the operator hands to every site: where the server is, what to check it by, and the recipe. Nothing secret.
 
 INVITATION/federation.toml   address        ca.crt   the authority        recipe.toml   as the operator wrote it
+           roster.json       with secure sums: the approved sites' public keys, by which each checks the others
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from florana.atomic_files import replace_file
 from florana.bounded import read_toml
 from florana.errors import InputError, RecipeError
 from florana.flower.deploy.keys import Certificates, read_certificate
+from florana.flower.deploy.roster import read_roster
 from florana.recipe.load import read_recipe
 from florana.recipe.schema import Recipe
+
+ROSTER = "roster.json"
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,17 @@ def invite(recipe: Path, files: Certificates, host: str, port: int, folder: Path
         base: the digest of the operator's base model, by which a site finds out at once that it has another one.
 
     Raises:
-        RecipeError: the recipe is wrong, or the folder is taken.
+        RecipeError: the recipe is wrong, or the folder is taken; with secure sums, too few sites are approved.
         InputError: there is no certificate, or it is not for that host.
     """
-    read_recipe(recipe)
+    privacy = read_recipe(recipe).privacy
+    roster = read_roster(files.roster) if privacy.secure_aggregation else {}
+    if privacy.secure_aggregation and len(roster) < privacy.min_clients:
+        raise RecipeError(
+            f"{len(roster)} sites are approved, and privacy.min_clients is {privacy.min_clients}",
+            why="the invitation tells each site the keys of all the others",
+            fix="'florana flower approve' all sites' .pub files first",
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RecipeError(f"{folder} exists already", fix="name a new folder")
     hosts = hosts_of(read_certificate(files.certificate))
@@ -65,6 +76,8 @@ def invite(recipe: Path, files: Certificates, host: str, port: int, folder: Path
     folder.mkdir(parents=True)
     replace_file(folder / "ca.crt", files.authority.read_bytes())
     replace_file(folder / "recipe.toml", recipe.read_bytes())
+    if roster:
+        replace_file(folder / ROSTER, files.roster.read_bytes())
     replace_file(folder / "federation.toml", tomli_w.dumps({"host": host, "port": port, "base": base}).encode())
     return folder
 

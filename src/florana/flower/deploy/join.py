@@ -22,6 +22,7 @@ from florana.flower.deploy.invitation import Invitation
 from florana.flower.deploy.kept_update import remembered
 from florana.flower.deploy.keys import read_private
 from florana.flower.deploy.node import attend
+from florana.flower.deploy.site_signatures import signer_of
 from florana.recipe import schema as r
 from florana.recipe.usage import usage_of
 from florana.runs.run_folder import held
@@ -84,7 +85,8 @@ def join(
             folder.chmod(0o700)
     with held(work / "lock", taken), logged_to(work / "node.log"):
         setup = prepare_site(recipe, who, data)
-        site = site_of(recipe, setup, who, keys / "kept", step, counts)
+        signer = signer_of(invitation, who, key) if recipe.privacy.secure_aggregation else None
+        site = site_of(recipe, setup, who, keys / "kept", step, counts, signer)
         say(f"{who}: {site.card.introduced(None)}; connecting to {invitation.address}")
 
         def end(frame: Frame) -> Frame:

@@ -1,0 +1,194 @@
+"""A round of secure sums: clients train, and the server learns their means, and no client's own part.
+
+    brief (sealed) -> trained -> keys -> shares -> [masked -> survivors -> reveal -> opened -> mean] for each trip
+                                                                    -> one contribution for Strategy.step
+
+A client that leaves at any step is missing from then on; a sum over fewer clients than the minimum is never opened, by
+the clients' own word.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from florana.errors import FederationError, FloranaError, RecipeError
+from florana.federation.entrywise import entrywise
+from florana.federation.event import Event
+from florana.federation.gather import Gathered, briefs_of
+from florana.federation.messages import Engine, Reply, Step
+from florana.federation.sealed_client import Sealing
+from florana.federation.sealed_question import Question
+from florana.federation.sealed_table import FIX, Table
+from florana.federation.terms import Federation
+from florana.federation.trip_memory import LOSS, update_in
+from florana.federation.trips import MEAN
+from florana.lora.factors import Contribution
+from florana.secure import opening, wire
+from florana.secure.fixed_point import Grid, count, decoded
+from florana.secure.masks import Numbers, unpacked
+from florana.secure.session import Public, Terms
+from florana.secure.session_keys import Refused
+from florana.strategy.base import Named, Payload, State, Strategy
+
+
+def gather_sealed(
+    strategy: Strategy,
+    sealing: Sealing,
+    state: State,
+    chosen: Sequence[str],
+    engine: Engine,
+    federation: Federation,
+    show: Callable[[Event], None],
+) -> Gathered:
+    """One round's means, as one contribution.
+
+    Args:
+        strategy: a method that needs sums alone.
+        sealing: what the recipe says of secure sums.
+        state: what is broadcast.
+        chosen: the clients that are asked.
+        engine: reaches them.
+        federation: the fixed terms of the run.
+        show: told of what happens.
+
+    Raises:
+        FederationError: fewer clients than the minimum are left, or a secret cannot be put together: no sum.
+        RecipeError: the method or the training does not say how large its numbers can become.
+    """
+    round_ = state.round + 1
+    payloads = {client: strategy.brief(state, client) for client in chosen}
+    first = next(iter(payloads.values()))
+    if first.blocks is not None:
+        raise RecipeError(f"'{strategy.name}' with some heads per client does not go with secure sums", fix="all heads")
+    sums = strategy.sums or entrywise(sorted(first.work.up))
+    briefs = briefs_of(strategy, payloads, round_, federation)
+    briefs = [replace(brief, trip=0, sealed=True, evaluate=False) for brief in briefs]
+    table = Table(engine, show, round_, [], traffic={b.client: {"up": 0, "down": len(b.payload)} for b in briefs})
+    seconds = 0.0
+    for answer in engine.fit(briefs):
+        if not isinstance(answer, Reply):
+            table.lost(answer.client, answer.reason)
+        elif answer.client in payloads.keys() - set(table.here) and answer.round == round_ and not answer.payload:
+            table.here.append(answer.client)
+            seconds += answer.seconds
+            show(Event("reply", round_, answer.client))
+        else:
+            table.lost(answer.client, "answered something else than that it has trained")
+    table.here.sort()
+    table.enough("have trained", len(chosen), sealing.minimum)
+    terms = Terms(
+        secrets.token_hex(16),
+        sealing.run,
+        round_,
+        tuple(range(sums.trips)),
+        sealing.bits,
+        sealing.most,
+        sealing.minimum,
+    )
+    roster, sealed = _begin(table, terms)
+    table.enough("shared out", len(chosen), sealing.minimum)
+    grid = Grid(terms.bits, len(roster), terms.most)
+    means: list[Named] = []
+    opened: list[int] = []
+    rows, loss, present = 0, 0.0, list(table.here)
+    joined = present
+    for trip in range(sums.trips):
+        asked = Question(sums, trip, payloads, state, means, federation, sealing)
+        total, present = _sum(table, terms, roster, sealed, present, asked, grid)
+        values, counted = decoded(total, asked.shapes, asked.bounds, grid)
+        if not trip:
+            loss, rows, joined = float(values.pop(LOSS)), counted, present
+        means.append(asked.means(values))
+        opened.append(len(present))
+    adapter = sums.mean(state.adapter, means)
+    return Gathered(
+        parts=[Contribution(MEAN, adapter, 1.0, first.residual)],
+        clients=joined,
+        updates=[],
+        weights={},
+        refused=table.refused,
+        traffic=table.traffic,
+        seconds=seconds,
+        notes={"answered": opened, "rows": rows, "secure": {"trips": len(opened), "threshold": terms.minimum}},
+        truth=_truth(payloads, joined, engine, federation, sealing),
+        metrics={"train_loss": loss},
+    )
+
+
+def _begin(table: Table, terms: Terms) -> tuple[dict[str, Public], dict[str, dict[str, bytes]]]:
+    """The roster, and holder -> owner -> sealed shares, of those who shared out."""
+    asked = Step({"step": "keys", "terms": wire.terms_to(terms)})
+    roster: dict[str, Public] = {}
+    for client, answer in table.ask("keys", dict.fromkeys(table.here, asked)).items():
+        try:
+            roster[client] = wire.public_from(answer.head.get("keys"))
+        except Refused as error:
+            table.lost(client, str(error.what))
+    told = {name: wire.public_to(public) for name, public in roster.items()}
+    asked = Step({"step": "shares", "session": terms.session, "roster": told})
+    sealed: dict[str, dict[str, bytes]] = {}
+    for client, answer in table.ask("shares", dict.fromkeys(table.here, asked)).items():
+        try:
+            sealed[client] = wire.words_from(answer.head.get("sealed"))
+        except Refused as error:
+            table.lost(client, str(error.what))
+    return roster, opening.routed(sealed)
+
+
+def _sum(
+    table: Table,
+    terms: Terms,
+    roster: Mapping[str, Public],
+    sealed: Mapping[str, Mapping[str, bytes]],
+    present: Sequence[str],
+    asked: Question,
+    grid: Grid,
+) -> tuple[Numbers, list[str]]:
+    """One trip's sum, and whose it is: of those that sent their part, whether or not they stayed to the end."""
+    trip, size = asked.trip, count(asked.shapes, grid)
+    steps = {client: asked.step(terms, client, sealed.get(client, {}), present) for client in table.here}
+    vectors: dict[str, Numbers] = {}
+    for client, answer in table.ask(f"trip {trip + 1}", steps).items():
+        try:
+            vectors[client] = unpacked(answer.payload, size, terms.bits)
+        except ValueError as error:
+            table.lost(client, f"trip {trip + 1}: sent {error}")
+    survivors = sorted(vectors)
+    table.enough(f"sent their part in trip {trip + 1}", len(present), terms.minimum)
+    named = {"session": terms.session, "trip": trip}
+    step = Step({"step": "survivors", "names": survivors, **named})
+    signatures = {}
+    for client, answer in table.ask("survivors", dict.fromkeys(survivors, step)).items():
+        try:
+            signatures[client] = wire.word(answer.head.get("signature"))
+        except Refused as error:
+            table.lost(client, str(error.what))
+    step = Step({"step": "reveal", "signatures": wire.words_to(signatures), **named})
+    revealed = {}
+    for client, answer in table.ask("reveal", dict.fromkeys(sorted(signatures), step)).items():
+        try:
+            revealed[client] = wire.words_from(answer.head.get("shares"))
+        except Refused as error:
+            table.lost(client, str(error.what))
+    try:
+        return opening.opened(terms, roster, trip, present, vectors, revealed), survivors
+    except FloranaError as error:
+        raise FederationError(
+            f"round {table.round_}: {error.what}", why=error.why or table.reasons(), fix=FIX
+        ) from None
+
+
+def _truth(
+    payloads: Mapping[str, Payload], joined: Sequence[str], engine: Engine, federation: Federation, sealing: Sealing
+) -> list[Contribution] | None:
+    """The clients' own updates, where a simulation holds their memories and knows their rows."""
+    held, parts = engine.memories(), []
+    for client in joined:
+        own = update_in(held.get(client, {}), payloads[client].adapter.scalings)
+        if own is None or (client not in federation.examples and sealing.most > 1):
+            return None
+        weight = min(federation.examples.get(client, 1), sealing.most)
+        parts.append(Contribution(client, own[1], float(weight), payloads[client].residual))
+    return parts

@@ -1,0 +1,53 @@
+"""A site's signatures in secure sums: by its node key, checked against the roster in its invitation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_public_key, load_ssh_private_key
+
+from florana.errors import InputError
+from florana.flower.deploy.invitation import ROSTER, Invitation
+from florana.flower.deploy.roster import read_roster
+from florana.secure.identities import Signer
+
+_HOW = ec.ECDSA(hashes.SHA384())
+
+
+def signer_of(invitation: Invitation, who: str, key: Path) -> Signer:
+    """The site's own signature, and the check of all others'.
+
+    Args:
+        invitation: the operator's, with the roster.
+        who: the site's name.
+        key: its private key, as `keys.read_private` found it.
+
+    Raises:
+        InputError: the invitation has no roster, or not this site's own key on it.
+    """
+    roster = read_roster(invitation.folder / ROSTER)
+    private = load_ssh_private_key(key.read_bytes(), None)
+    assert isinstance(private, ec.EllipticCurvePrivateKey)
+    publics = {name: load_pem_public_key(pem) for name, pem in roster.items()}
+    own = publics.get(who)
+    if not isinstance(own, ec.EllipticCurvePublicKey) or own.public_numbers() != private.public_key().public_numbers():
+        raise InputError(
+            f"the roster in {invitation.folder} does not have this site's key ('{who}')",
+            why="with secure sums each site checks the others' keys, and they check this one's",
+            fix="ask the operator to approve this site's .pub file, and for a new invitation",
+        )
+
+    def verify(name: str, content: bytes, signature: bytes) -> bool:
+        public = publics.get(name)
+        if not isinstance(public, ec.EllipticCurvePublicKey):
+            return False
+        try:
+            public.verify(signature, content, _HOW)
+        except InvalidSignature:
+            return False
+        return True
+
+    return Signer(who, lambda content: private.sign(content, _HOW), verify)
