@@ -60,8 +60,12 @@ def gather_sealed(
     round_ = state.round + 1
     payloads = {client: strategy.brief(state, client) for client in chosen}
     first = next(iter(payloads.values()))
-    if first.blocks is not None:
-        raise RecipeError(f"'{strategy.name}' with some heads per client does not go with secure sums", fix="all heads")
+    heads = min((len(core) for core in first.adapter.cores.values()), default=0)
+    if any(payload.blocks is not None and len(payload.blocks) < heads for payload in payloads.values()):
+        raise RecipeError(
+            f"'{strategy.name}' with some heads per client does not go with secure sums",
+            fix="leave out model.client_ranks and strategy.heads_per_client",
+        )
     sums = strategy.sums or entrywise(sorted(first.work.up))
     briefs = briefs_of(strategy, payloads, round_, federation)
     briefs = [replace(brief, trip=0, sealed=True, evaluate=False) for brief in briefs]
@@ -112,7 +116,7 @@ def gather_sealed(
         traffic=table.traffic,
         seconds=seconds,
         notes={"answered": opened, "rows": rows, "secure": {"trips": len(opened), "threshold": terms.minimum}},
-        truth=_truth(payloads, joined, engine, federation, sealing),
+        truth=_truth(payloads, present, engine, federation, sealing),
         metrics={"train_loss": loss},
     )
 
@@ -181,11 +185,11 @@ def _sum(
 
 
 def _truth(
-    payloads: Mapping[str, Payload], joined: Sequence[str], engine: Engine, federation: Federation, sealing: Sealing
+    payloads: Mapping[str, Payload], last: Sequence[str], engine: Engine, federation: Federation, sealing: Sealing
 ) -> list[Contribution] | None:
-    """The clients' own updates, where a simulation holds their memories and knows their rows."""
+    """The own updates of the clients of the last sum, where a simulation holds their memories and knows their rows."""
     held, parts = engine.memories(), []
-    for client in joined:
+    for client in last:
         own = update_in(held.get(client, {}), payloads[client].adapter.scalings)
         if own is None or (client not in federation.examples and sealing.most > 1):
             return None

@@ -36,8 +36,8 @@ class Federation:
         max_change: see `gate.oversized`.
         validate: as `evaluate`, on the rows to choose by; None where there are none.
         enough: whether the run ends with these records, before its last round.
-        sealing: what the recipe says of secure sums; None where the server sees each update.
         reach: training rows -> see `federation.step_bounds`; None where nobody knows.
+        sealing: what the recipe says of secure sums; None where the server sees each update.
     """
 
     clients: Sequence[str]

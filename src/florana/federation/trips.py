@@ -68,7 +68,7 @@ def gather_sums(
     refused: dict[str, str] = {}
     means: list[Named] = []
     trips: list[Weighed] = []
-    seconds, truth = 0.0, None
+    seconds = 0.0
     for trip in range(sums.trips):
         question = sums.ask(state.adapter, means) if trip else {}
         if trip:
@@ -83,8 +83,6 @@ def gather_sums(
         means.append(_mean(weighed))
         trips.append(weighed)
         seconds += collected.client_seconds
-        if not trip:
-            truth = _truth(weighed, payloads, engine)
     adapter = sums.mean(state.adapter, means)
     residual = next(iter(payloads.values())).residual
     return Gathered(
@@ -96,7 +94,7 @@ def gather_sums(
         traffic,
         seconds,
         {**trips[0].notes, "answered": [len(weighed.updates) for weighed in trips]},
-        truth,
+        _truth(trips[-1], payloads, engine),
         mean_metrics(trips[0]),
     )
 
@@ -171,7 +169,8 @@ def _mean(weighed: Weighed) -> dict[str, Tensor]:
 
 
 def _truth(weighed: Weighed, payloads: Mapping[str, Payload], engine: Engine) -> list[Contribution] | None:
-    """The clients' own updates, where the engine holds their memories: a simulation knows what no server sees."""
+    """The own updates of the clients of the last sum, where the engine holds their memories: a simulation knows what no
+    server sees."""
     held = engine.memories()
     parts = []
     for part in contributions(weighed, payloads):

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from florana.bounded import read_toml, toml
 from florana.errors import RecipeError, nearest
 from florana.recipe.data_schema import Generation
-from florana.recipe.privacy_schema import require_sums
+from florana.recipe.privacy_checks import require_sums
 from florana.recipe.renamed import current
 from florana.recipe.schema import Recipe
 from florana.recipe.strategy_options import check_strategy

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field, model_validator
 
-from florana.errors import RecipeError
-from florana.federation.sealed_client import Sealing
 from florana.recipe.data_schema import Section
-from florana.strategy.base import Strategy
-
-if TYPE_CHECKING:
-    from florana.recipe.schema import Recipe
 
 
 class Privacy(Section):
@@ -34,74 +26,3 @@ class Privacy(Section):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(f"privacy.{key} has no meaning without privacy.secure_aggregation = true")
         return self
-
-
-def sealing_of(recipe: Recipe) -> Sealing | None:
-    """What the recipe says of secure sums; None where there are none."""
-    own = recipe.privacy
-    if not own.secure_aggregation:
-        return None
-    most = 1 if recipe.federation.weighting == "uniform" else own.max_rows or 1
-    return Sealing(own.bits, most, max(own.min_clients, recipe.federation.min_clients))
-
-
-NEAREST = {
-    "best-rank": "strategy.source = 'sums'",
-    "flora-na": "strategy.name = 'best-rank' with strategy.source = 'sums'",
-    "flexlora": "strategy.name = 'best-rank' with strategy.source = 'sums'",
-    "oracle": "strategy.name = 'best-rank' with strategy.source = 'sums'",
-}
-"""For methods that need factors: the nearest that needs sums alone."""
-
-
-def require_sums(recipe: Recipe, strategy: Strategy) -> None:
-    """Raise RecipeError where secure sums do not go with the rest of the recipe."""
-    if recipe.server.optimizer == "extrapolate" and (strategy.sums is not None or recipe.privacy.secure_aggregation):
-        raise RecipeError(
-            "server.optimizer = 'extrapolate' does not go with sums alone",
-            why="its step is as long as single clients' updates are apart",
-            fix="set server.optimizer = 'momentum' or 'none'",
-        )
-    if not recipe.privacy.secure_aggregation:
-        return
-    if not strategy.facts.secure_aggregation.startswith("yes"):
-        near = NEAREST.get(strategy.name, "one of fedit, ffa-lora, fedsvd, rolora, or best-rank from sums")
-        raise RecipeError(
-            f"the strategy '{strategy.name}' does not go with privacy.secure_aggregation",
-            why=strategy.facts.secure_aggregation.removeprefix("no: "),
-            fix=f"set {near}",
-        )
-    rounds = recipe.federation
-    wrong = [
-        (recipe.robust.rule != "none", "robust.rule", "rules compare single clients' updates", "it to 'none'"),
-        (rounds.uplink != "float32", "federation.uplink", "privacy.bits says how numbers are sent", "it to 'float32'"),
-        (rounds.max_weight is not None, "federation.max_weight", "the server sees no weights", "privacy.max_rows"),
-        (recipe.evaluate.personal != "never", "evaluate.personal", "it would tell of one client", "it to 'never'"),
-    ]
-    for holds, key, why, fix in wrong:
-        if holds:
-            raise RecipeError(f"{key} does not go with privacy.secure_aggregation", why=why, fix=f"set {fix}")
-    by_rows = recipe.federation.weighting == "examples"
-    if by_rows and recipe.privacy.max_rows is None:
-        raise RecipeError(
-            "privacy.max_rows is missing: the most rows that one client counts for",
-            why="the server does not learn a client's rows, and cannot hold it to them",
-            fix="give a number that no client exceeds by much, or set federation.weighting = 'uniform'",
-        )
-    if not by_rows and recipe.privacy.max_rows is not None:
-        raise RecipeError("privacy.max_rows has no meaning with federation.weighting = 'uniform'", fix="leave it out")
-    bounded = recipe.train.optimizer == "adamw" or (
-        recipe.train.optimizer == "sgd" and recipe.train.max_grad_norm is not None and recipe.train.weight_decay == 0
-    )
-    if not bounded:
-        raise RecipeError(
-            f"train.optimizer = '{recipe.train.optimizer}' does not go with privacy.secure_aggregation as it is set",
-            why="sums need a bound on how far training can move a number",
-            fix="set train.optimizer = 'adamw', or 'sgd' with train.max_grad_norm and no train.weight_decay",
-        )
-    asked = recipe.federation.clients_per_round or recipe.partition.clients
-    if asked is not None and asked < recipe.privacy.min_clients:
-        raise RecipeError(
-            f"privacy.min_clients is {recipe.privacy.min_clients}, but {asked} clients are asked",
-            fix="ask more clients, or lower it (of two, each can subtract its own part)",
-        )

@@ -6,10 +6,18 @@ from collections.abc import Callable, Mapping
 
 from florana.federation.local_engine import Memory
 from florana.federation.messages import Step
-from florana.federation.sealed_client import SealedClient, in_memory
+from florana.federation.sealed_client import SealedClient, Sealing, in_memory
 from florana.recipe import schema as r
-from florana.recipe.privacy_schema import sealing_of
 from florana.secure.identities import made_up
+
+
+def sealing_of(recipe: r.Recipe) -> Sealing | None:
+    """What the recipe says of secure sums; None where there are none."""
+    own = recipe.privacy
+    if not own.secure_aggregation:
+        return None
+    most = 1 if recipe.federation.weighting == "uniform" else own.max_rows or 1
+    return Sealing(own.bits, most, max(own.min_clients, recipe.federation.min_clients))
 
 
 def sealed_here(recipe: r.Recipe, rows: Mapping[str, int]) -> Callable[[str, Step, Memory], Step] | None:

@@ -22,12 +22,11 @@ from florana.federation.terms import Federation
 from florana.federation.weighting import Weighing, by_examples, uniformly
 from florana.lora.factors import Adapter
 from florana.recipe import schema as r
-from florana.recipe.privacy_schema import sealing_of
 from florana.runs.chosen_strategy import strategy_of
 from florana.runs.completions import write_completions
 from florana.runs.rounds import Result, Show, execute_rounds, settled
 from florana.runs.run_folder import check_folder
-from florana.runs.sealed_clients import sealed_here
+from florana.runs.sealed_clients import sealed_here, sealing_of
 from florana.strategy.base import State, Strategy
 from florana.train import lora_init
 from florana.train.client import ClientData, TrainingClients, steps_per_round

@@ -38,7 +38,7 @@ FACTS = facts.Facts(
     client_state="none: the fixed factors come from the recipe's seed",
     mixed_ranks="all share the fixed factors; a client of rank r_u trains and sends r_u / m of the heads, at least one",
     trained=lambda s: facts.CORE.of(s) + s.blocks,  # the scales
-    secure_aggregation="yes: sums of s H, and of weights per head where clients train some (others padded with zeros)",
+    secure_aggregation="yes: sums of s H",
     noise="in s H alone: linear",
     optimizer=("factors",),
     differs="written from the abstract and notes: which heads a client takes is drawn anew in every round",
@@ -80,6 +80,7 @@ def build(heads: int = 4, size: int = 16, heads_per_client: int | None = None) -
         some = facts.Count("c (r/h)^2", lambda s: count * (s.rank // s.blocks) ** 2)
         facts_of = replace(
             facts_of,
+            secure_aggregation="no: of heads that some clients train, each has weights of its own",
             robust="no: clients that train different heads cannot be compared",
             up=some,
             trained=lambda s: some.of(s) + count,

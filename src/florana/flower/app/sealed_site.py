@@ -14,7 +14,7 @@ from florana.atomic_files import explained
 from florana.errors import InputError, RecipeError
 from florana.federation.sealed_client import SealedClient
 from florana.recipe import schema as r
-from florana.recipe.privacy_schema import sealing_of
+from florana.runs.sealed_clients import sealing_of
 from florana.secure.identities import Signer
 
 OPENED = "opened.jsonl"
