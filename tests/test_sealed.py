@@ -16,7 +16,8 @@ from florana.federation.entrywise import entrywise
 from florana.federation.event import Event
 from florana.federation.local_engine import LocalEngine
 from florana.federation.messages import Failure, Step
-from florana.federation.sealed_client import SealedClient, Sealing, in_memory
+from florana.federation.sealed_client import SealedClient, in_memory
+from florana.federation.terms import Sealing
 from florana.federation.trip_memory import update_of
 from florana.lora.factors import Contribution
 from florana.recipe.load import check

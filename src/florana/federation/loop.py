@@ -15,7 +15,6 @@ from florana.federation.journal import Journal, first_rows, read_records
 from florana.federation.messages import Engine
 from florana.federation.round_record import RoundRecord, slim
 from florana.federation.sampling import sample
-from florana.federation.sealed_sums import gather_sealed
 from florana.federation.spool import Spool
 from florana.federation.terms import Federation
 from florana.federation.trip_memory import lasting
@@ -74,6 +73,8 @@ def _one_round(
     show(Event("round", round_, detail=str(len(chosen))))
     spools = functools.partial(Spool, run, round_)
     if federation.sealing is not None:
+        from florana.federation.sealed_sums import gather_sealed  # needs an extra's packages
+
         came = gather_sealed(strategy, federation.sealing, state, chosen, engine, federation, show)
     elif strategy.sums is None:
         came = gather(strategy, state, chosen, engine, federation, rows, spools(0), show)

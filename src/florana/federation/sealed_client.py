@@ -9,7 +9,6 @@ is opened once: two sums of the same updates over different clients would show t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from florana.errors import FloranaError
 from florana.federation.entrywise import entrywise
 from florana.federation.messages import Step, question_in
+from florana.federation.terms import Sealing
 from florana.federation.trip_memory import LOSS, loss_in, round_in, update_in
 from florana.secure import member as secure
 from florana.secure import wire
@@ -27,24 +27,6 @@ from florana.secure.member import Member
 from florana.secure.session import Terms
 from florana.secure.session_keys import Refused
 from florana.strategy.base import Named, Sums
-
-
-@dataclass(frozen=True)
-class Sealing:
-    """What a recipe says of secure sums.
-
-    Args:
-        bits: of each number.
-        most: the most rows that one client counts for; 1 where all count alike.
-        minimum: the fewest clients over which a sum is opened.
-        run: the name of the run, of a server.
-    """
-
-    bits: int
-    most: int
-    minimum: int
-    run: str = "here"
-
 
 Recall = Callable[[str, int], Named]
 """(run, round) -> what a client keeps after that round."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from florana.errors import RecipeError
 from florana.federation.messages import Step, pack_question
-from florana.federation.sealed_client import MOST_LOSS, Sealing
-from florana.federation.terms import Federation
+from florana.federation.sealed_client import MOST_LOSS
+from florana.federation.terms import Federation, Sealing
 from florana.federation.trip_memory import LOSS
 from florana.secure import wire
 from florana.secure.session import Terms

@@ -18,10 +18,9 @@ from florana.federation.entrywise import entrywise
 from florana.federation.event import Event
 from florana.federation.gather import Gathered, briefs_of
 from florana.federation.messages import Engine, Reply, Step
-from florana.federation.sealed_client import Sealing
 from florana.federation.sealed_question import Question
 from florana.federation.sealed_table import FIX, Table
-from florana.federation.terms import Federation
+from florana.federation.terms import Federation, Sealing
 from florana.federation.trip_memory import LOSS, update_in
 from florana.federation.trips import MEAN
 from florana.lora.factors import Contribution

@@ -8,13 +8,29 @@ from dataclasses import dataclass, field
 from florana.federation.gate import MAX_CHANGE
 from florana.federation.quantize import Format
 from florana.federation.round_record import RoundRecord
-from florana.federation.sealed_client import Sealing
 from florana.federation.step_bounds import Reach
 from florana.federation.weighting import Weighing
 from florana.strategy.base import State
 
 Scores = Mapping[str, float]
 """Metric name -> value."""
+
+
+@dataclass(frozen=True)
+class Sealing:
+    """What a recipe says of secure sums.
+
+    Args:
+        bits: of each number.
+        most: the most rows that one client counts for; 1 where all count alike.
+        minimum: the fewest clients over which a sum is opened.
+        run: the name of the run, of a server.
+    """
+
+    bits: int
+    most: int
+    minimum: int
+    run: str = "here"
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 
 from florana.federation.local_engine import Memory
 from florana.federation.messages import Step
-from florana.federation.sealed_client import SealedClient, Sealing, in_memory
+from florana.federation.terms import Sealing
 from florana.recipe import schema as r
-from florana.secure.identities import made_up
 
 
 def sealing_of(recipe: r.Recipe) -> Sealing | None:
@@ -30,6 +29,10 @@ def sealed_here(recipe: r.Recipe, rows: Mapping[str, int]) -> Callable[[str, Ste
     sealing = sealing_of(recipe)
     if sealing is None:
         return None
+    # an extra's packages
+    from florana.federation.sealed_client import SealedClient, in_memory
+    from florana.secure.identities import made_up
+
     sums = recipe.build_strategy().sums
     clients = {
         name: SealedClient(who, sealing, sums, rows[name], in_memory()) for name, who in made_up(sorted(rows)).items()
