@@ -104,6 +104,7 @@ def join(
         def asked(frame: Frame) -> Frame:
             """The answer to a request, both written down before it is sent."""
             facts = {"kind": frame.kind, "run": str(frame.fields.get("run", "")), "round": _round_of(frame)}
+            facts |= _step_of(frame)
             audit.add("asked", **{n: f for n, f in facts.items() if f}, **size_and_digest(frame.payload))
             made = told(site, frame, keys / "kept" / "answer", say, end)
             why = str(made.fields.get("reason", ""))
@@ -114,6 +115,15 @@ def join(
         ends = frozenset() if stay else frozenset({ENDED})
         attend(invitation, key, asked, done, say, ends)
         audit.add("left", site=who)
+
+
+def _step_of(frame: Frame) -> dict[str, object]:
+    """Of a secure sum, which step is asked for; never what it brings."""
+    step = frame.fields.get("step")
+    if frame.kind != "sealed" or not isinstance(step, dict):
+        return {}
+    name, trip = str(step.get("step"))[:20], step.get("trip")
+    return {"step": name} | ({"trip": trip + 1} if type(trip) is int else {})
 
 
 def _round_of(frame: Frame) -> int:

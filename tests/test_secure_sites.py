@@ -1,0 +1,143 @@
+"""Secure sums between three sites as people would start them: over TLS, by their own keys, on the loopback."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
+
+from florana.errors import InputError, RecipeError
+from florana.flower.app.export import export
+from florana.flower.app.sealed_site import OPENED, on_disk
+from florana.flower.deploy.audit_log import read_log
+from florana.flower.deploy.invitation import invite, read_invitation
+from florana.flower.deploy.keys import make_server, make_site, read_private
+from florana.flower.deploy.roster import approve, revoke
+from florana.flower.deploy.site_signatures import signer_of
+from florana.recipe.load import check
+from florana.runs.setup import execute
+from tests.deployment import federation
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+NAMES = ["client-0", "client-1", "client-2"]
+
+
+def hidden(table: dict[str, Any]) -> dict[str, Any]:
+    """Three clients, best-rank from secure sums, two rounds."""
+    return {
+        **table,
+        "partition": {"kind": "dirichlet", "clients": 3, "alpha": 1.0},
+        "federation": {"rounds": 2, "min_clients": 3},
+        "strategy": {"name": "best-rank", "source": "sums"},
+        "privacy": {"secure_aggregation": True, "max_rows": 500},
+        "evaluate": {"personal": "never"},
+    }
+
+
+def test_three_sites_end_with_the_simulations_model_and_nobody_saw_an_update(
+    recipe_table: dict[str, Any], tmp_path: Path
+) -> None:
+    table = hidden(recipe_table)
+    with federation(table, tmp_path, NAMES, join=False) as fed:
+        assert (tmp_path / "invitation" / "roster.json").exists()
+        for name in NAMES:
+            fed.join(name)
+        done = fed.serve("--deadline", "120")
+        assert done.returncode == 0, done.stdout + done.stderr
+        for name, process in fed.sites.items():
+            assert process.wait(60) == 0, (tmp_path / f"{name}.log").read_text()
+        alone = execute(check(table, "x"), tmp_path / "alone")
+        one = load_file(fed.out / "adapter" / "adapter_model.safetensors")
+        other = load_file(tmp_path / "alone" / "adapter" / "adapter_model.safetensors")
+        assert all(torch.equal(one[n], other[n]) for n in one)  # whole numbers add up to the same everywhere
+        own = load_file(tmp_path / "client-0" / "adapter" / "adapter_model.safetensors")
+        assert all(torch.equal(own[n], one[n]) for n in own)
+        records = [json.loads(line) for line in (fed.out / "rounds.jsonl").read_text().splitlines()]
+        assert [r["notes"]["answered"] for r in records] == [[3, 3], [3, 3]]
+        assert records[0]["examples"] == records[0]["weights"] == {}
+        assert records[0]["error"]["overall"] is None  # nobody can measure it
+        assert records[0]["notes"]["rows"] == alone.records[0].notes["rows"]
+        setup = json.loads((fed.out / "setup.json").read_text())
+        assert all("train" not in holds and "per_label" not in holds for holds in setup["clients"].values())
+        assert "its rows hidden" in done.stdout + done.stderr + (fed.out / "progress.jsonl").read_text()
+        opened = [json.loads(line) for line in (tmp_path / "client-1" / "kept" / OPENED).read_text().splitlines()]
+        assert [line[1:3] for line in opened] == [[1, 0], [1, 1], [2, 0], [2, 1]]
+        assert stat.S_IMODE((tmp_path / "client-1" / "kept" / OPENED).stat().st_mode) == 0o600
+        entries, torn = read_log(tmp_path / "client-2")
+        assert not torn
+        steps = [entry.facts.get("step") for entry in entries if entry.event == "asked"]
+        assert steps.count("masked") == steps.count("reveal") == 4
+        report = (fed.out / "report.html").read_text()
+        assert "sums over 3 clients or more" in report
+
+
+@pytest.fixture
+def invited(recipe_table: dict[str, Any], tmp_path: Path) -> Any:
+    import tomli_w
+
+    files = make_server(tmp_path / "fed", ["127.0.0.1"])
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(tomli_w.dumps(hidden(recipe_table)))
+    for name in NAMES:
+        approve(files, make_site(tmp_path / name, name)[1])
+    invite(recipe, files, "127.0.0.1", 1234, tmp_path / "invitation")
+    return files, recipe, read_invitation(tmp_path / "invitation")
+
+
+def test_signatures_are_of_the_roster_in_the_invitation(invited: Any, tmp_path: Path) -> None:
+    _, _, invitation = invited
+    signers = {name: signer_of(invitation, *read_private(tmp_path / name)) for name in NAMES}
+    signature = signers["client-1"].sign(b"keys")
+    assert signers["client-0"].verify("client-1", b"keys", signature)
+    for name, content, signed in (
+        ("client-2", b"keys", signature),
+        ("client-1", b"other", signature),
+        ("client-1", b"keys", signature[:-1] + bytes([signature[-1] ^ 1])),
+        ("client-1", b"keys", b""),
+        ("mallory", b"keys", signature),
+    ):
+        assert not signers["client-0"].verify(name, content, signed)
+
+
+def test_a_site_that_is_not_on_the_roster_says_so(invited: Any, tmp_path: Path) -> None:
+    files, recipe, invitation = invited
+    make_site(tmp_path / "late", "late")
+    with pytest.raises(InputError, match="does not have this site's key"):
+        signer_of(invitation, *read_private(tmp_path / "late"))
+    make_site(tmp_path / "impostor", "client-1")  # the name of another, with a key of its own
+    with pytest.raises(InputError, match="does not have this site's key"):
+        signer_of(invitation, *read_private(tmp_path / "impostor"))
+    revoke(files, "client-2")
+    with pytest.raises(RecipeError, match=r"2 sites are approved, and privacy.min_clients is 3"):
+        invite(recipe, files, "127.0.0.1", 1234, tmp_path / "second")
+
+
+def test_an_exported_app_says_that_it_cannot(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="does not run in an exported app"):
+        export(check(hidden(recipe_table), "x"), tmp_path / "app")
+
+
+def test_what_was_opened_is_known_after_a_restart_and_a_cut_line_opened_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "kept" / OPENED
+    spent = on_disk(path)
+    assert spent("run", 1, 0, None) is None
+    assert spent("run", 1, 0, "first") == "first"
+    assert spent("run", 1, 0, "first") == "first"  # asked for again: not twice in the file
+    assert len(path.read_text().splitlines()) == 1
+    again = on_disk(path)
+    assert again("run", 1, 0, None) == "first"
+    assert again("run", 1, 1, None) is again("other", 1, 0, None) is None
+    with path.open("ab") as stream:
+        stream.write(b'["run", 2, 0, "cut')
+    assert on_disk(path)("run", 2, 0, None) is None
+    path.write_bytes(b"nonsense\n")
+    with pytest.raises(InputError, match="cannot be read"):
+        on_disk(path)("run", 1, 0, None)
