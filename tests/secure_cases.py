@@ -21,7 +21,7 @@ STEPS = ("keys", "shares", "masked", "survivors", "reveal")
 
 
 def terms(trips: int = 1, minimum: int = 3, session: str = "one") -> Terms:
-    return Terms(session, "run", 1, tuple(range(trips)), BITS, 100, minimum)
+    return Terms(session, "run", 1, 0, tuple(range(trips)), BITS, 100, minimum)
 
 
 def vectors(names: Collection[str], size: int, seed: int = 0) -> dict[str, Numbers]:

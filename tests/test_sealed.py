@@ -310,7 +310,17 @@ def one_client(spent: Any = None, **own: Any) -> SealedClient:
 
 
 def asked_for(**said: Any) -> Step:
-    facts = {"session": "s", "run": "r", "round": 4, "trips": (0,), "bits": 20, "most": 100, "minimum": 3, **said}
+    facts = {
+        "session": "s",
+        "run": "r",
+        "round": 4,
+        "attempt": 0,
+        "trips": (0,),
+        "bits": 20,
+        "most": 100,
+        "minimum": 3,
+        **said,
+    }
     return Step({"step": "keys", "terms": wire.terms_to(Terms(**facts))})
 
 
@@ -346,16 +356,16 @@ def test_a_step_of_no_session_or_of_none_that_is_known_is_refused() -> None:
 
 
 def test_an_update_is_summed_up_once_whatever_a_server_calls_it() -> None:
-    """Another session of a round whose sum was opened is refused; so is the update of a round under another number."""
+    """Another session of a round that was opened is told so; an update of a round under another number is none."""
     spent = in_memory()
-    spent("r", 4, 0, "before")
-    with pytest.raises(Refused, match="in another session already"):
-        one_client(spent).answer(asked_for(), NOTHING)
+    spent("r", (4, 0, 0), "before")
+    assert one_client(spent).answer(asked_for(), NOTHING).head == {"spent": True}
+    assert one_client(spent).answer(asked_for(attempt=1), NOTHING).head["keys"]
     assert one_client(spent).answer(asked_for(round=5), NOTHING).head["keys"]
     who = made_up(["a", "b", "c"])
     clients = {n: SealedClient(who[n], Sealing(20, 100, 3), None, 5, in_memory()) for n in who}
     first = first_adapter()
-    memory = update_of(first, first, 0.5, 4)  # the update of round 4
+    memory = update_of(first, first, 0.5, (4, 0))  # the update of round 4
     keys = {n: c.answer(asked_for(round=5), NOTHING).head["keys"] for n, c in clients.items()}
     shared = {
         n: c.answer(Step({"step": "shares", "session": "s", "roster": keys}), NOTHING).head["sealed"]
@@ -379,7 +389,7 @@ def test_a_bound_of_other_tensors_is_refused_and_a_large_change_never_sent(recip
     moved = first.tensors() | {"A/layer.0.q": first.modules["layer.0.q"].A + 3.0}
     from florana.lora.factors import adapter_from_tensors
 
-    memory = update_of(first, adapter_from_tensors(moved, first.scalings), 0.5, 4)
+    memory = update_of(first, adapter_from_tensors(moved, first.scalings), 0.5, (4, 0))
     keys = {n: c.answer(asked_for(), NOTHING).head["keys"] for n, c in clients.items()}
     shared = {
         n: c.answer(Step({"step": "shares", "session": "s", "roster": keys}), NOTHING).head["sealed"]
@@ -424,3 +434,32 @@ def test_the_prepared_setup_and_the_report_say_what_the_server_saw(
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert "hidden numbers of training rows" in card
     assert np.isfinite(float(execute(recipe, tmp_path / "again").records[-1].train_loss or 0))
+
+
+def test_a_server_that_ended_as_a_sum_was_opened_goes_on(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    """The clients remember what they opened: the round is trained anew, with other updates, and the run goes on."""
+    recipe, told = many(recipe_table), list[str]()
+    before = in_memory()
+    before("here", (1, 0, 0), "the session of the server that ended")
+
+    def opened_before(*given: Any, **named: Any) -> SealedClient:
+        return SealedClient(*given[:-1], before if given[0].name == "client-3" else given[-1], **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("florana.federation.sealed_client.SealedClient", opened_before)
+        result = execute(
+            recipe, tmp_path / "run", show=lambda e: told.append(e.detail) if e.kind == "repaired" else None
+        )
+    (record,) = result.records
+    assert told == ["a sum was opened just before the server ended: the clients train this round anew"]
+    assert not record.refused
+    assert len(record.clients) == 6
+    plain = execute(recipe, tmp_path / "plain")
+    assert record.train_loss != plain.records[0].train_loss  # other rows first: another update
+    for attempt in (1, 2):  # on the last attempt it is left out, and the others go on
+        before("here", (1, attempt, 0), "another")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("florana.federation.sealed_client.SealedClient", opened_before)
+        (record,) = execute(recipe, tmp_path / "third").records
+    assert record.refused == {"client-3": "keys: its sum was opened before"}
+    assert len(record.clients) == 5

@@ -69,7 +69,7 @@ def test_three_sites_end_with_the_simulations_model_and_nobody_saw_an_update(
         assert all("train" not in holds and "per_label" not in holds for holds in setup["clients"].values())
         assert "its rows hidden" in done.stdout + done.stderr + (fed.out / "progress.jsonl").read_text()
         opened = [json.loads(line) for line in (tmp_path / "client-1" / "kept" / OPENED).read_text().splitlines()]
-        assert [line[1:3] for line in opened] == [[1, 0], [1, 1], [2, 0], [2, 1]]
+        assert [line[1] for line in opened] == [[1, 0, 0], [1, 0, 1], [2, 0, 0], [2, 0, 1]]
         assert stat.S_IMODE((tmp_path / "client-1" / "kept" / OPENED).stat().st_mode) == 0o600
         entries, torn = read_log(tmp_path / "client-2")
         assert not torn
@@ -128,16 +128,16 @@ def test_an_exported_app_says_that_it_cannot(recipe_table: dict[str, Any], tmp_p
 def test_what_was_opened_is_known_after_a_restart_and_a_cut_line_opened_nothing(tmp_path: Path) -> None:
     path = tmp_path / "kept" / OPENED
     spent = on_disk(path)
-    assert spent("run", 1, 0, None) is None
-    assert spent("run", 1, 0, "first") == "first"
-    assert spent("run", 1, 0, "first") == "first"  # asked for again: not twice in the file
+    assert spent("run", (1, 0, 0), None) is None
+    assert spent("run", (1, 0, 0), "first") == "first"
+    assert spent("run", (1, 0, 0), "first") == "first"  # asked for again: not twice in the file
     assert len(path.read_text().splitlines()) == 1
     again = on_disk(path)
-    assert again("run", 1, 0, None) == "first"
-    assert again("run", 1, 1, None) is again("other", 1, 0, None) is None
+    assert again("run", (1, 0, 0), None) == "first"
+    assert again("run", (1, 0, 1), None) is again("other", (1, 0, 0), None) is again("run", (1, 1, 0), None) is None
     with path.open("ab") as stream:
-        stream.write(b'["run", 2, 0, "cut')
-    assert on_disk(path)("run", 2, 0, None) is None
+        stream.write(b'["run", [2, 0, 0], "cut')
+    assert on_disk(path)("run", (2, 0, 0), None) is None
     path.write_bytes(b"nonsense\n")
     with pytest.raises(InputError, match="cannot be read"):
-        on_disk(path)("run", 1, 0, None)
+        on_disk(path)("run", (1, 0, 0), None)

@@ -45,6 +45,7 @@ class Brief:
         trip: of a method that works on sums (`strategy.base.Sums`), which of them is asked for, from 0; the client
             trains before the first. None: its update itself.
         sealed: the client trains and keeps its update; what it measures goes into sums that hide it.
+        attempt: of such a round, which one, from 0.
     """
 
     round: int
@@ -61,6 +62,7 @@ class Brief:
     feedback: Collection[str] = field(default_factory=list)
     trip: int | None = None
     sealed: bool = False
+    attempt: int = 0
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from florana.errors import FloranaError
 from florana.federation.entrywise import entrywise
 from florana.federation.messages import Step, question_in
 from florana.federation.terms import Sealing
-from florana.federation.trip_memory import LOSS, loss_in, round_in, update_in
+from florana.federation.trip_memory import LOSS, loss_in, update_in, when_in
 from florana.secure import member as secure
 from florana.secure import wire
 from florana.secure.fixed_point import Grid, encoded
@@ -27,6 +27,9 @@ from florana.secure.member import Member
 from florana.secure.session import Terms
 from florana.secure.session_keys import Refused
 from florana.strategy.base import Named, Sums
+
+Spent = Callable[[str, tuple[int, int, int], str | None], str | None]
+"""See `SealedClient`."""
 
 Recall = Callable[[str, int], Named]
 """(run, round) -> what a client keeps after that round."""
@@ -40,7 +43,8 @@ class SealedClient:
         sealing: as its own recipe has it.
         sums: the strategy's own; None for those that average what is sent entry by entry.
         rows: its training rows.
-        spent: (run, round, trip) -> the session in which that sum was opened, or None; with a session, writes it down.
+        spent: (run, (round, attempt, trip)) -> the session in which that sum was opened, or None; with a session, it
+            is written down.
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class SealedClient:
         sealing: Sealing,
         sums: Sums | None,
         rows: int,
-        spent: Callable[[str, int, int, str | None], str | None],
+        spent: Spent,
     ) -> None:
         self._who, self._sealing, self._sums, self._rows, self._spent = who, sealing, sums, rows, spent
         self._member: Member | None = None
@@ -98,28 +102,27 @@ class SealedClient:
             )
         if not set(terms.trips) <= set(range(trips)):
             raise Refused("is asked for a sum that the strategy of its own recipe does not know")
-        for trip in terms.trips:
-            self._unspent(terms, trip)
+        if any(self._is_spent(terms, trip) for trip in terms.trips):
+            return Step({"spent": True})  # the server was killed as it opened them: another attempt has other updates
         self._member = secure.begun(self._who.name, terms, self._who.sign)
         return Step({"keys": wire.public_to(self._member.public)})
 
-    def _unspent(self, terms: Terms, trip: int) -> None:
-        before = self._spent(terms.run, terms.round, trip, None)
-        if before is not None and before != terms.session:
+    def _is_spent(self, terms: Terms, trip: int) -> bool:
+        return self._spent(terms.run, (terms.round, terms.attempt, trip), None) not in (None, terms.session)
+
+    def _spend(self, terms: Terms, trip: int) -> None:
+        if self._is_spent(terms, trip):
             raise Refused(
                 f"trip {trip + 1} of round {terms.round} was summed up in another session already",
                 why="two sums of the same updates over different clients would show the difference",
             )
-
-    def _spend(self, terms: Terms, trip: int) -> None:
-        self._unspent(terms, trip)
-        self._spent(terms.run, terms.round, trip, terms.session)
+        self._spent(terms.run, (terms.round, terms.attempt, trip), terms.session)
 
     def _masked(self, member: Member, trip: int, step: Step, memory: Named) -> Step:
         terms, head = member.terms, step.head
         if not member.present:
             member = secure.received(member, wire.words_from(head.get("sealed")), wire.names_from(head.get("present")))
-        if round_in(memory) != terms.round:
+        if when_in(memory) != (terms.round, terms.attempt):
             raise FloranaError(f"keeps no update of round {terms.round}: it was started anew since")
         grid = Grid(terms.bits, len(member.roster), terms.most)
         vector = self._vector(grid, trip, step, memory, terms.round)
@@ -154,13 +157,13 @@ MOST_LOSS = 100.0
 """A client's mean training loss counts for no more."""
 
 
-def in_memory() -> Callable[[str, int, int, str | None], str | None]:
+def in_memory() -> Spent:
     """What was opened, of a simulation: it is forgotten with the process."""
-    known: dict[tuple[str, int, int], str] = {}
+    known: dict[tuple[str, tuple[int, int, int]], str] = {}
 
-    def spent(run: str, round_: int, trip: int, session: str | None) -> str | None:
+    def spent(run: str, which: tuple[int, int, int], session: str | None) -> str | None:
         if session is not None:
-            known[run, round_, trip] = session
-        return known.get((run, round_, trip))
+            known[run, which] = session
+        return known.get((run, which))
 
     return spent

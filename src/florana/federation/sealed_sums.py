@@ -17,7 +17,8 @@ from florana.errors import FederationError, FloranaError, RecipeError
 from florana.federation.entrywise import entrywise
 from florana.federation.event import Event
 from florana.federation.gather import Gathered, briefs_of
-from florana.federation.messages import Engine, Reply, Step
+from florana.federation.messages import Brief, Engine, Reply, Step
+from florana.federation.sampling import derive
 from florana.federation.sealed_question import Question
 from florana.federation.sealed_table import FIX, Table
 from florana.federation.terms import Federation, Sealing
@@ -67,30 +68,15 @@ def gather_sealed(
         )
     sums = strategy.sums or entrywise(sorted(first.work.up))
     briefs = briefs_of(strategy, payloads, round_, federation)
-    briefs = [replace(brief, trip=0, sealed=True, evaluate=False) for brief in briefs]
-    table = Table(engine, show, round_, [], traffic={b.client: {"up": 0, "down": len(b.payload)} for b in briefs})
-    seconds = 0.0
-    for answer in engine.fit(briefs):
-        if not isinstance(answer, Reply):
-            table.lost(answer.client, answer.reason)
-        elif answer.client in payloads.keys() - set(table.here) and answer.round == round_ and not answer.payload:
-            table.here.append(answer.client)
-            seconds += answer.seconds
-            show(Event("reply", round_, answer.client))
-        else:
-            table.lost(answer.client, "answered something else than that it has trained")
-    table.here.sort()
-    table.enough("have trained", len(chosen), sealing.minimum)
-    terms = Terms(
-        secrets.token_hex(16),
-        sealing.run,
-        round_,
-        tuple(range(sums.trips)),
-        sealing.bits,
-        sealing.most,
-        sealing.minimum,
-    )
-    roster, sealed = _begin(table, terms)
+    table = Table(engine, show, round_, [], traffic={client: {"up": 0, "down": 0} for client in chosen})
+    seconds, attempt, begun = 0.0, 0, None
+    while begun is None:
+        seconds += _trained(table, [_attempted(brief, federation, attempt) for brief in briefs])
+        table.enough("have trained", len(chosen), sealing.minimum)
+        word, trips = secrets.token_hex(16), tuple(range(sums.trips))
+        terms = Terms(word, sealing.run, round_, attempt, trips, sealing.bits, sealing.most, sealing.minimum)
+        begun, attempt = _begin(table, terms, final=attempt + 1 == ATTEMPTS), attempt + 1
+    roster, sealed = begun
     table.enough("shared out", len(chosen), sealing.minimum)
     grid = Grid(terms.bits, len(roster), terms.most)
     means: list[Named] = []
@@ -120,15 +106,52 @@ def gather_sealed(
     )
 
 
-def _begin(table: Table, terms: Terms) -> tuple[dict[str, Public], dict[str, dict[str, bytes]]]:
-    """The roster, and holder -> owner -> sealed shares, of those who shared out."""
+ATTEMPTS = 3
+"""A round is trained so often at most, where the server ended just as its sums were opened."""
+
+
+def _attempted(brief: Brief, federation: Federation, attempt: int) -> Brief:
+    """The brief of an attempt: each has updates of its own, so that no update is in two sums."""
+    seed = derive(federation.seed, "client", brief.round, brief.client, "again", attempt) if attempt else brief.seed
+    return replace(brief, trip=0, sealed=True, evaluate=False, attempt=attempt, seed=seed)
+
+
+def _trained(table: Table, briefs: Sequence[Brief]) -> float:
+    """Have the clients train; the seconds that they took."""
+    asked, table.here, seconds = {brief.client: brief for brief in briefs}, [], 0.0
+    for brief in briefs:
+        table.traffic[brief.client]["down"] += len(brief.payload)
+    for answer in table.engine.fit(briefs):
+        if not isinstance(answer, Reply):
+            table.lost(answer.client, answer.reason)
+        elif answer.client in asked.keys() - set(table.here) and answer.round == table.round_ and not answer.payload:
+            table.here.append(answer.client)
+            seconds += answer.seconds
+            table.show(Event("reply", table.round_, answer.client))
+        else:
+            table.lost(answer.client, "answered something else than that it has trained")
+    table.here.sort()
+    return seconds
+
+
+def _begin(table: Table, terms: Terms, *, final: bool) -> tuple[dict[str, Public], dict[str, dict[str, bytes]]] | None:
+    """The roster, and holder -> owner -> sealed shares, of those who shared out.
+
+    None where a client has opened a sum of these updates before: it takes another attempt, unless this is the `final`.
+    """
     asked = Step({"step": "keys", "terms": wire.terms_to(terms)})
     roster: dict[str, Public] = {}
-    for client, answer in table.ask("keys", dict.fromkeys(table.here, asked)).items():
+    answers = table.ask("keys", dict.fromkeys(table.here, asked))
+    spent = [client for client, answer in answers.items() if answer.head.get("spent") is True]
+    if spent and not final:
+        detail = "a sum was opened just before the server ended: the clients train this round anew"
+        table.show(Event("repaired", table.round_, detail=detail))
+        return None
+    for client, answer in answers.items():
         try:
             roster[client] = wire.public_from(answer.head.get("keys"))
         except Refused as error:
-            table.lost(client, str(error.what))
+            table.lost(client, "keys: its sum was opened before" if client in spent else str(error.what))
     told = {name: wire.public_to(public) for name, public in roster.items()}
     asked = Step({"step": "shares", "session": terms.session, "roster": told})
     sealed: dict[str, dict[str, bytes]] = {}

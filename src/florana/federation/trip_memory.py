@@ -26,21 +26,23 @@ from florana.strategy.base import Named, Sums
 UPDATE, RECEIVED = "update/", "received/"
 
 LOSS, _ROUND = "loss", "round"
-"""What else is kept of it: the client's mean training loss, and the round."""
+"""What else is kept of it: the client's mean training loss; the round, and which attempt of it."""
 
 
-def update_of(received: Adapter, trained: Adapter, loss: float = 0.0, round_: int = 0) -> dict[str, Tensor]:
+def update_of(
+    received: Adapter, trained: Adapter, loss: float = 0.0, when: tuple[int, int] = (0, 0)
+) -> dict[str, Tensor]:
     """What is kept of a round's training: both without the tensors that stay with the client.
 
     Args:
         received: what it was sent.
         trained: what training made of it.
         loss: of the training.
-        round_: the round.
+        when: the round, and which attempt of it.
     """
     before = {RECEIVED + name: tensor for name, tensor in received.tensors().items() if name in trained.tensors()}
     after = {UPDATE + name: tensor for name, tensor in trained.tensors().items()}
-    return before | after | {UPDATE + LOSS: torch.tensor([loss]), UPDATE + _ROUND: torch.tensor([round_])}
+    return before | after | {UPDATE + LOSS: torch.tensor([loss]), UPDATE + _ROUND: torch.tensor(when)}
 
 
 def loss_in(memory: Named) -> float:
@@ -48,9 +50,9 @@ def loss_in(memory: Named) -> float:
     return float(memory[UPDATE + LOSS])
 
 
-def round_in(memory: Named) -> int:
-    """The round of the update that is kept; 0 where none is."""
-    return int(memory[UPDATE + _ROUND]) if UPDATE + _ROUND in memory else 0
+def when_in(memory: Named) -> tuple[int, ...]:
+    """The round of the update that is kept, and which attempt of it; empty where none is."""
+    return tuple(int(number) for number in memory[UPDATE + _ROUND]) if UPDATE + _ROUND in memory else ()
 
 
 def update_in(memory: Named, scalings: Mapping[str, float]) -> tuple[Adapter, Adapter] | None:

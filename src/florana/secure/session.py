@@ -22,6 +22,7 @@ class Terms:
         session: a word that no other session has.
         run: the run that it belongs to.
         round: the round.
+        attempt: which one of that round, from 0: each has updates of its own.
         trips: the sums that are formed in it, by number.
         bits: of each number of a vector.
         most: the most rows that one client counts for.
@@ -31,6 +32,7 @@ class Terms:
     session: str
     run: str
     round: int
+    attempt: int
     trips: tuple[int, ...]
     bits: int
     most: int

@@ -19,6 +19,7 @@ def terms_to(terms: Terms) -> dict[str, Any]:
         "session": terms.session,
         "run": terms.run,
         "round": terms.round,
+        "attempt": terms.attempt,
         "trips": list(terms.trips),
         "bits": terms.bits,
         "most": terms.most,
@@ -30,7 +31,7 @@ def terms_from(said: object) -> Terms:
     """The inverse of `terms_to`. Raises Refused."""
     facts = table(said, "terms")
     try:
-        whole = {key: facts[key] for key in ("round", "bits", "most", "minimum")}
+        whole = {key: facts[key] for key in ("round", "attempt", "bits", "most", "minimum")}
         trips = list(facts["trips"])
         if facts.keys() != {*whole, "trips", "session", "run"} or not trips:
             raise ValueError("other keys")

@@ -125,7 +125,7 @@ class TrainingClients:
         kept = {name: tensor for name, tensor in trained.tensors().items() if kind_of(name) in stays}
         sent = Adapter(trained.modules, {} if "extra" in stays else trained.extra, trained.cores)
         if brief.trip is not None:
-            kept |= trip_memory.update_of(adapter, sent, loss, brief.round)
+            kept |= trip_memory.update_of(adapter, sent, loss, (brief.round, brief.attempt))
             if brief.sealed:  # not even its rows are said
                 return Reply(brief.client, brief.round, 1, {}, b"", seconds), kept
             found = trip_memory.measured(brief, self.sums, {**memory, **kept})

@@ -1,18 +1,17 @@
 """A site's part in secure sums: its signatures, and what it has opened, on its own disk.
 
-KEPT/opened.jsonl    one line for each sum, before its shares leave: run, round, trip, session
+KEPT/opened.jsonl    one line for each sum, before its shares leave: run, [round, attempt, trip], session
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from florana.atomic_files import explained
 from florana.errors import InputError, RecipeError
-from florana.federation.sealed_client import SealedClient
+from florana.federation.sealed_client import SealedClient, Spent
 from florana.recipe import schema as r
 from florana.runs.sealed_clients import sealing_of
 from florana.secure.identities import Signer
@@ -44,23 +43,22 @@ def sealed_at(recipe: r.Recipe, signer: Signer | None, rows: int, folder: Path) 
     return SealedClient(signer, sealing, recipe.build_strategy().sums, rows, on_disk(folder / OPENED))
 
 
-def on_disk(path: Path) -> Callable[[str, int, int, str | None], str | None]:
+def on_disk(path: Path) -> Spent:
     """What was opened, in a file that is flushed before anybody is told.
 
     Args:
         path: the file, which need not exist.
     """
 
-    def spent(run: str, round_: int, trip: int, session: str | None) -> str | None:
-        known = _known(path)
-        key = (run, round_, trip)
+    def spent(run: str, which: tuple[int, int, int], session: str | None) -> str | None:
+        known, key = _known(path), (run, which)
         if session is None or known.get(key) == session:
             return known.get(key)
         with explained(path.parent, "what was summed up could not be written down, so nothing is opened"):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             with os.fdopen(handle, "ab") as stream:
-                stream.write(json.dumps([run, round_, trip, session]).encode() + b"\n")
+                stream.write(json.dumps([run, which, session]).encode() + b"\n")
                 stream.flush()
                 os.fsync(stream.fileno())
         return session
@@ -68,13 +66,13 @@ def on_disk(path: Path) -> Callable[[str, int, int, str | None], str | None]:
     return spent
 
 
-def _known(path: Path) -> dict[tuple[str, int, int], str]:
+def _known(path: Path) -> dict[tuple[str, tuple[int, int, int]], str]:
     if not path.exists():
         return {}
     try:
         lines = path.read_bytes().split(b"\n")
         rows = [json.loads(line) for line in lines[:-1] if line]  # one that was cut off opened nothing
-        return {(run, round_, trip): session for run, round_, trip, session in rows}
+        return {(run, (round_, attempt, trip)): session for run, (round_, attempt, trip), session in rows}
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"{path}: what was summed up before cannot be read",
