@@ -1,4 +1,4 @@
-"""docs/sites.md, as three hospitals would follow it: every command, in its order, on this machine."""
+"""docs/sites.md and docs/privacy.md, as three hospitals would follow them: every command, in order, on this machine."""
 
 from __future__ import annotations
 
@@ -22,13 +22,18 @@ from tests.deployment import HANGS, PROGRAM, end_all, environment, free_port, wa
 from tests.program import florana
 
 pytestmark = pytest.mark.slow
-PAGES = [(ROOT / "docs" / name).read_text() for name in ("sites.md", "flower.md")]
+PAGES = {"sites.md": ("sites.md", "flower.md"), "privacy.md": ("privacy.md",)}
+"""A page, and those whose commands are run."""
 SITES = ["hospital-a", "hospital-b", "hospital-c"]
 
 
-def commands() -> list[tuple[str, str]]:
-    """(who, command) of every console line of the page for sites, and of the export on the next."""
-    lines = "\n".join(re.findall(r"```console\n(.*?)```", "".join(PAGES), flags=re.DOTALL)).splitlines()
+def text_of(*pages: str) -> str:
+    return "".join((ROOT / "docs" / name).read_text() for name in pages)
+
+
+def commands(page: str) -> list[tuple[str, str]]:
+    """(who, command) of every console line of the page, and of those that belong to it."""
+    lines = "\n".join(re.findall(r"```console\n(.*?)```", text_of(*PAGES[page]), flags=re.DOTALL)).splitlines()
     return [(who, command) for who, _, command in (line.partition("$ ") for line in lines if line)]
 
 
@@ -63,8 +68,11 @@ class Place:
         return path.read_text() if path.exists() else ""
 
 
-def test_the_page_makes_a_federation_of_three_sites(tiny_bert: Path, sentences: Path, tmp_path: Path) -> None:
-    recipe = tomllib.loads(re.findall(r"```toml\n(.*?)```", PAGES[0], flags=re.DOTALL)[0])
+@pytest.mark.parametrize("page", PAGES)
+def test_the_page_makes_a_federation_of_three_sites(
+    page: str, tiny_bert: Path, sentences: Path, tmp_path: Path
+) -> None:
+    recipe = tomllib.loads(re.findall(r"```toml\n(.*?)```", text_of(page), flags=re.DOTALL)[0])
     recipe["model"] |= {"base": str(tiny_bert), "target_modules": ["query", "value"]}
     recipe["train"] = {"steps": 2, "batch_size": 8}
     recipe["federation"]["rounds"] = 2
@@ -79,7 +87,7 @@ def test_the_page_makes_a_federation_of_three_sites(tiny_bert: Path, sentences: 
     (tmp_path / "operator" / "recipe.toml").write_text(tomli_w.dumps(recipe))
     run = tmp_path / "operator" / "runs" / "first"
     try:
-        for who, command in commands():
+        for who, command in commands(page):
             if "approve" in command:  # the .pub files reach the operator
                 for site in SITES:
                     shutil.copy(tmp_path / site / "site" / f"{site}.pub", tmp_path / "operator")
@@ -92,15 +100,16 @@ def test_the_page_makes_a_federation_of_three_sites(tiny_bert: Path, sentences: 
             if "invite" in command:  # the invitation reaches the sites
                 for site in SITES:
                     shutil.copytree(tmp_path / "operator" / "invitation", tmp_path / site / "invitation")
+        if page == "privacy.md":  # it has no server that dies: wait for the end
+            assert wait_for(lambda: all(p.poll() == 0 for _, p in place.left)), place.said("operator")
         rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
         assert [entry["round"] for entry in rounds] == [1, 2]
         assert all(entry["clients"] == SITES for entry in rounds)
         computes = json.loads((run / "setup.json").read_text())["computes"]
         assert {name: own["threads"] for name, own in computes.items()} == dict.fromkeys(SITES, recipe["threads"])
         held = json.loads((run / "setup.json").read_text())["clients"]
-        assert [sorted(own) for own in held.values()] == [["test", "train"]] * 3, (
-            "what of each class is nobody's business"
-        )
+        told = ["test"] if page == "privacy.md" else ["test", "train"]
+        assert [sorted(own) for own in held.values()] == [told] * 3, "what of each class is nobody's business"
         adapter = "adapter/adapter_model.safetensors"
         assert (run / adapter).read_bytes() == (run.parent / "rehearsal" / adapter).read_bytes()
         for site in SITES:  # each has the run's adapter, and has left by itself
