@@ -413,3 +413,15 @@ def test_nothing_secret_is_shown() -> None:
     member = one.members["site-000"]
     for secret in (member.sealing, *member.masking.values(), *member.own.values()):
         assert repr(secret)[2:-1] not in text
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+@pytest.mark.parametrize("clients", [2, 3, 100])
+def test_a_sum_at_the_very_edge_stays_in_its_range(clients: int, sign: float) -> None:
+    """All clients at their bound, with all the rows that count: the largest sum that there can be."""
+    grid = Grid(16, clients, 7)
+    one = encoded({"a": torch.tensor([sign])}, {"a": 1.0}, 7, grid).astype(np.int64)
+    total = np.asarray(clients * one % 2**16, dtype=np.uint32)
+    means, rows = decoded(total, {"a": (1,)}, {"a": 1.0}, grid)
+    assert rows == 7 * clients
+    assert float(means["a"]) == pytest.approx(sign, abs=2e-3)

@@ -85,7 +85,7 @@ def test_sites_killed_within_secure_rounds(recipe_table: dict[str, Any], tmp_pat
             command = [*PROGRAM, *fed.serving("--deadline", "10")]
             with (folder / "serve.log").open("wb") as log:
                 server = subprocess.Popen(command, env=environment(fed.home), stdout=log, stderr=log, cwd=folder)
-            assert wait_for(functools.partial(has, fed.out / "progress.jsonl", '"round"'), 120)
+            assert wait_for(functools.partial(has, fed.out / "progress.jsonl", '"kind": "round"'), 120)
             time.sleep(rng.random() * 2)
             victim = rng.choice(names)
             fed.sites[victim].kill()
