@@ -463,3 +463,15 @@ def test_a_server_that_ended_as_a_sum_was_opened_goes_on(recipe_table: dict[str,
         (record,) = execute(recipe, tmp_path / "third").records
     assert record.refused == {"client-3": "keys: its sum was opened before"}
     assert len(record.clients) == 5
+
+
+def test_a_dry_run_counts_the_numbers_of_secure_sums(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    """Twenty bits each; the protocol's own messages come on top."""
+    from florana.runs.dry_run import plan
+
+    recipe = many(recipe_table, bits=20)
+    setup = prepare(recipe)
+    told = plan(recipe, setup)
+    (record,) = execute(recipe, tmp_path / "run", setup=setup).records
+    assert told.bytes_up < record.bytes_up < told.bytes_up + 6 * 6000
+    assert told.bytes_down < record.bytes_down

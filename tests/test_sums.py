@@ -435,3 +435,17 @@ def test_who_did_not_answer_the_first_trip_is_not_asked_in_the_second(tmp_path: 
     run(tmp_path, SUMS, 1, answer)
     assert (victim, 0) in asked
     assert (victim, 1) not in asked
+
+
+@pytest.mark.parametrize("setting", ["as it is", "int8", "mixed ranks", "fedask"])
+def test_a_dry_run_counts_both_trips(setting: str, recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    from florana.runs.dry_run import plan
+
+    more = SETTINGS[setting]
+    everybody = {**more.get("federation", {}), "clients_per_round": 4}
+    recipe = settled(recipe_table, 1, {**more, "federation": everybody})
+    setup = prepare(recipe)
+    told = plan(recipe, setup)
+    (record,) = execute(recipe, tmp_path / "run", setup=setup).records
+    assert told.bytes_up == record.bytes_up
+    assert told.bytes_down == record.bytes_down

@@ -30,7 +30,7 @@ def require_sums(recipe: Recipe, strategy: Strategy) -> None:
         raise RecipeError(
             f"the strategy '{strategy.name}' does not go with privacy.secure_aggregation",
             why=strategy.facts.secure_aggregation.removeprefix("no: "),
-            fix=f"set {near}",
+            fix=f"set {near} (of a study: leave it out of the controls)",
         )
     rounds = recipe.federation
     wrong = [

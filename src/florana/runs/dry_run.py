@@ -7,14 +7,15 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from florana.federation.entrywise import entrywise
 from florana.federation.error_feedback import packed_size
-from florana.federation.messages import pack, travelling
+from florana.federation.messages import pack, pack_question, travelling
 from florana.lora.factors import kind_of
 from florana.recipe import schema as r
 from florana.runs.chosen_strategy import strategy_of
 from florana.runs.setup import Setup, first_state
 from florana.score.benchmarks import figure_names
-from florana.strategy.base import Payload
+from florana.strategy.base import Named, Payload, Strategy
 from florana.strategy.custom import plain_name
 from florana.train.client import steps_per_round, train_locally
 from florana.train.evaluate import evaluate
@@ -188,10 +189,26 @@ def _traffic(recipe: r.Recipe, setup: Setup) -> tuple[float, float, int]:
     state = first_state(recipe, setup, strategy)
     setup.bench.load(setup.start)
     payloads = [strategy.brief(state, client) for client in sorted(setup.clients)]
-    down = [len(pack(p.adapter, p.work.down, p.residual)) for p in payloads]
-    up = [packed_size(travelling(p.adapter, p.work.up, p.blocks), recipe.federation.uplink) for p in payloads]
-    trained = [_trained(payload) for payload in payloads]
-    return sum(down) / len(down), sum(up) / len(up), max(trained)
+    sizes = [_sizes(recipe, strategy, payload) for payload in payloads]
+    down, up = (sum(way) / len(sizes) for way in zip(*sizes, strict=True))
+    return down, up, max(_trained(payload) for payload in payloads)
+
+
+def _sizes(recipe: r.Recipe, strategy: Strategy, payload: Payload) -> tuple[int, int]:
+    """Bytes down to one client and up from it; of secure sums without the messages of the protocol."""
+    form, hidden = recipe.federation.uplink, recipe.privacy.secure_aggregation
+    down = len(pack(payload.adapter, payload.work.down, payload.residual, question=payload.question))
+    sums = strategy.sums or (entrywise(payload.work.up) if hidden else None)
+    if sums is None:
+        return down, packed_size(travelling(payload.adapter, payload.work.up, payload.blocks), form)
+    up, sent = 0, list[Named]()
+    for trip in range(sums.trips):
+        question = sums.ask(payload.adapter, sent) if trip else payload.question
+        down += len(pack_question(question)) if trip else 0
+        sent.append(sums.measure(trip, 1, question, payload.adapter, payload.adapter))
+        numbers = sum(tensor.numel() for tensor in sent[-1].values())
+        up += numbers * recipe.privacy.bits // 8 if hidden else packed_size(sent[-1], form)
+    return down, up
 
 
 def _trained(payload: Payload) -> int:
