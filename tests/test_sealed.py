@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -431,6 +432,15 @@ def test_the_prepared_setup_and_the_report_say_what_the_server_saw(
     execute(recipe, tmp_path / "run", setup=prepare(recipe))
     page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
     assert "sums over 3 clients or more, 32 bits a number" in page
+    assert "The server saw sums over clients alone" in page
+    assert "updates were visible" not in page
+    setup = json.loads((tmp_path / "run" / "setup.json").read_text())
+    assert "Who holds what" in page
+    for holds in setup["clients"].values():  # between sites nobody says it
+        holds.pop("train")
+    (tmp_path / "run" / "setup.json").write_text(json.dumps(setup))
+    again = write_report([tmp_path / "run"], tmp_path / "again.html").read_text()
+    assert "Who holds what" not in again
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert "hidden numbers of training rows" in card
     assert np.isfinite(float(execute(recipe, tmp_path / "again").records[-1].train_loss or 0))

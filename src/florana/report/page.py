@@ -70,6 +70,7 @@ def render(runs: Sequence[RunView], title: str, above: str = "", every: int | No
         best=better(measured) if measured else None,
         score=runs[0].score,
         personal=any(row["personal"] is not None or row["clients_on_common"] is not None for row in rows),
+        seen=_seen(runs),
         narrow=any(run.uplink != "float32" for run in runs),
         pictures=[unique(picture, index) for index, picture in enumerate(_pictures(runs))],
         settings=_settings(runs[0].recipe, runs[0].setup),
@@ -116,7 +117,7 @@ def _pictures(runs: Sequence[RunView]) -> list[Picture]:
                 "How far the server's adapter is from the true average of the clients' updates, relative. "
                 "Dashed: the best any adapter of that rank could do."
                 + (f" Exact, so not drawn: {exact}." if exact else "")
-                + (f" Without a global product: {personal}." if personal else ""),
+                + (f" Without a figure (no global product, or sums alone): {personal}." if personal else ""),
                 figures.error_curves(runs),
             )
         )
@@ -138,7 +139,8 @@ def _pictures(runs: Sequence[RunView]) -> list[Picture]:
                 figures.bytes_against_score(runs),
             )
         )
-    pictures.append(Picture("Who holds what", "Training rows per client.", figures.partition(runs[0])))
+    if any("train" in holds for holds in runs[0].setup["clients"].values()):  # secure sums hide the rows of sites
+        pictures.append(Picture("Who holds what", "Training rows per client.", figures.partition(runs[0])))
     top = figures.largest_module_error(inexact)
     pictures += [
         Picture(
@@ -190,6 +192,17 @@ def _settings(recipe: Any, setup: Any) -> list[tuple[str, str]]:
         *([("Written", _written(recipe["generation"]))] if "generation" in recipe else []),
         ("Seed", str(recipe["seed"])),
     ]
+
+
+def _seen(runs: Sequence[RunView]) -> str:
+    """What the server saw, of all runs on the page."""
+    hidden = [run for run in runs if run.recipe.get("privacy", {}).get("secure_aggregation")]
+    rest = "the adapter still tells something of the data it comes from."
+    if not hidden:
+        return "Clients' updates were visible to the server: LoRA updates do not hide the data they come from."
+    if len(hidden) == len(runs):
+        return f"The server saw sums over clients alone; no noise was added, and {rest}"
+    return f"In {', '.join(run.name for run in hidden)} the server saw sums over clients alone; elsewhere each update."
 
 
 def _sees(privacy: Any) -> str:
