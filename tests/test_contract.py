@@ -27,6 +27,9 @@ from florana.aggregate.shared_factor import mean_of_A, mean_of_B
 from florana.aggregate.stack import combined, stack
 from florana.errors import InputError
 from florana.lora.factors import Adapter, Contribution, LoraFactors
+from florana.strategy import STRATEGIES
+from florana.strategy.base import State
+from florana.strategy.two_trips import seen
 from tests import oracle
 from tests.cases import Case, cases, dense, make_case
 
@@ -154,6 +157,17 @@ def copy_of(part: Contribution) -> Adapter:
     return Adapter(modules, part.adapter.extra)
 
 
+def from_sums(parts: Sequence[Contribution]) -> Adapter:
+    """best-rank[source=sums] on clients that were sent one A, which is nobody's."""
+    modules = {}
+    for name, pair in parts[0].adapter.modules.items():
+        drawn = torch.randn(rank_of(parts), pair.shape[1], generator=torch.Generator().manual_seed(7))
+        A = drawn.to(pair.A.dtype)
+        modules[name] = LoraFactors(torch.zeros(pair.shape[0], len(A), dtype=A.dtype), A, pair.scaling)
+    strategy, state = STRATEGIES["best-rank"](source="sums"), State(0, Adapter(modules, parts[0].adapter.extra))
+    return strategy.step(state, seen(strategy, state, parts)).state.adapter
+
+
 few_steps = functools.partial(adamw.solve, steps=25)  # the invariants hold at every number of steps
 
 Rule = Callable[[Sequence[Contribution]], Adapter]
@@ -183,6 +197,7 @@ ROWS = [
         mixed_ranks=True,
         gauge_free=True,
     ),
+    Row("best-rank from sums", from_sums, mixed_ranks=True, gauge_free=True),
     Row("oracle", exact_split, exact=True, mixed_ranks=True, keeps_rank=False, gauge_free=True),
     Row("fedex-lora", exact_mean, exact=True, keeps_rank=False, gauge_free=True),
     Row("lora-fair", corrected_mean),

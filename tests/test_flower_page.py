@@ -6,9 +6,11 @@ import json
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,6 +19,7 @@ import tomli_w
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 
+from florana.flower.deploy.audit_log import read_log
 from tests.conftest import ROOT
 from tests.deployment import HANGS, PROGRAM, end_all, environment, free_port, wait_for
 from tests.program import florana
@@ -110,6 +113,8 @@ def test_the_page_makes_a_federation_of_three_sites(
         held = json.loads((run / "setup.json").read_text())["clients"]
         told = ["test"] if page == "privacy.md" else ["test", "train"]
         assert [sorted(own) for own in held.values()] == [told] * 3, "what of each class is nobody's business"
+        if page == "privacy.md":
+            nobody_saw_an_update(run, tmp_path, rounds)
         adapter = "adapter/adapter_model.safetensors"
         assert (run / adapter).read_bytes() == (run.parent / "rehearsal" / adapter).read_bytes()
         for site in SITES:  # each has the run's adapter, and has left by itself
@@ -130,6 +135,27 @@ def test_the_page_makes_a_federation_of_three_sites(
         gone = wait_for(lambda: not any(p.is_running() and p.status() != "zombie" for p in children), 120)
         end_all(tmp_path)
     assert gone, "programs that florana started outlived it"
+
+
+def nobody_saw_an_update(run: Path, folder: Path, rounds: list[dict[str, Any]]) -> None:
+    """The server has sums alone, and each site wrote down what it opened and what it was asked."""
+    assert [entry["notes"]["answered"] for entry in rounds] == [[3, 3], [3, 3]]
+    assert all(entry["examples"] == entry["weights"] == {} for entry in rounds)
+    assert rounds[0]["error"]["overall"] is None  # nobody can measure it
+    assert "its rows hidden" in (run / "progress.jsonl").read_text()
+    assert "sums over 3 clients or more" in (run / "report.html").read_text()
+    for site in SITES:
+        place = folder / site / "site"
+        opened = [json.loads(line)[1] for line in (place / "kept" / "opened.jsonl").read_text().splitlines()]
+        assert opened == [[1, 0, 0], [1, 0, 1], [2, 0, 0], [2, 0, 1]]
+        assert stat.S_IMODE((place / "kept" / "opened.jsonl").stat().st_mode) == 0o600
+        entries, torn = read_log(place)
+        assert not torn
+        steps = [entry.facts.get("step") for entry in entries if entry.event == "asked"]
+        assert steps.count("masked") == steps.count("reveal") == 4
+        text = (place / "audit.jsonl").read_text()
+        assert "sealing" not in text
+        assert 'shares":' not in text
 
 
 def descendants(pid: int) -> list[psutil.Process]:

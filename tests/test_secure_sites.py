@@ -1,29 +1,22 @@
-"""Secure sums between three sites as people would start them: over TLS, by their own keys, on the loopback."""
+"""A site's side of secure sums: its signatures, the roster in its invitation, what it has opened, on its disk."""
 
 from __future__ import annotations
 
-import json
-import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 from florana.errors import InputError, RecipeError
 from florana.flower.app.export import export
 from florana.flower.app.sealed_site import OPENED, on_disk
-from florana.flower.deploy.audit_log import read_log
 from florana.flower.deploy.invitation import invite, read_invitation
 from florana.flower.deploy.keys import make_server, make_site, read_private
 from florana.flower.deploy.roster import approve, revoke
 from florana.flower.deploy.site_signatures import signer_of
 from florana.recipe.load import check
-from florana.runs.setup import execute
-from tests.deployment import federation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -40,43 +33,6 @@ def hidden(table: dict[str, Any]) -> dict[str, Any]:
         "privacy": {"secure_aggregation": True, "max_rows": 500},
         "evaluate": {"personal": "never"},
     }
-
-
-def test_three_sites_end_with_the_simulations_model_and_nobody_saw_an_update(
-    recipe_table: dict[str, Any], tmp_path: Path
-) -> None:
-    table = hidden(recipe_table)
-    with federation(table, tmp_path, NAMES, join=False) as fed:
-        assert (tmp_path / "invitation" / "roster.json").exists()
-        for name in NAMES:
-            fed.join(name)
-        done = fed.serve("--deadline", "120")
-        assert done.returncode == 0, done.stdout + done.stderr
-        for name, process in fed.sites.items():
-            assert process.wait(60) == 0, (tmp_path / f"{name}.log").read_text()
-        alone = execute(check(table, "x"), tmp_path / "alone")
-        one = load_file(fed.out / "adapter" / "adapter_model.safetensors")
-        other = load_file(tmp_path / "alone" / "adapter" / "adapter_model.safetensors")
-        assert all(torch.equal(one[n], other[n]) for n in one)  # whole numbers add up to the same everywhere
-        own = load_file(tmp_path / "client-0" / "adapter" / "adapter_model.safetensors")
-        assert all(torch.equal(own[n], one[n]) for n in own)
-        records = [json.loads(line) for line in (fed.out / "rounds.jsonl").read_text().splitlines()]
-        assert [r["notes"]["answered"] for r in records] == [[3, 3], [3, 3]]
-        assert records[0]["examples"] == records[0]["weights"] == {}
-        assert records[0]["error"]["overall"] is None  # nobody can measure it
-        assert records[0]["notes"]["rows"] == alone.records[0].notes["rows"]
-        setup = json.loads((fed.out / "setup.json").read_text())
-        assert all("train" not in holds and "per_label" not in holds for holds in setup["clients"].values())
-        assert "its rows hidden" in done.stdout + done.stderr + (fed.out / "progress.jsonl").read_text()
-        opened = [json.loads(line) for line in (tmp_path / "client-1" / "kept" / OPENED).read_text().splitlines()]
-        assert [line[1] for line in opened] == [[1, 0, 0], [1, 0, 1], [2, 0, 0], [2, 0, 1]]
-        assert stat.S_IMODE((tmp_path / "client-1" / "kept" / OPENED).stat().st_mode) == 0o600
-        entries, torn = read_log(tmp_path / "client-2")
-        assert not torn
-        steps = [entry.facts.get("step") for entry in entries if entry.event == "asked"]
-        assert steps.count("masked") == steps.count("reveal") == 4
-        report = (fed.out / "report.html").read_text()
-        assert "sums over 3 clients or more" in report
 
 
 @pytest.fixture

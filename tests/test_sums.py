@@ -449,3 +449,35 @@ def test_a_dry_run_counts_both_trips(setting: str, recipe_table: dict[str, Any],
     (record,) = execute(recipe, tmp_path / "run", setup=setup).records
     assert told.bytes_up == record.bytes_up
     assert told.bytes_down == record.bytes_down
+
+
+@pytest.mark.parametrize("trip", [0, 1])
+def test_what_no_training_can_do_is_refused_of_one_client_alone(
+    trip: int, recipe_table: dict[str, Any], tmp_path: Path
+) -> None:
+    """Ten times the optimizer's reach, in either trip; nobody else is needed to compare with."""
+    from safetensors.torch import load, save
+
+    recipe = settled(recipe_table, 1, {"federation": {"clients_per_round": 1, "max_weight": 1.0}})
+    from florana.runs import setup as runs_setup
+
+    def lying(*given: Any, **named: Any) -> Any:
+        engine = engine_of(*given, **named)
+        honest = engine.fit
+
+        def fit(briefs: Sequence[Brief]) -> Any:
+            for answer in honest(briefs):
+                if isinstance(answer, Reply) and briefs[0].trip == trip:
+                    sent = load(answer.payload).items()
+                    far = {n: t if n.startswith("extra/") else t + 1e3 for n, t in sent}
+                    answer = dataclasses.replace(answer, payload=save(far))
+                yield answer
+
+        engine.fit = fit
+        return engine
+
+    engine_of = runs_setup.engine_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs_setup, "engine_of", lying)
+        with pytest.raises(FederationError, match="times as much as any training of this recipe can"):
+            execute(recipe, tmp_path / "run")

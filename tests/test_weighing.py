@@ -18,14 +18,15 @@ from torch import Tensor
 from florana.errors import RecipeError
 from florana.federation.gate import Expected, RejectedUpdate, validate
 from florana.federation.journal import read_records
-from florana.federation.messages import Brief, Failure, Reply, pack
+from florana.federation.messages import Brief, Failure, Reply, pack, question_in
 from florana.federation.step_bounds import reach_of
+from florana.federation.trip_memory import update_in
 from florana.recipe.load import check
 from florana.recipe.schema import Recipe
 from florana.runs.setup import execute
 from florana.strategy import STRATEGIES
 from florana.strategy.base import Payload
-from tests.federation import first_adapter, noisy, run
+from tests.federation import _KEPT, built, first_adapter, noisy, run
 
 # --- how far training reaches
 
@@ -111,6 +112,12 @@ def test_real_training_stays_within_its_reach(
 def altered(brief: Brief, strategy: str, change: Any) -> Reply:
     """`noisy`, with every tensor a function of (what was sent, what an honest client answers)."""
     reply = noisy(brief, strategy)
+    if (sums := built(strategy).sums) is not None and brief.trip is not None:
+        both = update_in(_KEPT[brief.client, brief.seed], brief.scalings)
+        assert both is not None
+        before = sums.measure(brief.trip, brief.round, question_in(brief.payload), both[0], both[0])
+        tensors = {n: change(n, before[n], t).contiguous() for n, t in load(reply.payload).items()}
+        return dataclasses.replace(reply, payload=save(tensors))
     before = load(pack(_begin(brief, strategy), brief.returns, blocks=brief.blocks))
     tensors = {n: change(n, before[n], t).contiguous() for n, t in load(reply.payload).items()}
     return dataclasses.replace(reply, payload=save(tensors))

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from florana.errors import RecipeError
 from florana.federation.messages import Step, pack_question
 from florana.federation.sealed_client import MOST_LOSS
+from florana.federation.step_bounds import allowed
 from florana.federation.terms import Federation, Sealing
 from florana.federation.trip_memory import LOSS
+from florana.federation.trips import ROUNDED
 from florana.secure import wire
 from florana.secure.session import Terms
 from florana.strategy.base import Named, Payload, State, Sums
-
-SLACK = 1.001
-"""Bounds are float64's here, and what they bound was rounded to float32."""
 
 
 class Question:
@@ -57,17 +55,10 @@ class Question:
         for payload in unlike.values():
             question, sent = later if trip else payload.question, payload.adapter
             untrained = sums.measure(trip, state.round + 1, question, sent, sent)
-
-            def allowed(name: str, sent_: Payload = payload) -> Tensor:
-                before = sent_.adapter.tensors()[name]
-                kind = name.partition("/")[0]
-                if kind != "extra" and kind not in sent_.work.trains:
-                    return torch.zeros_like(before, dtype=torch.float64)
-                return limit.of(name, before, sent_.work.trains)
-
-            for name, bound in sums.bounds(trip, state.round + 1, question, sent, allowed).items():
+            may = allowed(limit, sent.tensors(), payload.work.trains)
+            for name, bound in sums.bounds(trip, state.round + 1, question, sent, may).items():
                 there = float(untrained[name].double().abs().max()) if self.absolute else 0.0
-                self.bounds[name] = max(self.bounds.get(name, 0.0), SLACK * (bound + there))
+                self.bounds[name] = max(self.bounds.get(name, 0.0), ROUNDED * (bound + there))
             self.before = untrained
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.before.items()}
         if not trip:

@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from florana.lora.factors import kind_of
@@ -70,6 +71,29 @@ class Reach:
             scale = self.moves + self.decay
             own = (1 + scale) * own + scale * size
         return SLACK * own + 1e-6 * size
+
+
+def allowed(reach: Reach, before: Mapping[str, Tensor], trains: Collection[str]) -> Callable[[str], Tensor]:
+    """The name of a tensor -> the most that each of its numbers can have changed; nothing, of what is not trained.
+
+    Args:
+        reach: of the round's training.
+        before: the tensors as they were sent, named as in `Adapter.tensors`.
+        trains: the kinds of tensors that the client trains.
+
+    Examples:
+        >>> import torch
+        >>> may = allowed(reach_of(0.01, 0.0, 1), {"A/q": torch.ones(1), "B/q": torch.ones(1)}, {"B"})
+        >>> may("A/q").tolist(), round(float(may("B/q")), 4)
+        ([0.0], 0.0105)
+    """
+
+    def of(name: str) -> Tensor:
+        if kind_of(name) != "extra" and kind_of(name) not in trains:
+            return torch.zeros_like(before[name], dtype=torch.float64)
+        return reach.of(name, before[name], trains)
+
+    return of
 
 
 def reach_of(learning_rate: float, weight_decay: float, steps: int) -> Reach:

@@ -23,6 +23,7 @@ from florana.federation.gather import Gathered, briefs_of, contributions, expect
 from florana.federation.messages import Brief, Engine, Reply, pack_question
 from florana.federation.quantize import Format, form_of
 from florana.federation.spool import Spool
+from florana.federation.step_bounds import allowed
 from florana.federation.terms import Federation
 from florana.federation.trip_memory import update_in
 from florana.federation.weighting import Weighed, weigh
@@ -119,6 +120,10 @@ def _gate(sums: Sums, trip: int, expected: Expected, asked: Sequence[str], quest
         like = before(reply.client)
         tensors = checked(loaded(reply.payload, form_of(like, form)), like, form)
         sent = expected.clients[reply.client]
+        if expected.reach is not None and (reach := expected.reach(reply.examples)) is not None:
+            may = allowed(reach, sent.adapter.tensors(), sent.work.trains)
+            down = question if trip else sent.question
+            _within(tensors, like, sums.bounds(trip, expected.round, down, sent.adapter, may))
         return Update(reply.client, reply.round, sent.adapter, reply.examples, dict(reply.metrics), tensors)
 
     def large(updates: Sequence[Update]) -> Mapping[str, str]:
@@ -132,6 +137,20 @@ def _gate(sums: Sums, trip: int, expected: Expected, asked: Sequence[str], quest
         lambda update, kept: replace(update, measured=kept),
         large,
     )
+
+
+ROUNDED = 1.001
+"""Bounds are float64's, and what they bound was rounded to float32."""
+
+
+def _within(tensors: Named, before: Named, bounds: Mapping[str, float]) -> None:
+    """Raise RejectedUpdate where a number is further from an untrained client's than any training can bring it."""
+    for name, tensor in tensors.items():
+        moved, most = float((tensor.double() - before[name].double()).abs().max()), ROUNDED * bounds[name] + 1e-6
+        if moved > most:
+            raise RejectedUpdate(
+                f"'{name}' was changed {moved / most:.1f} times as much as any training of this recipe can"
+            )
 
 
 def _moved(tensors: Named, before: Named) -> dict[str, float]:

@@ -38,7 +38,7 @@ def build(sketch: int | None = None, trains: Literal["B", "AB"] = "B") -> Strate
         up=facts.sketched(k, columns),
         down=facts.and_range(k, columns),
         exact="exact where k is at least the sum's rank",
-        differs="without differential privacy's noise, which is a section of the recipe",
+        differs="without differential privacy's noise; factors are balanced with the scaling inside",
         absent="nothing; one that answers the first trip alone is missing from the second sum",
         mixed_ranks="refused: clients share one A" if trains == "B" else "the best adapter of its own rank",
         secure_aggregation="yes: two sums, of sketches",

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from florana.aggregate import validate
 from florana.aggregate.best_rank import sketch
+from florana.aggregate.best_rank.project import terms
 from florana.errors import RecipeError
 from florana.lora.factors import Adapter, Contribution
 from florana.strategy.base import Allowed, Named, Payload, State, Strategy, Sums
@@ -107,19 +110,27 @@ def seen(strategy: Strategy, state: State, parts: Sequence[Contribution]) -> Seq
         strategy: any.
         state: what was broadcast.
         parts: the clients' updates, weighted.
+
+    Raises:
+        InputError: the updates do not fit together.
     """
     sums = strategy.sums
     if sums is None:
         return parts
+    for _ in terms(parts):  # as every rule does: what does not fit is named
+        pass
+    validate.average_extra(parts)
     total = sum(part.weight for part in parts)
     means: list[Named] = []
     for trip in range(sums.trips):
         mean: dict[str, Tensor] = {}
+        types: dict[str, torch.dtype] = {}
         for part in parts:
             sent = strategy.brief(state, part.client)
             question = sums.ask(state.adapter, means) if trip else sent.question
             for name, tensor in sums.measure(trip, state.round + 1, question, sent.adapter, part.adapter).items():
                 term = part.weight / total * tensor.double()
                 mean[name] = term if name not in mean else mean[name] + term
-        means.append({name: tensor.float() for name, tensor in mean.items()})
+                types[name] = tensor.dtype
+        means.append({name: tensor.to(types[name]) for name, tensor in mean.items()})
     return [Contribution("mean", sums.mean(state.adapter, means), 1.0, parts[0].residual)]
