@@ -121,7 +121,7 @@ MUTATIONS = [
     ("strategy/two_trips.py", "two_trips", "question.get(WARM + name, received.modules[name].A)", "received.modules[name].A", "test_sums"),
     ("federation/trips.py", "gather_sums", "if b.client not in refused", "if True", "test_sums"),
     ("federation/trips.py", "_mean", "weighed.weights[update.client] * tensor", "tensor", "test_sums"),
-    ("federation/trips.py", "_oversized", "sizes[kind] > factor * median", "False", "test_sums"),
+    ("federation/gate.py", "beyond", "moved[kind] > factor * median", "False", "test_sums"),
     ("secure/member.py", "shared", "if not verify(name, public.statement(member.terms, name), public.signature):", "if False:", "test_secure"),
     ("secure/member.py", "shared", "roster.get(member.name) != member.public", "False", "test_secure"),
     ("secure/member.py", "shared", "len(set(every)) != len(every)", "False", "test_secure"),

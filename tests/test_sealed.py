@@ -328,6 +328,13 @@ def asked_for(**said: Any) -> Step:
 NOTHING: Callable[[str, int], dict[str, torch.Tensor]] = lambda run, round_: {}  # noqa: E731
 
 
+def shared_by(clients: Mapping[str, SealedClient], **said: Any) -> dict[str, dict[str, str]]:
+    """Owner -> holder -> what is sealed for it, after the first two steps."""
+    keys = {n: c.answer(asked_for(**said), NOTHING).head["keys"] for n, c in clients.items()}
+    step = Step({"step": "shares", "session": "s", "roster": keys})
+    return {n: c.answer(step, NOTHING).head["sealed"] for n, c in clients.items()}
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [
@@ -367,11 +374,7 @@ def test_an_update_is_summed_up_once_whatever_a_server_calls_it() -> None:
     clients = {n: SealedClient(who[n], Sealing(20, 100, 3), None, 5, in_memory()) for n in who}
     first = first_adapter()
     memory = update_of(first, first, 0.5, (4, 0))  # the update of round 4
-    keys = {n: c.answer(asked_for(round=5), NOTHING).head["keys"] for n, c in clients.items()}
-    shared = {
-        n: c.answer(Step({"step": "shares", "session": "s", "roster": keys}), NOTHING).head["sealed"]
-        for n, c in clients.items()
-    }
+    shared = shared_by(clients, round=5)
     head = {
         "step": "masked",
         "session": "s",
@@ -391,11 +394,7 @@ def test_a_bound_of_other_tensors_is_refused_and_a_large_change_never_sent(recip
     from florana.lora.factors import adapter_from_tensors
 
     memory = update_of(first, adapter_from_tensors(moved, first.scalings), 0.5, (4, 0))
-    keys = {n: c.answer(asked_for(), NOTHING).head["keys"] for n, c in clients.items()}
-    shared = {
-        n: c.answer(Step({"step": "shares", "session": "s", "roster": keys}), NOTHING).head["sealed"]
-        for n, c in clients.items()
-    }
+    shared = shared_by(clients)
     names = [*first.tensors(), "loss"]
     head = {
         "step": "masked",

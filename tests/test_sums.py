@@ -297,7 +297,7 @@ def test_what_is_too_large_beside_the_others_is_refused(tmp_path: Path) -> None:
 
     run(tmp_path, SUMS, 1, loud)
     (record,) = read_records(tmp_path / "rounds.jsonl")
-    assert "moved 'projection'" in record.refused[victim]
+    assert "changed projection by" in record.refused[victim]
     assert "10 times the median" in record.refused[victim]
 
 

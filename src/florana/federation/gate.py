@@ -244,12 +244,23 @@ def oversized(updates: Sequence[Update], sent: Mapping[str, Payload], factor: fl
         factor: how many times the round's median change an update may have.
     """
     found = {u.client: sizes((u.adapter, sent[u.client].adapter), sent[u.client].work.up) for u in updates}
+    return beyond(found, factor, _MEASURED)
+
+
+def beyond(found: Mapping[str, Mapping[str, float]], factor: float, called: Mapping[str, str]) -> dict[str, str]:
+    """Client -> why, of those that moved something more than `factor` times as far as the median, of three or more.
+
+    Args:
+        found: client -> kind -> how far it moved.
+        factor: how many times the round's median change an update may have.
+        called: kind -> what it is called; the kind itself where it has no other name.
+    """
     wrong: dict[str, str] = {}
     for kind in next(iter(found.values())) if len(found) > 2 else ():
         median = statistics.median_low(moved[kind] for moved in found.values())
         wrong |= {
-            client: f"changed {_MEASURED[kind]} by {moved[kind]:.1e}, more than {factor:g} times the median of this "
-            f"round, {median:.1e}"
+            client: f"changed {called.get(kind, kind)} by {moved[kind]:.1e}, more than {factor:g} times the median of "
+            f"this round, {median:.1e}"
             for client, moved in found.items()
             if median > 0 and moved[kind] > factor * median and client not in wrong
         }

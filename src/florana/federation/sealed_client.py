@@ -2,8 +2,8 @@
 
     keys -> shares -> [masked -> survivors -> reveal] for each trip         (florana.secure.member)
 
-Its secrets are in this process alone: a client that is started anew is missing from the sum. Over one update each trip
-is opened once: two sums of the same updates over different clients would show the difference.
+Its secrets are in this process alone: a client that is started anew is missing from the sum. Of one round's training
+each trip is opened once: two sums of it over different clients would show the difference.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def gather_sealed(
         refused=table.refused,
         traffic=table.traffic,
         seconds=seconds,
-        notes={"answered": opened, "rows": rows, "secure": {"trips": len(opened), "threshold": terms.minimum}},
+        notes={"answered": opened, "rows": rows, "secure": {"min_clients": terms.minimum, "bits": terms.bits}},
         truth=_truth(payloads, present, engine, federation, sealing),
         metrics={"train_loss": loss},
     )
@@ -118,13 +118,14 @@ def _attempted(brief: Brief, federation: Federation, attempt: int) -> Brief:
 
 def _trained(table: Table, briefs: Sequence[Brief]) -> float:
     """Have the clients train; the seconds that they took."""
-    asked, table.here, seconds = {brief.client: brief for brief in briefs}, [], 0.0
+    asked, seconds = {brief.client for brief in briefs}, 0.0
+    table.here, table.refused = [], {}  # an attempt before this one says nothing of it
     for brief in briefs:
         table.traffic[brief.client]["down"] += len(brief.payload)
     for answer in table.engine.fit(briefs):
         if not isinstance(answer, Reply):
             table.lost(answer.client, answer.reason)
-        elif answer.client in asked.keys() - set(table.here) and answer.round == table.round_ and not answer.payload:
+        elif answer.client in asked - set(table.here) and answer.round == table.round_ and not answer.payload:
             table.here.append(answer.client)
             seconds += answer.seconds
             table.show(Event("reply", table.round_, answer.client))

@@ -110,16 +110,15 @@ def measured(brief: Brief, sums: Sums | None, memory: Named) -> Measured:
     if both is None:
         raise FloranaError(f"keeps no update of round {brief.round}: it was started anew since")
     question = question_in(brief.payload)
-    tensors, before = (
-        sums.measure(brief.trip, brief.round, question, both[0], adapter) for adapter in (both[1], both[0])
-    )
+    tensors = sums.measure(brief.trip, brief.round, question, both[0], both[1])
+    if brief.uplink == "float32":
+        return Measured(save({name: tensor.contiguous() for name, tensor in tensors.items()}), {}, {})
+    before = sums.measure(brief.trip, brief.round, question, both[0], both[0])
     carries = {n for n in tensors if kind_of(n) in brief.feedback}
     left = {n: memory[FEEDBACK + n].double() if FEEDBACK + n in memory else 0.0 for n in carries}
     wanted = {n: tensor.double() + left[n] if n in carries else tensor for n, tensor in tensors.items()}
     written = quantize.written(wanted, before, brief.uplink)
     content = save({name: tensor.contiguous() for name, tensor in written.items()})
-    if brief.uplink == "float32":
-        return Measured(content, {}, {})
     there = quantize.read(written, before, brief.uplink)
     missed = math.hypot(*(float((there[n].double() - tensor.double()).norm()) for n, tensor in tensors.items()))
     moved = math.hypot(*(float((tensor.double() - before[n].double()).norm()) for n, tensor in tensors.items()))

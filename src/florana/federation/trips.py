@@ -10,7 +10,6 @@ A client that answers one trip and not the next is missing from the later means,
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -18,12 +17,12 @@ from torch import Tensor
 
 from florana.federation.collect import Collected, Gate, collect
 from florana.federation.event import Event
-from florana.federation.gate import Expected, RejectedUpdate, check_head, checked, loaded
+from florana.federation.gate import Expected, RejectedUpdate, beyond, check_head, checked, loaded
 from florana.federation.gather import Gathered, briefs_of, contributions, expectation, mean_metrics, require
 from florana.federation.messages import Brief, Engine, Reply, pack_question
 from florana.federation.quantize import Format, form_of
 from florana.federation.spool import Spool
-from florana.federation.step_bounds import allowed
+from florana.federation.step_bounds import Reach, allowed
 from florana.federation.terms import Federation
 from florana.federation.trip_memory import update_in
 from florana.federation.weighting import Weighed, weigh
@@ -103,31 +102,31 @@ def gather_sums(
 def _gate(sums: Sums, trip: int, expected: Expected, asked: Sequence[str], question: Named, max_change: float) -> Gate:
     """Answers are held against what the client would have sent had it not trained: in shape, and in how far they are
     from it."""
-    untrained: dict[tuple[int, int], Named] = {}
+    known: dict[tuple[int, int, Reach | None], tuple[Named, Mapping[str, float] | None]] = {}
 
-    def before(client: str) -> Named:
+    def held(client: str, reach: Reach | None = None) -> tuple[Named, Mapping[str, float] | None]:
+        """What it would have sent untrained, and how far from that it can be; once for all that were sent the same."""
         sent = expected.clients[client]
-        key = (id(sent.adapter), id(sent.question) if sent.question else 0)
-        if key not in untrained:
-            down = question if trip else sent.question
-            untrained[key] = sums.measure(trip, expected.round, down, sent.adapter, sent.adapter)
-        return untrained[key]
+        key = (id(sent.adapter), id(sent.question) if sent.question else 0, reach)
+        if key not in known:
+            asking = (trip, expected.round, question if trip else sent.question, sent.adapter)
+            may = None if reach is None else allowed(reach, sent.adapter.tensors(), sent.work.trains)
+            known[key] = sums.measure(*asking, sent.adapter), None if may is None else sums.bounds(*asking, may)
+        return known[key]
 
     def check(reply: Reply, seen: Collection[str], form: Format) -> Update:
         check_head(reply, expected, seen)
         if reply.client not in asked:
             raise RejectedUpdate("was not asked in this trip")
-        like = before(reply.client)
+        like, bounds = held(reply.client, expected.reach(reply.examples) if expected.reach is not None else None)
         tensors = checked(loaded(reply.payload, form_of(like, form)), like, form)
+        if bounds is not None:
+            _within(tensors, like, bounds)
         sent = expected.clients[reply.client]
-        if expected.reach is not None and (reach := expected.reach(reply.examples)) is not None:
-            may = allowed(reach, sent.adapter.tensors(), sent.work.trains)
-            down = question if trip else sent.question
-            _within(tensors, like, sums.bounds(trip, expected.round, down, sent.adapter, may))
         return Update(reply.client, reply.round, sent.adapter, reply.examples, dict(reply.metrics), tensors)
 
     def large(updates: Sequence[Update]) -> Mapping[str, str]:
-        return _oversized({u.client: _moved(u.measured, before(u.client)) for u in updates}, max_change)
+        return beyond({u.client: _moved(u.measured, held(u.client)[0]) for u in updates}, max_change, _CALLED)
 
     return Gate(
         expected.round,
@@ -162,18 +161,7 @@ def _moved(tensors: Named, before: Named) -> dict[str, float]:
     return {kind: math.hypot(*sizes) for kind, sizes in squares.items()}
 
 
-def _oversized(moved: Mapping[str, Mapping[str, float]], factor: float) -> dict[str, str]:
-    """Client -> why, as `gate.oversized` has it, of what clients measured in the place of their factors."""
-    wrong: dict[str, str] = {}
-    for kind in next(iter(moved.values())) if len(moved) > 2 else ():
-        median = statistics.median_low(sizes[kind] for sizes in moved.values())
-        wrong |= {
-            client: f"moved '{kind}' by {sizes[kind]:.1e}, more than {factor:g} times the median of this round, "
-            f"{median:.1e}"
-            for client, sizes in moved.items()
-            if median > 0 and sizes[kind] > factor * median and client not in wrong
-        }
-    return wrong
+_CALLED = {"extra": "the tensors trained whole"}
 
 
 def _mean(weighed: Weighed) -> dict[str, Tensor]:

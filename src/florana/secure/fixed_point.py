@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from florana.errors import FloranaError
+from florana.errors import FederationError, FloranaError
 from florana.secure.masks import Numbers, low
 
 ROW_BITS = 32
@@ -116,16 +116,17 @@ def decoded(
         grid: as the clients had it.
 
     Raises:
-        FloranaError: the rows sum up to nothing, or to more than the clients can have: somebody sent no honest vector.
+        FederationError: the rows sum up to nothing, or to more than the clients can have: a vector was no honest one.
     """
     signed = total.astype(np.int64)
     signed = np.where(signed >= 1 << (grid.bits - 1), signed - (1 << grid.bits), signed)
     digits = total[len(total) - grid.digits :].astype(np.int64)
     rows = sum(int(value) << (place * grid.digit) for place, value in enumerate(digits))
     if not 1 <= rows <= grid.clients * grid.most:
-        raise FloranaError(
+        raise FederationError(
             f"the rows of {grid.clients} clients sum up to {rows}, and {grid.clients * grid.most} are the most",
             why="a client sent another vector than its own",
+            fix="nobody can say which: ask the sites, and run again with --resume",
         )
     means, place = {}, 0
     for name in sorted(shapes):
