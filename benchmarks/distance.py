@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from florana.recipe.load import read_recipe
-from florana.runs.setup import prepare
+from florana.runs.prepared import prepare
 from florana.study.estimates import estimate
 from florana.study.fixed_updates import exchange, hold
 from florana.study.named_methods import method_of, split_methods

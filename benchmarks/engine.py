@@ -26,7 +26,8 @@ from florana.federation.sampling import derive
 from florana.recipe.load import check
 from florana.recipe.schema import Recipe
 from florana.runs.dry_run import peak_memory
-from florana.runs.setup import Setup, execute, prepare
+from florana.runs.prepared import Setup, prepare
+from florana.runs.setup import execute
 from florana.train.data.tokenize import collate
 
 

@@ -37,7 +37,8 @@ from florana import Adapter, Contribution, LoraFactors, best_rank, mean, mix
 from florana.federation.sampling import derive
 from florana.recipe.load import check
 from florana.recipe.schema import Recipe
-from florana.runs.setup import Setup, execute, global_scores, prepare
+from florana.runs.prepared import Setup, prepare
+from florana.runs.setup import execute, global_scores
 from florana.train.client import train_locally
 from florana.train.gguf_files import dequantized
 

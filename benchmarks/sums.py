@@ -20,7 +20,8 @@ from florana.federation.journal import Journal
 from florana.federation.loop import run_rounds
 from florana.lora.factors import Contribution
 from florana.recipe.load import read_recipe
-from florana.runs.setup import engine_of, federation_of, prepare
+from florana.runs.prepared import prepare
+from florana.runs.setup import engine_of, federation_of
 from florana.strategy import STRATEGIES
 from florana.strategy.base import Outcome, State, start
 from florana.strategy.two_trips import seen

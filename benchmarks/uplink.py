@@ -23,8 +23,9 @@ from florana.federation.quantize import Format
 from florana.recipe.load import read_recipe
 from florana.recipe.schema import Recipe
 from florana.runs.chosen_strategy import strategy_of
+from florana.runs.prepared import Setup, prepare
 from florana.runs.rounds import Result, execute_rounds
-from florana.runs.setup import Setup, begin, engine_of, federation_of, prepare
+from florana.runs.setup import begin, engine_of, federation_of
 
 RUNS: list[tuple[str, Format, Literal["stay", "move"]]] = [
     ("fedit", "float32", "stay"),

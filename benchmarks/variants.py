@@ -24,7 +24,8 @@ from scipy import stats
 
 from florana.demo.demo import demo_recipe
 from florana.recipe.load import check
-from florana.runs.setup import execute, prepare
+from florana.runs.prepared import prepare
+from florana.runs.setup import execute
 from florana.strategy import STRATEGIES
 
 VARIANTS: list[dict[str, Any]] = [

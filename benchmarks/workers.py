@@ -19,7 +19,8 @@ from florana.federation.messages import Brief, pack
 from florana.recipe.load import check
 from florana.recipe.schema import Recipe
 from florana.runs.chosen_strategy import strategy_of
-from florana.runs.setup import Setup, engine_of, first_state, prepare
+from florana.runs.prepared import Setup, prepare
+from florana.runs.setup import engine_of, first_state
 from florana.runs.threads import threads
 
 

@@ -17,8 +17,9 @@ from florana.federation.messages import Brief, Reply, pack, unpack
 from florana.lora.factors import adapter_from_tensors
 from florana.recipe.load import check, read_recipe
 from florana.runs.chosen_strategy import strategy_of
+from florana.runs.prepared import prepare
 from florana.runs.rounds import execute_rounds
-from florana.runs.setup import begin, clients_of, federation_of, prepare
+from florana.runs.setup import begin, clients_of, federation_of
 from tests.attacks import rule_of
 from tests.conftest import ROOT
 

@@ -136,7 +136,7 @@ def trainer_process(recipe_path: str, who: str, sockets: str, kept: str) -> None
 
     from florana.flower.app.site import site_of
     from florana.recipe.load import read_recipe
-    from florana.runs.setup import prepare
+    from florana.runs.prepared import prepare
     from tests.trainer import answer_until, listening
 
     recipe = read_recipe(Path(recipe_path))

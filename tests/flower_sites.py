@@ -23,7 +23,7 @@ from florana.flower.app.server_app import lead
 from florana.flower.app.settings import Settings
 from florana.flower.app.site import Site, site_of
 from florana.recipe.schema import Recipe
-from florana.runs.setup import prepare
+from florana.runs.prepared import prepare
 from tests.flower_grid import FakeGrid
 
 _MADE: dict[str, dict[str, Site]] = {}

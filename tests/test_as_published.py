@@ -18,7 +18,8 @@ from florana.errors import RecipeError
 from florana.federation.journal import read_records
 from florana.lora.factors import Adapter, Contribution, LoraFactors
 from florana.recipe.load import check
-from florana.runs.setup import execute, prepare
+from florana.runs.prepared import prepare
+from florana.runs.setup import execute
 from florana.strategy import STRATEGIES
 from florana.strategy.base import State
 from florana.strategy.ranks import with_ranks

@@ -19,7 +19,8 @@ from florana.federation.journal import read_records
 from florana.lora.factors import Adapter, LoraFactors
 from florana.recipe.load import check
 from florana.recipe.schema import Model, Recipe, Train
-from florana.runs.setup import execute, prepare
+from florana.runs.prepared import prepare
+from florana.runs.setup import execute
 from florana.strategy import STRATEGIES
 from florana.strategy.base import Pruning
 from florana.train import cohort_engine, cohort_probe

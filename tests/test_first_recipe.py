@@ -11,7 +11,8 @@ import pytest
 
 from florana.errors import InputError, RecipeError
 from florana.recipe.load import check, read_recipe
-from florana.runs.setup import execute, prepare
+from florana.runs.prepared import prepare
+from florana.runs.setup import execute
 from florana.train.data.first_recipe import first_recipe
 from florana.train.data.instructions import turns_of
 from florana.train.data.sources import load_tables

@@ -33,8 +33,9 @@ from florana.flower.deploy.serve import serve
 from florana.recipe.load import check
 from florana.recipe.schema import Recipe
 from florana.report.page import write_report
+from florana.runs.prepared import prepare
 from florana.runs.run_folder import held, locked
-from florana.runs.setup import execute, prepare
+from florana.runs.setup import execute
 from tests.deployment import free_port
 from tests.flower_sites import sites
 

@@ -19,7 +19,8 @@ from florana.federation.journal import read_records
 from florana.recipe.load import check
 from florana.recipe.schema import Data, Recipe
 from florana.report.views import headline, summary, views
-from florana.runs.setup import execute, global_scores, prepare
+from florana.runs.prepared import prepare
+from florana.runs.setup import execute, global_scores
 from florana.score.glue import GLUE, glue_label
 from florana.train.client import train_locally
 from florana.train.data.partition import binned

@@ -18,7 +18,8 @@ from florana.federation.journal import read_records
 from florana.recipe.load import check
 from florana.report.page import write_report
 from florana.runs.dry_run import plan
-from florana.runs.setup import execute, global_scores, prepare
+from florana.runs.prepared import prepare
+from florana.runs.setup import execute, global_scores
 from florana.train.client import train_locally
 from florana.train.data.tokenize import IGNORED, collate
 

@@ -18,7 +18,7 @@ SOURCE = ROOT / "src" / "florana"
 FLOORS = [
     {"errors"},
     {"atomic_files", "displayable", "bounded", "other_names"},
-    {"lora", "score", "secure"},
+    {"dp", "lora", "score", "secure"},
     {"aggregate"},
     {"robust", "adapters"},
     {"strategy"},
@@ -46,7 +46,8 @@ ROOMS = {
     "rich": {"cli"},
     "pydantic": {"recipe", "flower"},
     "flwr": {"flower"},
-    "cryptography": {"flower", "secure"},
+    "cryptography": {"dp", "flower", "secure"},
+    "dp_accounting": {"dp"},
     "Crypto": {"secure"},
     "re2": {"adapters"},
     "tensorboard": {"track"},

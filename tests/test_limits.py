@@ -15,7 +15,7 @@ from florana.federation.local_engine import LocalEngine
 from florana.federation.messages import Brief, Failure, Reply
 from florana.recipe.load import check
 from florana.recipe.schema import Recipe
-from florana.runs.setup import prepare
+from florana.runs.prepared import prepare
 from tests.conftest import WORDS
 from tests.families import CLASSES, FAMILIES, Family, Task
 

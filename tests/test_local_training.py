@@ -19,7 +19,8 @@ from florana.errors import RecipeError
 from florana.federation.step_bounds import clipped_sgd
 from florana.recipe.load import check
 from florana.recipe.schema import Recipe, Train
-from florana.runs.setup import Setup, execute, prepare
+from florana.runs.prepared import Setup, prepare
+from florana.runs.setup import execute
 from florana.train.client import rows_per_step, steps_per_round, train_locally
 from florana.train.local_loss import smoothed
 from florana.train.optimizer import curve, optimizer_of, reach, require_optimizer

@@ -17,7 +17,8 @@ from florana.errors import InputError, RecipeError
 from florana.recipe.load import check
 from florana.recipe.schema import Model
 from florana.runs.dry_run import plan
-from florana.runs.setup import execute, prepare
+from florana.runs.prepared import prepare
+from florana.runs.setup import execute
 from florana.train.data.packing import packed
 from florana.train.data.tokenize import Example, collate, encode_language
 from florana.train.model import Workbench

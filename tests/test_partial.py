@@ -17,7 +17,8 @@ from florana.lora.factors import Adapter, LoraFactors
 from florana.recipe.load import check
 from florana.runs.chosen_strategy import strategy_of
 from florana.runs.dry_run import plan
-from florana.runs.setup import begin, execute, prepare
+from florana.runs.prepared import prepare
+from florana.runs.setup import begin, execute
 from florana.strategy.base import Payload, Pruning
 from florana.train.client import TrainingClients, train_locally
 from florana.train.data.tokenize import collate

@@ -16,7 +16,8 @@ from florana.recipe.load import read_recipe
 from florana.report.page import write_report
 from florana.report.views import view
 from florana.runs.dry_run import plan
-from florana.runs.setup import execute, prepare
+from florana.runs.prepared import prepare
+from florana.runs.setup import execute
 from florana.score.benchmarks import figure_names, figures
 from florana.score.glue import GLUE
 from florana.study.grid import plan_of

@@ -16,7 +16,8 @@ from florana.recipe.load import check
 from florana.report.figures import not_too_close
 from florana.report.page import write_report
 from florana.report.views import summary, views
-from florana.runs.setup import execute, prepare
+from florana.runs.prepared import prepare
+from florana.runs.setup import execute
 from tests.conftest import ROOT
 from tests.hostile import STRINGS, forbidden
 

@@ -20,8 +20,9 @@ from florana.federation.journal import read_records
 from florana.recipe.load import check
 from florana.recipe.schema import Recipe
 from florana.runs.dry_run import plan
+from florana.runs.prepared import prepare
 from florana.runs.run_folder import read_run
-from florana.runs.setup import execute, global_scores, prepare
+from florana.runs.setup import execute, global_scores
 from florana.strategy import STRATEGIES
 from tests.conftest import ROOT
 from tests.program import florana, started

@@ -24,8 +24,9 @@ from florana.lora.factors import Contribution
 from florana.recipe.load import check
 from florana.recipe.schema import Recipe
 from florana.runs import setup as runs_setup
+from florana.runs.prepared import prepare
 from florana.runs.rounds import Result
-from florana.runs.setup import execute, prepare
+from florana.runs.setup import execute
 from florana.secure import wire
 from florana.secure.identities import made_up
 from florana.secure.session import Terms

@@ -23,8 +23,9 @@ from florana.federation.side_by_side import side_by_side
 from florana.recipe.load import check
 from florana.recipe.schema import Recipe
 from florana.runs.dry_run import plan
+from florana.runs.prepared import prepare
 from florana.runs.run_folder import locked, read_environment
-from florana.runs.setup import execute, prepare
+from florana.runs.setup import execute
 from florana.study.grid import plan_of
 from florana.study.runner import threads_of
 from tests.deployment import environment

@@ -19,7 +19,8 @@ from florana.adapters.merge import merge
 from florana.errors import InputError, RecipeError
 from florana.lora.factors import Adapter, LoraFactors
 from florana.recipe.load import check, read_recipe
-from florana.runs.setup import execute, prepare
+from florana.runs.prepared import prepare
+from florana.runs.setup import execute
 from florana.strategy import STRATEGIES
 from tests.cases import dense
 from tests.program import florana

@@ -28,7 +28,8 @@ from florana.federation.spool import Spool
 from florana.federation.trip_memory import RECEIVED, UPDATE, lasting, measured, own, update_of
 from florana.lora.factors import Adapter, Contribution, LoraFactors
 from florana.recipe.load import check
-from florana.runs.setup import execute, prepare
+from florana.runs.prepared import prepare
+from florana.runs.setup import execute
 from florana.strategy import STRATEGIES
 from florana.strategy.base import State, Strategy
 from florana.strategy.ranks import with_ranks

@@ -47,7 +47,7 @@ def test_another_swap_test_is_done_again_and_the_same_is_not(
 
 
 def test_the_swap_test_gives_every_rule_the_same_clients(small: dict[str, Any]) -> None:
-    from florana.runs.setup import prepare
+    from florana.runs.prepared import prepare
 
     recipe = check(small, "t")
     methods = [method_of(n) for n in ("fedit", "best-rank", "oracle", "ffa-lora", "fed-sb", "fedsa-lora")]
@@ -62,7 +62,7 @@ def test_the_swap_test_gives_every_rule_the_same_clients(small: dict[str, Any]) 
 
 
 def test_held_updates_are_those_of_the_run_and_only_asked_rounds_are_scored(small: dict[str, Any]) -> None:
-    from florana.runs.setup import prepare
+    from florana.runs.prepared import prepare
 
     recipe = check({**small, "strategy": {"name": "fedit"}}, "t")
     setup = prepare(recipe)

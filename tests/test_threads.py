@@ -20,9 +20,10 @@ from florana.federation.event import Event
 from florana.lora.factors import Adapter
 from florana.recipe.load import check
 from florana.recipe.schema import Recipe
+from florana.runs.prepared import prepare
 from florana.runs.rounds import settled
 from florana.runs.run_folder import recorded_threads
-from florana.runs.setup import execute, prepare
+from florana.runs.setup import execute
 from florana.runs.threads import VARIABLES, instructions, threads
 from florana.study.grid import plan_of
 from florana.study.runner import Group, execute_study, finished, folder_of, swap_file, threads_of

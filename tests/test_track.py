@@ -26,7 +26,8 @@ from florana.cli.main import app
 from florana.federation.event import Event
 from florana.federation.journal import read_records
 from florana.recipe.schema import Recipe
-from florana.runs.setup import execute, prepare
+from florana.runs.prepared import prepare
+from florana.runs.setup import execute
 from florana.track.round_figures import figures_of, settings_of
 from florana.track.tracking import Tracking, require_trackers, tracked, tracked_study
 

@@ -18,7 +18,7 @@ from florana.federation.sampling import derive
 from florana.lora.factors import Adapter, LoraFactors
 from florana.recipe.load import check
 from florana.recipe.schema import Recipe
-from florana.runs.setup import Setup, prepare
+from florana.runs.prepared import Setup, prepare
 from florana.train import lora_init
 from florana.train.client import TrainingClients, train_locally
 from florana.train.data.tokenize import Example, collate

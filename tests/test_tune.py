@@ -22,7 +22,7 @@ from florana.errors import InputError, RecipeError
 from florana.federation.journal import read_records
 from florana.recipe.load import check
 from florana.recipe.schema import Data
-from florana.runs.setup import prepare
+from florana.runs.prepared import prepare
 from florana.study.estimates import holm
 from florana.study.forecast import forecast
 from florana.study.formats import markdown, tuned_cells

@@ -22,7 +22,8 @@ from florana.report.page import write_report
 from florana.report.views import summary, views
 from florana.runs.chosen_strategy import strategy_of
 from florana.runs.dry_run import plan
-from florana.runs.setup import clients_of, execute, federation_of, prepare
+from florana.runs.prepared import prepare
+from florana.runs.setup import clients_of, execute, federation_of
 from florana.strategy import STRATEGIES
 from florana.study import grid
 from tests.program import florana

@@ -22,7 +22,8 @@ from florana.cli.interrupted import Interrupted, interruptible, safe
 from florana.errors import InputError, RecipeError
 from florana.recipe.load import check
 from florana.recipe.usage import USAGE, read_usage
-from florana.runs.setup import execute, prepare
+from florana.runs.prepared import prepare
+from florana.runs.setup import execute
 from florana.train.evaluate import evaluate
 from florana.train.finished import open_finished
 from florana.train.finished_data import rows_with_answers, texts_of

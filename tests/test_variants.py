@@ -27,7 +27,8 @@ from florana.recipe.load import check, read_recipe
 from florana.recipe.schema import Recipe
 from florana.report.page import write_report
 from florana.runs.chosen_strategy import strategy_of
-from florana.runs.setup import Setup, begin, engine_of, execute, federation_of, global_scores, prepare
+from florana.runs.prepared import Setup, prepare
+from florana.runs.setup import begin, engine_of, execute, federation_of, global_scores
 from florana.strategy import STRATEGIES
 from florana.strategy.base import Outcome, State
 from florana.study.grid import plan_of, recipe_of

@@ -20,5 +20,5 @@ from .lora.factors import LoraFactors as LoraFactors
 from .recipe.load import read_recipe as read_recipe
 from .recipe.schema import Recipe as Recipe
 from .report.page import write_report as write_report
+from .runs.prepared import prepare as prepare
 from .runs.setup import execute as execute
-from .runs.setup import prepare as prepare

@@ -48,6 +48,10 @@ class FederationError(FloranaError):
     exit_code = 4
 
 
+class BudgetSpent(FederationError):  # noqa: N818  (what happened, and no fault)
+    """Another round would cost more than the privacy budget that is left. What was committed stands."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint naming the known word closest to `word`, or all known words when none is close.
 

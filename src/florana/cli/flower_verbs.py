@@ -132,7 +132,7 @@ def invite(
     base = ""
     if not no_base:
         from florana.flower.app.site import base_digest
-        from florana.runs.setup import prepare
+        from florana.runs.prepared import prepare
 
         resolved = read_recipe(recipe)
         base = base_digest(prepare(resolved, {} if resolved.partition.kind == "sites" else None))

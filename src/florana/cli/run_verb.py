@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from florana.recipe.schema import Recipe
-    from florana.runs.setup import Setup
+    from florana.runs.prepared import Setup
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 
@@ -55,8 +55,9 @@ def run(
     from florana.federation.journal import read_records
     from florana.report.page import write_report
     from florana.report.views import rows_note, shown_figures, summary, views
+    from florana.runs.prepared import prepare
     from florana.runs.rounds import settled
-    from florana.runs.setup import execute, prepare
+    from florana.runs.setup import execute
     from florana.strategy.custom import plain_name
     from florana.track.tracking import tracked
 
@@ -112,7 +113,7 @@ def _places(recipe: Path, out: Path | None, resume: bool) -> tuple[Path, Path]:
 def _print_plan(recipe: Recipe, console: Console | None) -> None:
     from florana.cli.display import plan_table
     from florana.runs.dry_run import plan as plan_run
-    from florana.runs.setup import prepare
+    from florana.runs.prepared import prepare
     from florana.runs.threads import threads
 
     with threads(recipe.threads):

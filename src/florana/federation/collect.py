@@ -73,12 +73,14 @@ class Collected:
         refused: client -> why it does not.
         bytes_up: client -> what it sent, in bytes.
         client_seconds: of the clients' training, summed.
+        spent: who of the refused has no privacy budget left.
     """
 
     updates: Sequence[Update]
     refused: Mapping[str, str]
     bytes_up: Mapping[str, int]
     client_seconds: float
+    spent: Collection[str] = ()
 
 
 def collect(
@@ -98,6 +100,7 @@ def collect(
     """
     updates: dict[str, Update] = {}
     refused: dict[str, str] = {}
+    spent: set[str] = set()
     bytes_up, seconds = dict.fromkeys(gate.clients, 0), 0.0
     asked = {brief.client: brief for brief in briefs}
 
@@ -123,6 +126,7 @@ def collect(
     for answer in engine.fit([brief for client, brief in asked.items() if client not in updates]):
         if isinstance(answer, Failure):
             refuse(answer.client, answer.reason)
+            spent |= {answer.client} if answer.spent else set()
             continue
         bytes_up[answer.client] = bytes_up.get(answer.client, 0) + len(answer.payload)
         seconds += answer.seconds
@@ -142,4 +146,4 @@ def collect(
         refuse(client, why)
     for client in set(gate.clients) - updates.keys() - refused.keys():
         refuse(client, "did not answer")
-    return Collected([updates[client] for client in sorted(updates)], refused, bytes_up, seconds)
+    return Collected([updates[client] for client in sorted(updates)], refused, bytes_up, seconds, spent)

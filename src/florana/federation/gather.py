@@ -6,7 +6,7 @@ from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from florana.errors import FederationError
+from florana.errors import BudgetSpent, FederationError
 from florana.federation.collect import Collected, collect, gate_of
 from florana.federation.event import Event
 from florana.federation.gate import Expected
@@ -125,10 +125,11 @@ def expectation(
 
 
 def require(collected: Collected, asked: int, round_: int, minimum: int) -> None:
-    """Raise FederationError where fewer updates can be used than the minimum."""
+    """Raise FederationError where fewer updates can be used than the minimum; BudgetSpent where budgets are why."""
     if len(collected.updates) < max(1, minimum):
         reasons = "; ".join(f"{client}: {reason}" for client, reason in sorted(collected.refused.items()))
-        raise FederationError(
+        kind = BudgetSpent if collected.spent else FederationError
+        raise kind(
             f"round {round_} has {len(collected.updates)} usable updates of {asked} clients asked, "
             f"and needs {max(1, minimum)}",
             why=reasons or "no client answered",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from florana.displayable import log
 from florana.errors import FloranaError
-from florana.federation.messages import Brief, Failure, Reply, Step
+from florana.federation.messages import Brief, Failure, Reply, Step, failure_of
 
 Memory = Mapping[str, Tensor]
 """The state of one client."""
@@ -82,7 +82,7 @@ class LocalEngine:
             try:
                 yield client, self._sealed(client, step, self._memories.get(client, {}))
             except FloranaError as error:
-                yield client, Failure(client, str(error).replace("\n", "; "))
+                yield client, failure_of(client, error)
 
     def fit(self, briefs: Sequence[Brief]) -> Iterator[Reply | Failure]:
         """The clients' answers, in the order of the briefs."""
@@ -90,7 +90,7 @@ class LocalEngine:
         with contextlib.closing(self._each(asked)) as outcomes:  # processes may hang on it
             for brief, outcome in zip(briefs, outcomes, strict=True):
                 if isinstance(outcome, FloranaError):
-                    yield Failure(brief.client, str(outcome).replace("\n", "; "))
+                    yield failure_of(brief.client, outcome)
                 elif isinstance(outcome, Exception):
                     if brief.round == 1:
                         outcome.add_note(f"client '{brief.client}' failed so in the first round")

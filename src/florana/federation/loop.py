@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from florana.aggregate.error import AggregationError, measure
+from florana.errors import BudgetSpent
 from florana.federation.event import Event
 from florana.federation.gather import Gathered, gather
 from florana.federation.journal import Journal, first_rows, read_records
@@ -31,7 +32,8 @@ def run_rounds(
     journal: Journal,
     show: Callable[[Event], None],
 ) -> State:
-    """All rounds after `state.round`, each committed before the next begins; returns the last state.
+    """All rounds after `state.round`, each committed before the next begins; returns the last state. Where privacy
+    budgets leave too few clients for another round, the run ends before it.
 
     Args:
         strategy: the method.
@@ -48,7 +50,11 @@ def run_rounds(
     rows = first_rows(records)
     records = [slim(record) for record in records]
     while state.round < federation.rounds and not federation.enough(records):
-        state, record = _one_round(strategy, state, engine, federation, rows, journal.folder, show)
+        try:
+            state, record = _one_round(strategy, state, engine, federation, rows, journal.folder, show)
+        except BudgetSpent as reason:
+            show(Event("ended", state.round, detail=f"the privacy budget is spent ({reason.why or reason.what})"))
+            return state
         journal.commit(state, record, lasting(engine.memories()))
         Spool(journal.folder, state.round).remove()
         rows = {**record.examples, **rows}
@@ -101,10 +107,16 @@ def _one_round(
         server_seconds=server_seconds,
         client_seconds=came.seconds,
         error=error,
-        notes={**outcome.notes, **came.notes},
+        notes={**outcome.notes, **came.notes, **_spent(came)},
         traffic=traffic,
     )
     return outcome.state, record
+
+
+def _spent(came: Gathered) -> dict[str, object]:
+    """The most that was spent on any client's rows, where clients tell."""
+    told = [update.metrics["epsilon"] for update in came.updates if "epsilon" in update.metrics]
+    return {"epsilon": max(told)} if told else {}
 
 
 def _error(strategy: Strategy, outcome: Outcome, came: Gathered) -> Mapping[str, object]:

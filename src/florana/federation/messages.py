@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from florana.errors import InputError
+from florana.errors import BudgetSpent, FloranaError, InputError
 from florana.federation.quantize import Format
 from florana.lora.factors import Adapter, adapter_from_tensors, kind_of
 from florana.strategy.base import Named, Pruning
@@ -106,10 +106,27 @@ class Step:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that could not answer, and why."""
+    """A client that could not answer, and why.
+
+    Args:
+        client: which one.
+        reason: in its words.
+        spent: it has no privacy budget left for another round.
+    """
 
     client: str
     reason: str
+    spent: bool = False
+
+
+def failure_of(client: str, error: FloranaError) -> Failure:
+    """What florana explains, as one line.
+
+    Examples:
+        >>> failure_of("a", FloranaError("there are no rows", fix="give it some")).reason
+        'there are no rows; fix: give it some'
+    """
+    return Failure(client, str(error).replace("\n", "; "), isinstance(error, BudgetSpent))
 
 
 class Engine(Protocol):

@@ -102,7 +102,7 @@ def gather_sealed(
         seconds=seconds,
         notes={"answered": opened, "rows": rows, "secure": {"min_clients": terms.minimum, "bits": terms.bits}},
         truth=_truth(payloads, present, engine, federation, sealing),
-        metrics={"train_loss": loss},
+        metrics={"train_loss": loss} if sealing.losses else {},
     )
 
 
@@ -119,12 +119,13 @@ def _attempted(brief: Brief, federation: Federation, attempt: int) -> Brief:
 def _trained(table: Table, briefs: Sequence[Brief]) -> float:
     """Have the clients train; the seconds that they took."""
     asked, seconds = {brief.client for brief in briefs}, 0.0
-    table.here, table.refused = [], {}  # an attempt before this one says nothing of it
+    table.here, table.refused, table.spent = [], {}, set()  # an attempt before this one says nothing of it
     for brief in briefs:
         table.traffic[brief.client]["down"] += len(brief.payload)
     for answer in table.engine.fit(briefs):
         if not isinstance(answer, Reply):
             table.lost(answer.client, answer.reason)
+            table.spent |= {answer.client} if answer.spent else set()
         elif answer.client in asked - set(table.here) and answer.round == table.round_ and not answer.payload:
             table.here.append(answer.client)
             seconds += answer.seconds

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from florana.displayable import displayable
-from florana.errors import FederationError
+from florana.errors import BudgetSpent, FederationError
 from florana.federation.collect import REASON
 from florana.federation.event import Event
 from florana.federation.messages import Engine, Failure, Step
@@ -22,6 +22,7 @@ class Table:
         round_: the round's number.
         here: those who answered every step so far.
         refused: client -> why it does not count.
+        spent: who of them has no privacy budget left.
         traffic: client -> {"up", "down"}, in bytes.
     """
 
@@ -30,6 +31,7 @@ class Table:
     round_: int
     here: list[str]
     refused: dict[str, str] = field(default_factory=dict)
+    spent: set[str] = field(default_factory=set)
     traffic: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def ask(self, what: str, steps: Mapping[str, Step]) -> dict[str, Step]:
@@ -55,9 +57,10 @@ class Table:
         self.traffic[client][way] += step.size
 
     def enough(self, what: str, asked: int, least: int) -> None:
-        """Raise FederationError where fewer are here than a sum may have."""
+        """Raise FederationError where fewer are here than a sum may have; BudgetSpent where budgets are why."""
         if len(self.here) < least:
-            raise FederationError(
+            kind = BudgetSpent if self.spent else FederationError
+            raise kind(
                 f"round {self.round_}: {len(self.here)} of {asked} clients {what}, and {least} are the fewest of a sum",
                 why=self.reasons(),
                 fix=FIX,

@@ -26,7 +26,7 @@ import safetensors.torch
 import torch
 
 from florana.displayable import log
-from florana.errors import FloranaError, InputError
+from florana.errors import BudgetSpent, FloranaError, InputError
 from florana.federation.local_engine import Asked, Fit, Outcome
 
 Step = Callable[[str], None]
@@ -108,6 +108,8 @@ def _outcome(kind: str, content: list[Any]) -> Outcome:
         return reply, safetensors.torch.load(memory)
     if kind == "failed":
         return FloranaError(content[0])
+    if kind == "spent":
+        return BudgetSpent(content[0])
     error = RuntimeError(content[0])
     error.add_note(content[1])
     return error
@@ -141,7 +143,7 @@ def _work(line: Connection, fit_with: Callable[[Step], Fit], asked: Sequence[Ask
             try:
                 reply, kept = fit(brief, memory)
             except FloranaError as error:
-                line.send(("failed", str(error)))
+                line.send(("spent" if isinstance(error, BudgetSpent) else "failed", str(error)))
             except BrokenPipeError:
                 raise  # nobody listens
             except Exception as error:

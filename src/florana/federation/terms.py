@@ -25,12 +25,14 @@ class Sealing:
         most: the most rows that one client counts for; 1 where all count alike.
         minimum: the fewest clients over which a sum is opened.
         run: the name of the run, of a server.
+        losses: whether clients tell their training losses, in sums.
     """
 
     bits: int
     most: int
     minimum: int
     run: str = "here"
+    losses: bool = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from florana.bounded import read_toml, toml
 from florana.errors import RecipeError, nearest
 from florana.recipe.data_schema import Generation
-from florana.recipe.privacy_checks import require_sums
+from florana.recipe.privacy_checks import require_noise, require_sums
 from florana.recipe.renamed import current
 from florana.recipe.schema import Recipe
 from florana.recipe.strategy_options import check_strategy
@@ -97,6 +97,7 @@ def generation_settings(task: str, file: Path, overrides: Sequence[str] = ()) ->
 def _check_combinations(recipe: Recipe, strategy: Strategy) -> None:
     """What the strategy's own declarations exclude. Raises RecipeError."""
     require_sums(recipe, strategy)
+    require_noise(recipe, strategy)
     if recipe.model.client_ranks is not None:
         with_ranks(strategy, {}, recipe.model.scaling_of)
     if recipe.model.variant == "dora" and strategy.facts.base != "stays":

@@ -1,4 +1,4 @@
-"""What secure sums exclude in a recipe, each with the nearest thing that works."""
+"""What secure sums and noise exclude in a recipe, each with the nearest thing that works."""
 
 from __future__ import annotations
 
@@ -66,3 +66,23 @@ def require_sums(recipe: Recipe, strategy: Strategy) -> None:
             f"privacy.min_clients is {recipe.privacy.min_clients}, but {asked} clients are asked",
             fix="ask more clients, or lower it (of two, each can subtract its own part)",
         )
+
+
+def require_noise(recipe: Recipe, strategy: Strategy) -> None:
+    """Raise RecipeError where noise at the clients does not go with the rest of the recipe."""
+    own, train = recipe.privacy, recipe.train
+    if own.unit is None:
+        return
+    wrong = [
+        (recipe.evaluate.personal != "never", "evaluate.personal", "it tells of rows without noise", "it to 'never'"),
+        (train.packing, "train.packing", "several rows go through the model as one", "it to false"),
+        (train.neftune_noise_alpha is not None, "train.neftune_noise_alpha", "noise is drawn per row", "it aside"),
+        (recipe.engine.cohort != 1, "engine.cohort", "a pass holds the rows of one client apart", "it to 1"),
+        (recipe.model.gradient_checkpointing, "model.gradient_checkpointing", "rows have gradients of their own",
+         "a lower train.batch_size with train.gradient_accumulation_steps"),
+        (strategy.begin == "gradient", "strategy.begin = 'gradient'", "it is made from gradients without noise",
+         "another start"),
+    ]  # fmt: skip
+    for holds, key, why, fix in wrong:
+        if holds:
+            raise RecipeError(f"{key} does not go with privacy.unit = '{own.unit}'", why=why, fix=f"set {fix}")

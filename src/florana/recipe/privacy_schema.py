@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from florana.recipe.data_schema import Section
@@ -19,8 +21,33 @@ class Privacy(Section):
     bits: int = Field(20, ge=16, le=32)
     """Of each number that is sent."""
 
+    unit: Literal["examples"] | None = None
+    """Whose presence is hidden by noise, with an epsilon that is counted. examples: one row, by DP-SGD at each
+    client; `batch_size` rows a step are then the expected number (Poisson sampling)."""
+    epsilon: float | None = Field(None, gt=0)
+    """What each client's rows may cost in all; a client answers no round that would cost more."""
+    delta: float | None = Field(None, gt=0, lt=1)
+    """The probability that epsilon does not hold; far below one over a client's rows."""
+    clip: float | None = Field(None, gt=0)
+    """C: a row's gradient, in all that is trained, is cut to this norm."""
+    noise_multiplier: float | None = Field(None, gt=0)
+    """The noise's standard deviation over `clip`. Left out: the least with which all rounds fit."""
+    max_rounds: int | None = Field(None, ge=1)
+    """The rounds that one client trains in at most, for which noise is computed; left out: all of the run."""
+    accountant: Literal["pld", "rdp"] = "pld"
+    """pld: privacy loss distributions; rdp: Renyi's divergences, looser, for figures beside those of papers."""
+
     @model_validator(mode="after")
     def _used(self) -> Privacy:
+        noisy = ("epsilon", "delta", "clip")
+        if self.unit is None:
+            for key in (*noisy, "noise_multiplier", "max_rounds", "accountant"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"privacy.{key} has no meaning without privacy.unit")
+        elif missing := [key for key in noisy if getattr(self, key) is None]:
+            raise ValueError(f"privacy.unit = '{self.unit}' needs privacy.{missing[0]} too")
+        if self.noise_multiplier is not None and self.max_rounds is not None:
+            raise ValueError("privacy.max_rounds has no meaning with privacy.noise_multiplier: the budget ends it")
         if not self.secure_aggregation:
             for key in ("min_clients", "max_rows", "bits"):
                 if getattr(self, key) != type(self).model_fields[key].default:

@@ -13,7 +13,8 @@ from florana.federation.messages import pack, pack_question, travelling
 from florana.lora.factors import kind_of
 from florana.recipe import schema as r
 from florana.runs.chosen_strategy import strategy_of
-from florana.runs.setup import Setup, first_state
+from florana.runs.prepared import Setup
+from florana.runs.setup import first_state
 from florana.score.benchmarks import figure_names
 from florana.strategy.base import Named, Payload, Strategy
 from florana.strategy.custom import plain_name

@@ -16,7 +16,7 @@ def sealing_of(recipe: r.Recipe) -> Sealing | None:
     if not own.secure_aggregation:
         return None
     most = 1 if recipe.federation.weighting == "uniform" else own.max_rows or 1
-    return Sealing(own.bits, most, max(own.min_clients, recipe.federation.min_clients))
+    return Sealing(own.bits, most, max(own.min_clients, recipe.federation.min_clients), losses=own.unit is None)
 
 
 def sealed_here(recipe: r.Recipe, rows: Mapping[str, int]) -> Callable[[str, Step, Memory], Step] | None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from florana.federation.best import enough
-from florana.federation.local_engine import LocalEngine
+from florana.federation.local_engine import Fit, LocalEngine
 from florana.federation.side_by_side import require_forks, side_by_side
 from florana.federation.terms import Federation
 from florana.federation.weighting import Weighing, by_examples, uniformly
@@ -24,92 +24,20 @@ from florana.lora.factors import Adapter
 from florana.recipe import schema as r
 from florana.runs.chosen_strategy import strategy_of
 from florana.runs.completions import write_completions
+from florana.runs.prepared import Setup, prepare
+from florana.runs.private_runs import mechanisms, private_here, require_private
 from florana.runs.rounds import Result, Show, execute_rounds, settled
 from florana.runs.run_folder import check_folder
 from florana.runs.sealed_clients import sealed_here, sealing_of
 from florana.strategy.base import State, Strategy
 from florana.train import lora_init
-from florana.train.client import ClientData, TrainingClients, steps_per_round
+from florana.train.client import TrainingClients, steps_per_round
 from florana.train.cohort_engine import in_cohorts
-from florana.train.data.site_files import load_sites, site_files
-from florana.train.data.sources import load_tables
-from florana.train.data.tokenize import Example
 from florana.train.evaluate import evaluate
-from florana.train.examples import rows_of
-from florana.train.generation_eval import GenerationBenchmark, generation_benchmark
-from florana.train.model import Workbench
-from florana.train.optimizer import reach, require_optimizer
-from florana.train.start_from import require_begun, start_from
+from florana.train.optimizer import reach
+from florana.train.start_from import require_begun
 
 WEIGHTINGS = {"examples": by_examples, "uniform": uniformly}
-
-
-@dataclass(frozen=True, eq=False)
-class Setup:
-    """Everything a run needs that does not depend on the strategy; strategies can be compared on one of it.
-
-    Args:
-        bench: the one model.
-        start: the initial adapter (without the head where heads are personal).
-        head: the tensors trained whole as they are at the start.
-        clients: client -> its rows.
-        common: the common test set.
-        partition: who holds what, as written to setup.json.
-        benchmark: the benchmark that the global model is scored on by what it generates, where the recipe asks for it.
-        more: further common test sets, by the ending of their figures' names.
-        validation: the rows to choose by, which are neither trained on nor scored; may be empty.
-    """
-
-    bench: Workbench
-    start: Adapter
-    head: Mapping[str, Tensor]
-    clients: Mapping[str, ClientData]
-    common: tuple[Example, ...]
-    partition: Mapping[str, Any]
-    benchmark: GenerationBenchmark | None = None
-    more: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
-    validation: tuple[Example, ...] = ()
-
-    @property
-    def examples(self) -> dict[str, int]:
-        """Client -> how many rows it trains on."""
-        return {client: len(data.train) for client, data in self.clients.items()}
-
-
-def prepare(recipe: r.Recipe, files: Mapping[str, Path] | None = None) -> Setup:
-    """Load the model and the data, deal out the rows, turn them into tokens. Writes nothing.
-
-    Args:
-        recipe: the recipe of the run.
-        files: client -> its own file, of the clients that are here (at a server none); None takes the recipe's.
-
-    Raises:
-        InputError: anything about the model or the data that cannot be read or does not fit.
-    """
-    if recipe.partition.kind == "sites" and files is None:
-        files = site_files(recipe.data)
-    if files is None:
-        tables = load_tables(recipe.data, recipe.task, recipe.seed)
-    else:
-        tables = load_sites(recipe.data, recipe.task, recipe.seed, files)
-    bench = Workbench(recipe.model, recipe.task, tables.labels, recipe.seed)
-    require_optimizer(recipe.train, bench.device)
-    rows = rows_of(recipe, bench, tables)
-    start = bench.adapter()
-    if recipe.model.adapter is not None:
-        start = start_from(recipe.model.adapter, start)
-        bench.load(start)
-    return Setup(
-        bench=bench,
-        start=Adapter(start.modules) if recipe.model.personal else start,
-        head=start.extra,
-        clients=rows.clients,
-        common=rows.common,
-        partition=rows.facts,
-        benchmark=generation_benchmark(recipe, bench),
-        more=rows.more,
-        validation=rows.validation,
-    )
 
 
 def execute(
@@ -142,6 +70,7 @@ def execute(
     check_folder(recipe, folder, resume)
     with settled(recipe, folder, show) as recipe:
         here = setup or prepare(recipe)
+        mechanisms(recipe, here.examples)  # a budget that no noise reaches is said before anything is written
         strategy = strategy_of(recipe, sorted(here.clients))
         begun = first_state(recipe, here, strategy)
         keep = functools.partial(write_completions, folder)
@@ -152,7 +81,7 @@ def execute(
             strategy,
             begun,
             here.bench.card,
-            lambda memories: engine_of(recipe, here, begun, memories, step),
+            lambda memories: engine_of(recipe, here, begun, memories, step, folder),
             replace(whole, rounds=min(until or whole.rounds, whole.rounds)),
             lambda: facts_of(recipe, here, here.partition),
             show,
@@ -167,16 +96,25 @@ def engine_of(
     begun: State,
     memories: Mapping[str, Mapping[str, Tensor]] | None = None,
     step: Callable[[str], None] = lambda client: None,
+    folder: Path = Path(),
 ) -> LocalEngine:
-    """The clients of a set-up in the local engine; all know `begun`, the first state."""
+    """The clients of a set-up in the local engine; all know `begun`, the first state. Of a recipe with a privacy budget
+    the folder is where the ledger lies."""
     workers, clients = recipe.engine.workers, clients_of(recipe, setup, begun, step)
-    sealed = sealed_here(recipe, setup.examples)
+    sealed, spends = sealed_here(recipe, setup.examples), mechanisms(recipe, setup.examples)
+    if spends:
+        require_private(recipe, setup.bench, folder)
+
+    def fit_with(told: Callable[[str], None]) -> Fit:
+        plain = clients_of(recipe, setup, begun, told)
+        return private_here(recipe, plain, spends, folder).fit if spends else plain.fit
+
     if workers == 1:
-        return LocalEngine(clients.fit, memories, in_cohorts(clients, recipe.engine.cohort, recipe.model.base), sealed)
+        each = in_cohorts(clients, recipe.engine.cohort, recipe.model.base)
+        return LocalEngine(fit_with(step), memories, each, sealed)
 
     require_forks()
-    each = functools.partial(side_by_side, workers, lambda told: clients_of(recipe, setup, begun, told).fit, step)
-    return LocalEngine(clients.fit, memories, each, sealed)
+    return LocalEngine(fit_with(step), memories, functools.partial(side_by_side, workers, fit_with, step), sealed)
 
 
 def clients_of(

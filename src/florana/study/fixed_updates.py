@@ -18,7 +18,8 @@ from florana.federation.loop import run_rounds
 from florana.lora.factors import Contribution
 from florana.recipe import schema as r
 from florana.runs.chosen_strategy import strategy_of
-from florana.runs.setup import Setup, engine_of, federation_of, first_state, global_scores
+from florana.runs.prepared import Setup
+from florana.runs.setup import engine_of, federation_of, first_state, global_scores
 from florana.strategy.base import PAIR, Outcome, State, Strategy
 from florana.strategy.two_trips import seen
 from florana.study.named_methods import Method
@@ -44,7 +45,7 @@ def hold(recipe: r.Recipe, setup: Setup, rounds: Sequence[int]) -> dict[int, tup
     )
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         journal = Journal(Path(folder), setup.bench.card)
-        engine = engine_of(recipe, setup, state)
+        engine = engine_of(recipe, setup, state, folder=Path(folder))
         run_rounds(replace(strategy, step=watched), state, engine, federation, journal, lambda event: None)
     return dict(sorted(captured.items()))
 

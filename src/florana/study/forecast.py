@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from florana.runs.dry_run import plan as plan_run
-from florana.runs.setup import Setup, prepare
+from florana.runs.prepared import Setup, prepare
 from florana.runs.threads import threads
 from florana.study.grid import Plan, recipe_of
 from florana.study.runner import prepared_by, rounds_left_of

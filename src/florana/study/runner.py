@@ -215,7 +215,8 @@ def work(group: Group, tell: Callable[[str], Any]) -> dict[str, str]:
 
 
 def _work(group: Group, tell: Callable[[str], Any]) -> dict[str, str]:
-    from florana.runs.setup import execute, prepare
+    from florana.runs.prepared import prepare
+    from florana.runs.setup import execute
     from florana.study.fixed_updates import swap
 
     failures: dict[str, str] = {}

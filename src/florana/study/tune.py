@@ -233,7 +233,8 @@ def _trained(
     job: Job, candidate: Candidate, until: int, every: int, setups: dict[int, Any], tell: Callable[[str], Any]
 ) -> Candidate:
     """The candidate after round `until` on every tuning seed, with what the validation rows say of it."""
-    from florana.runs.setup import execute, prepare
+    from florana.runs.prepared import prepare
+    from florana.runs.setup import execute
 
     if candidate.why:
         return candidate

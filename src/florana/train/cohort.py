@@ -96,7 +96,7 @@ def train_together(
                 present.clients = torch.tensor(taking, device=bench.device)
                 present.all = len(taking) == len(members)
                 streams.of(taking)
-                own, wanted = _losses(bench, [taken[i][turn] for i in taking], settings)
+                own, wanted = losses(bench, [taken[i][turn] for i in taking], settings)
                 total: Tensor = wanted.sum()
                 for term in terms if turn == 0 else ():
                     total = total + term()
@@ -145,7 +145,7 @@ def clip_each(parameters: Sequence[torch.nn.Parameter], most: float) -> None:
     torch._foreach_mul_(grads, [scale.reshape(-1, *[1] * (grad.ndim - 1)) for grad in grads])
 
 
-def _losses(
+def losses(
     bench: Workbench, batches: Sequence[tuple[Sequence[Example], float]], settings: Train
 ) -> tuple[Tensor, Tensor]:
     """Of each client its share of the step's loss, the model's own and the one to minimise, both (clients,)."""

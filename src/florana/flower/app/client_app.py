@@ -15,7 +15,7 @@ from florana.flower.app.frames import Frame
 if TYPE_CHECKING:
     from florana.flower.app.site import Site
     from florana.recipe.schema import Recipe
-    from florana.runs.setup import Setup
+    from florana.runs.prepared import Setup
 
 app = ClientApp()
 
@@ -60,7 +60,7 @@ def _site(config: tuple[tuple[str, str | int | float | bool], ...], partition: i
 @functools.lru_cache(maxsize=1)
 def _setup(config: tuple[tuple[str, str | int | float | bool], ...]) -> tuple[Setup, Recipe, Path]:
     from florana.flower.app.settings import from_config
-    from florana.runs.setup import prepare
+    from florana.runs.prepared import prepare
 
     recipe, settings = from_config(dict(config))
     return prepare(recipe), recipe, Path(settings.kept or settings.out) / "clients"

@@ -60,9 +60,9 @@ def read_sealed(frame: Frame, client: str, nonce: str) -> Step | Failure:
     return Step(frame.fields["step"], frame.payload)
 
 
-def failure_frame(reason: str) -> Frame:
-    """A client that could not answer."""
-    return Frame("failure", {"reason": reason})
+def failure_frame(reason: str, spent: bool = False) -> Frame:
+    """A client that could not answer; `spent`: it has no privacy budget left."""
+    return Frame("failure", {"reason": reason} | ({"spent": True} if spent else {}))
 
 
 def read_reply(frame: Frame, client: str, nonce: str) -> Reply | Failure:
@@ -74,7 +74,8 @@ def read_reply(frame: Frame, client: str, nonce: str) -> Reply | Failure:
         nonce: the word the brief went out with.
     """
     if frame.kind == "failure":
-        return Failure(client, str(frame.fields.get("reason", ""))[:1000] or "failed without a reason")
+        reason = str(frame.fields.get("reason", ""))[:1000] or "failed without a reason"
+        return Failure(client, reason, frame.fields.get("spent") is True)
     if frame.kind == "changed":
         return Failure(
             client,

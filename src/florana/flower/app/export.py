@@ -43,10 +43,11 @@ def export(recipe: Recipe, folder: Path, settings: Settings | None = None) -> Pa
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RecipeError(f"{folder} exists already", fix="name a new folder")
-    if recipe.privacy.secure_aggregation:
+    if recipe.privacy.secure_aggregation or recipe.privacy.unit is not None:
+        key = "secure_aggregation" if recipe.privacy.secure_aggregation else "unit"
         raise RecipeError(
-            "privacy.secure_aggregation does not run in an exported app",
-            why="Flower begins its clients anew for every message, and the secrets of a session are in memory alone",
+            f"privacy.{key} does not run in an exported app",
+            why="Flower begins its clients anew for every message, and secrets and budgets would not last",
             fix="run it with 'florana run', or between sites with 'florana serve' and 'florana join'",
         )
     title = recipe.title or f"{plain_name(recipe.strategy['name'])} on {Path(recipe.data.train).name}"

@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from flwr.app import Message, MessageType
@@ -173,7 +173,7 @@ def exchange(
             if isinstance(answer, Exception):
                 raise answer
             del waiting[client]
-            yield client, Failure(client, answer.reason) if isinstance(answer, Failure) else answer
+            yield client, replace(answer, client=client) if isinstance(answer, Failure) else answer
     except queue.Empty:
         for client in waiting:
             yield client, Failure(client, f"did not answer within {deadline:g} seconds")

@@ -38,9 +38,10 @@ from florana.lora.factors import Adapter
 from florana.recipe import schema as r
 from florana.runs.chosen_strategy import strategy_of
 from florana.runs.completions import write_completions
+from florana.runs.prepared import Setup, prepare
 from florana.runs.rounds import Show, execute_rounds, journal_of, settled
 from florana.runs.run_folder import OUTCOME, PROGRESS, RUN_NAME, check_folder, locked
-from florana.runs.setup import Setup, facts_of, federation_of, first_state, prepare
+from florana.runs.setup import facts_of, federation_of, first_state
 from florana.strategy.base import State, Strategy
 
 app = ServerApp()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from florana.displayable import log
-from florana.errors import FloranaError, RecipeError
+from florana.errors import BudgetSpent, FloranaError, RecipeError
 from florana.federation.client_state import keep, recall
 from florana.federation.local_engine import Fit
 from florana.federation.messages import pack
@@ -25,7 +26,9 @@ from florana.flower.app.site_card import Card, Common, Holds, digest
 from florana.lora.factors import Adapter
 from florana.recipe import schema as r
 from florana.runs.chosen_strategy import strategy_of
-from florana.runs.setup import Setup, clients_of, first_state
+from florana.runs.prepared import Setup
+from florana.runs.private_runs import mechanisms, private_site
+from florana.runs.setup import clients_of, first_state
 from florana.runs.threads import instructions, threads
 from florana.secure.identities import Signer
 from florana.strategy.base import Strategy
@@ -58,6 +61,7 @@ class Site:
         folder: where the client state is kept.
         uplink: how the site's own recipe says that updates are written.
         sealed: its part in secure sums, where its own recipe has them: it then sends nothing of an update but there.
+        spent: epsilon of all that was released of its rows, where its own recipe has a budget.
     """
 
     who: str
@@ -67,6 +71,7 @@ class Site:
     folder: Path
     uplink: Format = "float32"
     sealed: SealedClient | None = None
+    spent: Callable[[], float] | None = None
 
     def answer(self, frame: Frame) -> Frame:
         """The reply to one frame of the server. What goes wrong becomes a `failure` with its reason."""
@@ -80,7 +85,7 @@ class Site:
                 return failure_frame(f"does not know requests of kind '{frame.kind[:40]}'")
             return self._train(frame)
         except FloranaError as error:
-            return failure_frame(str(error).replace("\n", "; "))
+            return failure_frame(str(error).replace("\n", "; "), isinstance(error, BudgetSpent))
         except Exception as error:
             log.exception("client %s failed", self.who)
             return failure_frame(f"{type(error).__name__}: {error}".splitlines()[0])
@@ -141,13 +146,17 @@ def site_of(
         strategy = strategy_of(recipe, sorted(setup.clients))
         begun = first_state(recipe, setup, starts_anywhere(strategy))
         clients = clients_of(recipe, setup, begun, step or (lambda client: None))
+        spends = mechanisms(recipe, {who: len(setup.clients[who].train)})
+        private = private_site(recipe, clients, spends, folder) if spends else None
         card = card_of(recipe, setup, who, clients.first)
-        if not counts:
+        if not counts or private is not None:  # how many of each class is a figure of the rows without noise
             card = card.model_copy(update={"holds": card.holds.model_copy(update={"per_label": None})})
         sealed = sealed_at(recipe, signer, len(setup.clients[who].train), folder)
         if sealed is not None:  # not even its rows are told
             card = card.model_copy(update={"holds": Holds(train=None, test=0)})
-        return Site(who, clients.fit, card, clients.first, folder, recipe.federation.uplink, sealed)
+        fit = clients.fit if private is None else private.fit
+        spent = None if private is None else functools.partial(private.spent, who)
+        return Site(who, fit, card, clients.first, folder, recipe.federation.uplink, sealed, spent)
 
 
 def starts_anywhere(strategy: Strategy) -> Strategy:

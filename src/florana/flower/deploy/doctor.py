@@ -23,7 +23,7 @@ from florana.flower.deploy.reachability import clock_difference
 from florana.flower.deploy.roster import read_roster
 from florana.flower.deploy.serve import check_certificates
 from florana.recipe import schema as r
-from florana.runs.setup import Setup, prepare
+from florana.runs.prepared import Setup, prepare
 from florana.runs.threads import instructions
 
 CLOCK_SECONDS = 60.0

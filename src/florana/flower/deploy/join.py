@@ -25,8 +25,8 @@ from florana.flower.deploy.node import attend
 from florana.flower.deploy.site_signatures import signer_of
 from florana.recipe import schema as r
 from florana.recipe.usage import usage_of
+from florana.runs.prepared import Setup, prepare
 from florana.runs.run_folder import held
-from florana.runs.setup import Setup, prepare
 
 
 def prepare_site(recipe: r.Recipe, who: str, data: Path | None) -> Setup:
@@ -108,7 +108,10 @@ def join(
             audit.add("asked", **{n: f for n, f in facts.items() if f}, **size_and_digest(frame.payload))
             made = told(site, frame, keys / "kept" / "answer", say, end)
             why = str(made.fields.get("reason", ""))
-            audit.add("answered", kind=made.kind, **({"reason": why} if why else {}), **size_and_digest(made.payload))
+            facts = {"reason": why} if why else {}
+            if site.spent is not None and frame.kind == "train":
+                facts |= {"epsilon": f"{site.spent():.4f}"}
+            audit.add("answered", kind=made.kind, **facts, **size_and_digest(made.payload))
             return made
 
         audit.add("joining", site=who, server=invitation.address, rows=len(setup.clients[who].train))
