@@ -27,6 +27,9 @@ fast."""
 ORDERS = (*range(2, 64), 80, 128, 256, 512, 1024)
 """Of Renyi's divergences: whole numbers, at which the sum that gives them is finite."""
 
+CLOSE = 0.997
+"""The share of epsilon that a run of all its rounds spends at least: no noise is looked for that spends more."""
+
 MOST_NOISE = 1e6
 """A noise multiplier beyond which nothing is left of a gradient: a budget that needs more cannot be had."""
 
@@ -111,30 +114,40 @@ def _epsilon(parts: tuple[tuple[float, float, int], ...], delta: float, accounta
 
 @functools.lru_cache(maxsize=4096)
 def _noise(rate: float, steps: int, epsilon: float, delta: float, accountant: Accountant) -> float:
-    from dp_accounting import ExplicitBracketInterval, LowerEndpointAndGuess, calibrate_dp_mechanism
+    from dp_accounting import LowerEndpointAndGuess, calibrate_dp_mechanism
 
-    def calibrated(name: Accountant, bracket: Any, tol: float) -> float:
-        return float(
-            calibrate_dp_mechanism(
-                lambda: _accountant(name), lambda sigma: _event(rate, sigma, steps), epsilon, delta, bracket, tol=tol
-            )
-        )
+    def event(sigma: float) -> Any:
+        return _event(rate, sigma, steps)
+
+    def rounded(sigma: float) -> float:
+        digits = 3 - math.floor(math.log10(sigma))
+        return float(math.ceil(sigma * 10**digits) / 10**digits)
 
     with _quiet():
         try:
-            found = calibrated("rdp", LowerEndpointAndGuess(0.05, 1.0), 1e-4)
-            if found > MOST_NOISE:
-                raise ValueError(f"it would take noise of {found:.3g} times the clip")
-            if accountant == "pld":  # never more noise than the looser bound asks for
-                lowest = 0.25 * found
-                found = calibrated("pld", ExplicitBracketInterval(lowest, 1.02 * found), 2e-4 * found)
+            bracket = LowerEndpointAndGuess(0.05, 1.0)
+            sigma = calibrate_dp_mechanism(lambda: _accountant("rdp"), event, epsilon, delta, bracket, tol=1e-3)
         except Exception as error:  # the library has errors of its own for each way of not finding any
             raise _unreachable(rate, steps, epsilon, delta, str(error)) from None
-    digits = 4 - 1 - math.floor(math.log10(found))
-    sigma = math.ceil(found * 10**digits) / 10**digits
-    while _epsilon(((rate, sigma, steps),), delta, accountant) > epsilon:
-        sigma *= 1.002
-    return float(sigma)
+    if not sigma < MOST_NOISE:
+        raise _unreachable(rate, steps, epsilon, delta, f"it would take noise of {sigma:.3g} times the clip")
+    sigma = rounded(sigma)
+    seen = {sigma: _epsilon(((rate, sigma, steps),), delta, accountant)}
+    slope = 1.2  # of log epsilon over -log sigma, at first; then as measured
+    for _ in range(12):
+        if CLOSE * epsilon <= seen[sigma] <= epsilon:
+            break
+        after = rounded(sigma * min(2.0, max(0.5, (2 * seen[sigma] / ((1 + CLOSE) * epsilon)) ** (1 / slope))))
+        if after in seen:
+            break
+        seen[after] = _epsilon(((rate, after, steps),), delta, accountant)
+        if 0 < seen[after] != seen[sigma] > 0:
+            slope = max(0.2, math.log(seen[sigma] / seen[after]) / math.log(after / sigma))
+        sigma = after
+    fits = [tried for tried, cost in seen.items() if cost <= epsilon]
+    if not fits:
+        raise _unreachable(rate, steps, epsilon, delta, "the accountant's rounding alone costs more")
+    return min(fits)
 
 
 def _accountant(name: Accountant) -> Any:
