@@ -31,6 +31,21 @@ ROBUST = "test_changes test_robust test_weighing"
 # file, function or class (empty: the module), what stands there, what is put in its place, the tests that must notice
 # fmt: off
 MUTATIONS = [
+    ("dp/accounting.py", "epsilon_of", "+= kind.steps", "= kind.steps", "test_private"),
+    ("dp/accounting.py", "_event", "PoissonSampledDpEvent(rate, once)", "PoissonSampledDpEvent(rate * rate, once)", "test_private"),
+    ("dp/accounting.py", "_noise", "if cost <= epsilon", "if cost <= 2 * epsilon", "test_private"),
+    ("dp/noise.py", "Draws.chosen", "< rate", "< rate * rate", "test_private"),
+    ("dp/noise.py", "Draws.normal", "drawn.reshape(shape)", "1.1 * drawn.reshape(shape)", "test_private"),
+    ("dp/ledger.py", "Ledger.add", "os.fsync(stream.fileno())", "pass", "test_private"),
+    ("dp/ledger.py", "Ledger.begin", "stream.truncate(whole)", "pass", "test_private"),
+    ("train/private_steps.py", "clipped_sums", "clip / whole.clamp(min=clip)", "1.0 + 0 * whole", "test_private"),
+    ("train/private_steps.py", "clipped_sums", "torch.linalg.vector_norm(norms, dim=0)", "norms[0]", "test_private"),
+    ("train/private_steps.py", "train_privately", "noise.multiplier * noise.clip * drawn", "noise.multiplier * drawn", "test_private"),
+    ("train/private_steps.py", "train_privately", ") / expected)[None]", ") / max(1, len(taken)))[None]", "test_private"),
+    ("train/private_clients.py", "PrivateClients._require", "if after > self.budget.epsilon:", "if False:", "test_private"),
+    ("train/private_clients.py", "PrivateClients.fit", "replace(brief, evaluate=False)", "brief", "test_private"),
+    ("train/private_clients.py", "PrivateClients.fit", "if name not in HIDDEN", "", "test_private"),
+    ("runs/private_runs.py", "private_site", "any(folder.iterdir())", "False", "test_private"),
     ("score/glue.py", "glue_label", "labels.index(value)", "1 - labels.index(value)", "test_glue"),
     ("score/glue.py", "glue_label", "if number == -1:", "if False:", "test_glue"),
     ("score/glue.py", "glue_label", "0 <= number <= HIGHEST_SCORE", "0 <= number", "test_glue"),
