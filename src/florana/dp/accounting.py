@@ -30,6 +30,9 @@ ORDERS = (*range(2, 64), 80, 128, 256, 512, 1024)
 CLOSE = 0.997
 """The share of epsilon that a run of all its rounds spends at least: no noise is looked for that spends more."""
 
+LITTLE = 0.05
+"""A noise multiplier below which no epsilon means much."""
+
 MOST_NOISE = 1e6
 """A noise multiplier beyond which nothing is left of a gradient: a budget that needs more cannot be had."""
 
@@ -106,7 +109,8 @@ def noise_for(rate: float, steps: int, budget: Budget) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def _epsilon(parts: tuple[tuple[float, float, int], ...], delta: float, accountant: Accountant) -> float:
-    accounts = _accountant(accountant)
+    # next to no noise: the looser bound, where a distribution of losses would not fit into memory
+    accounts = _accountant("rdp" if min(sigma for _, sigma, _ in parts) < LITTLE else accountant)
     for rate, sigma, steps in parts:
         accounts.compose(_event(rate, sigma, steps))
     return float(accounts.get_epsilon(delta))
