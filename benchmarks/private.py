@@ -2,9 +2,10 @@
 
     python benchmarks/private.py OUT.jsonl [--seeds 5]
 
-Docstring topics, four clients (Dirichlet 1.0, some 1,050 rows each), 8 rounds of 3 steps of 128 rows, clip 1, delta 1e-4,
-AdamW. The learning rate of each method and epsilon is the one of three that is best on validation rows at a seed of its
-own (100), never on the test set. Lines that OUT has are not run again. Without noise: the same steps with clipping alone.
+Docstring topics, four clients (Dirichlet 1.0, some 1,050 rows each), 8 rounds of 3 steps of 128 rows, clip 1, delta
+1e-4, AdamW. The learning rate of each method and epsilon is the one of two that is best on validation rows at a seed
+of its own (100), never on the test set. Lines that OUT has are not run again. Without noise: the same steps with
+clipping alone.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ METHODS = {
     "best-rank": ["strategy.source=sums"],
 }
 EPSILONS = (1.0, 3.0, 8.0, math.inf)
-RATES = (1e-2, 2e-2, 5e-2)
+RATES = (1e-2, 3e-2)
 TUNED_ON = 100
 SETTINGS = ["partition.clients=4", "federation.rounds=8", "train.steps=3", "train.batch_size=128", "evaluate.every=8"]
 
@@ -78,7 +79,7 @@ def main() -> None:
     for epsilon in reversed(EPSILONS):
         for method in METHODS:
             scores = {rate: run(method, epsilon, rate, TUNED_ON)["validation"] for rate in RATES}
-            best[method, epsilon] = max(RATES, key=lambda rate: (scores[rate], -rate))  # noqa: B023
+            best[method, epsilon] = max(RATES, key=lambda rate: (scores[rate], -rate))
     for seed in range(given.seeds):
         for method, epsilon in best:
             run(method, epsilon, best[method, epsilon], seed)

@@ -19,6 +19,8 @@ import tomli_w
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 
+from florana.dp.accounting import Budget
+from florana.dp.ledger import Ledger, spent
 from florana.flower.deploy.audit_log import read_log
 from tests.conftest import ROOT
 from tests.deployment import HANGS, PROGRAM, end_all, environment, free_port, wait_for
@@ -116,7 +118,8 @@ def test_the_page_makes_a_federation_of_three_sites(
         if page == "privacy.md":
             nobody_saw_an_update(run, tmp_path, rounds)
         adapter = "adapter/adapter_model.safetensors"
-        assert (run / adapter).read_bytes() == (run.parent / "rehearsal" / adapter).read_bytes()
+        same = (run / adapter).read_bytes() == (run.parent / "rehearsal" / adapter).read_bytes()
+        assert same == (page != "privacy.md"), "sites draw noise that nobody can repeat"
         for site in SITES:  # each has the run's adapter, and has left by itself
             own = tmp_path / site / "site" / adapter
             assert wait_for(own.exists), place.said(site)
@@ -143,7 +146,10 @@ def nobody_saw_an_update(run: Path, folder: Path, rounds: list[dict[str, Any]]) 
     assert all(entry["examples"] == entry["weights"] == {} for entry in rounds)
     assert rounds[0]["error"]["overall"] is None  # nobody can measure it
     assert "its rows hidden" in (run / "progress.jsonl").read_text()
-    assert "sums over 3 clients or more" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "sums over 3 clients or more" in page
+    assert "epsilon &lt;= 8, delta = 1e-06" in page
+    assert "seed: whoever has the recipe" not in page
     for site in SITES:
         place = folder / site / "site"
         opened = [json.loads(line)[1] for line in (place / "kept" / "opened.jsonl").read_text().splitlines()]
@@ -154,6 +160,14 @@ def nobody_saw_an_update(run: Path, folder: Path, rounds: list[dict[str, Any]]) 
         steps = [entry.facts.get("step") for entry in entries if entry.event == "asked"]
         assert steps.count("masked") == steps.count("reveal") == 4
         text = (place / "audit.jsonl").read_text()
+        ledger = Ledger(place / "kept" / "privacy.jsonl")
+        charges = ledger.charges(site)
+        assert [charge.round for charge in charges] == [1, 2]
+        assert 7.9 < spent(charges, Budget(8.0, 1e-6)) <= 8.0
+        assert stat.S_IMODE(ledger.path.stat().st_mode) == 0o600
+        costs = [entry.facts["epsilon"] for entry in entries if "epsilon" in entry.facts]
+        assert len(costs) == 2
+        assert float(costs[0]) < float(costs[1]) == pytest.approx(spent(charges, Budget(8.0, 1e-6)), abs=1e-4)
         assert "sealing" not in text
         assert 'shares":' not in text
 

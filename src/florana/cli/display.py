@@ -214,6 +214,7 @@ def plan_table(plan: Plan) -> Table:
         ("common test set", f"{plan.common_test} rows"),
         *([("long rows", long_rows)] if (long_rows := rows_note(plan.to_json())) else []),
         *([("written", _writing(plan))] if plan.writing is not None else []),
+        *([("privacy", _noise(plan))] if plan.noise else []),
         ("trained parameters", f"{plan.trainable_parameters} on a base of {plan.base_parameters}"),
         ("bytes per round", f"{size(plan.bytes_up)} up, {size(plan.bytes_down)} down, all clients"),
         ("memory", size(plan.memory) + " (peak after one step)" if plan.memory else "unknown"),
@@ -226,6 +227,11 @@ def plan_table(plan: Plan) -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def _noise(plan: Plan) -> str:
+    most, least = max(plan.noise.values()), min(plan.noise.values())
+    return f"{plan.budget}; noise of {least:g}" + (f" to {most:g}" if most > least else "") + " times the clip a step"
 
 
 def _writing(plan: Plan) -> str:

@@ -16,6 +16,7 @@ import jinja2
 from florana.atomic_files import explained, replace_file
 from florana.federation.best import LOWER_IS_BETTER
 from florana.report import figures
+from florana.report.seen import privacy_rows, seen_by_server
 from florana.report.views import RunView, rows_note, summary, views
 
 
@@ -70,10 +71,10 @@ def render(runs: Sequence[RunView], title: str, above: str = "", every: int | No
         best=better(measured) if measured else None,
         score=runs[0].score,
         personal=any(row["personal"] is not None or row["clients_on_common"] is not None for row in rows),
-        seen=_seen(runs),
+        seen=seen_by_server(runs),
         narrow=any(run.uplink != "float32" for run in runs),
         pictures=[unique(picture, index) for index, picture in enumerate(_pictures(runs))],
-        settings=_settings(runs[0].recipe, runs[0].setup),
+        settings=_settings(runs[0]),
         figures=list(dict.fromkeys(name for run in runs for name in run.figures)),
         refused=[(run.name, *entry) for run in runs for entry in run.refused],
     )
@@ -160,7 +161,8 @@ def unique(picture: Picture, index: int) -> Picture:
     return Picture(picture.title, picture.caption, svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
 
 
-def _settings(recipe: Any, setup: Any) -> list[tuple[str, str]]:
+def _settings(run: RunView) -> list[tuple[str, str]]:
+    recipe, setup = run.recipe, run.setup
     model, data, parts, train, rounds = (recipe[k] for k in ("model", "data", "partition", "train", "federation"))
     asked = recipe.get("evaluate", {})
     length = f"{train['steps']} steps" if "steps" in train else f"{train['epochs']} epochs"
@@ -187,27 +189,11 @@ def _settings(recipe: Any, setup: Any) -> list[tuple[str, str]]:
         ("Local training", f"{length} of {train['batch_size']} rows, learning rate {train['learning_rate']:g}"),
         *([("Kept", f"the best round by {asked['by']} on the validation rows")] if asked.get("keep") == "best" else []),
         ("Weights", "by number of examples" if rounds["weighting"] == "examples" else "uniform"),
-        *([("Server sees", _sees(recipe["privacy"]))] if recipe.get("privacy", {}).get("secure_aggregation") else []),
+        *privacy_rows(run),
         *([("Uplink", rounds["uplink"])] if rounds.get("uplink", "float32") != "float32" else []),
         *([("Written", _written(recipe["generation"]))] if "generation" in recipe else []),
         ("Seed", str(recipe["seed"])),
     ]
-
-
-def _seen(runs: Sequence[RunView]) -> str:
-    """What the server saw, of all runs on the page."""
-    hidden = [run for run in runs if run.recipe.get("privacy", {}).get("secure_aggregation")]
-    rest = "the adapter still tells something of the data it comes from."
-    if not hidden:
-        return "Clients' updates were visible to the server: LoRA updates do not hide the data they come from."
-    if len(hidden) == len(runs):
-        return f"The server saw sums over clients alone; no noise was added, and {rest}"
-    return f"In {', '.join(run.name for run in hidden)} the server saw sums over clients alone; elsewhere each update."
-
-
-def _sees(privacy: Any) -> str:
-    """What the server saw of the clients, and no more than that."""
-    return f"sums over {privacy['min_clients']} clients or more, {privacy['bits']} bits a number; no client's own part"
 
 
 def _written(own: Any) -> str:

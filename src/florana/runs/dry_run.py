@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from florana.federation.entrywise import entrywise
@@ -12,8 +12,10 @@ from florana.federation.error_feedback import packed_size
 from florana.federation.messages import pack, pack_question, travelling
 from florana.lora.factors import kind_of
 from florana.recipe import schema as r
+from florana.recipe.privacy_words import budget_said
 from florana.runs.chosen_strategy import strategy_of
 from florana.runs.prepared import Setup
+from florana.runs.private_runs import mechanisms
 from florana.runs.setup import first_state
 from florana.score.benchmarks import figure_names
 from florana.strategy.base import Named, Payload, Strategy
@@ -69,6 +71,8 @@ class Plan:
         writing: what [generation] asks for, or None.
         left_out: `train` or `test` -> rows of instructions without room for a response.
         cut_responses: `train` or `test` -> rows whose response lost its end.
+        noise: client -> the noise multiplier that its privacy budget takes; empty where the recipe has none.
+        budget: of each client's rows, in words.
     """
 
     strategy: str
@@ -89,6 +93,8 @@ class Plan:
     writing: Writing | None
     left_out: dict[str, int]
     cut_responses: dict[str, int]
+    noise: dict[str, float] = field(default_factory=dict)
+    budget: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON's own types."""
@@ -136,6 +142,8 @@ def plan(recipe: r.Recipe, setup: Setup, *, timed_steps: int = 3) -> Plan:
         writing=writing,
         left_out=dict(setup.partition.get("left_out", {})),
         cut_responses=dict(setup.partition.get("cut_responses", {})),
+        noise={client: once.noise_multiplier for client, once in mechanisms(recipe, rows).items()},
+        budget=budget_said(recipe.privacy.model_dump()) if recipe.privacy.unit else "",
     )
 
 

@@ -14,6 +14,7 @@ from florana.atomic_files import explained, replace_file
 from florana.displayable import displayable
 from florana.federation.best import up_to_kept
 from florana.federation.round_record import RoundRecord
+from florana.recipe.privacy_words import privacy_said, spent_in
 from florana.recipe.usage import Usage
 from florana.runs.run_folder import read_run
 
@@ -125,11 +126,20 @@ def card_of(
         "",
         "## Limits",
         "",
-        "LoRA updates do not hide the data they come from. Fill in what this adapter is for, what it was not tried "
-        "on, and under which licence it stands.",
+        *_hidden(recipe, setup, records),
+        "Fill in what this adapter is for, what it was not tried on, and under which licence it stands.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _hidden(recipe: Mapping[str, Any], setup: Mapping[str, Any], records: Sequence[RoundRecord]) -> list[str]:
+    """What is hidden of the data, and what is not."""
+    own = recipe.get("privacy", {})
+    if not own.get("unit"):
+        return ["LoRA updates do not hide the data they come from."]
+    said = privacy_said(own, spent_in([record.notes for record in records]), setup.get("noise") == "seed")
+    return [f"Differential privacy of {said}."]
 
 
 def _figures(setup: Mapping[str, Any], records: Sequence[RoundRecord]) -> list[str]:

@@ -83,7 +83,7 @@ def execute(
             here.bench.card,
             lambda memories: engine_of(recipe, here, begun, memories, step, folder),
             replace(whole, rounds=min(until or whole.rounds, whole.rounds)),
-            lambda: facts_of(recipe, here, here.partition),
+            lambda: facts_of(recipe, here, here.partition) | ({"noise": "seed"} if recipe.privacy.unit else {}),
             show,
             here.partition.get("labels", ()),
             here.bench.tokenizer,

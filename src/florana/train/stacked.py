@@ -149,7 +149,6 @@ class StackedWhole:
                 answers.append(functional_call(self.module, own, tuple(parts[place] for parts in rows), given))
         return torch.cat(answers)
 
-
     def _at_once(self, rows: Tensor, count: int) -> Tensor:
         """x W_u^T + b_u of a plain linear map, of all clients in one product."""
         weight = self.present.of(self.parameters["weight"])

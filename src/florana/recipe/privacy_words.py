@@ -1,0 +1,56 @@
+"""What a run's privacy is called in reports, cards and plans: unit, epsilon, delta, accountant, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ACCOUNTANTS = {"pld": "privacy loss distributions", "rdp": "Renyi's divergences"}
+
+FROM_SEED = "the noise follows from the recipe's seed: whoever has the recipe can take it off"
+"""Of a simulation."""
+
+
+def spent_in(notes: Sequence[Mapping[str, Any]]) -> float | None:
+    """The most that was spent on any client's rows, of the rounds' notes; None where the server did not learn it."""
+    told = [float(note["epsilon"]) for note in notes if "epsilon" in note]
+    return max(told) if told else None
+
+
+def budget_said(privacy: Mapping[str, Any]) -> str:
+    """What a recipe allows.
+
+    Examples:
+        >>> budget_said({"epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "accountant": "pld"})
+        'epsilon = 8, delta = 1e-05, by privacy loss distributions; clip 1'
+    """
+    by = ACCOUNTANTS[privacy["accountant"]]
+    return f"epsilon = {privacy['epsilon']:g}, delta = {privacy['delta']:g}, by {by}; clip {privacy['clip']:g}"
+
+
+def privacy_said(privacy: Mapping[str, Any], spent: float | None, simulated: bool) -> str:
+    """What may be said of a run whose recipe has a unit.
+
+    Args:
+        privacy: the recipe's section.
+        spent: the most on any client's rows; None where the server did not learn it.
+        simulated: whether the noise follows from the seed.
+
+    Examples:
+        >>> own = {"epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "accountant": "pld"}
+        >>> privacy_said(own, 7.9712, False)
+        'each training row, by noise at its client: epsilon = 8.01 was spent at most, delta = 1e-05, by privacy loss \
+distributions; neighbours differ in one row, the number of rows is public, and other uses of the rows are not counted'
+    """
+    most = f"epsilon = {_up(spent)} was spent at most" if spent is not None else f"epsilon <= {privacy['epsilon']:g}"
+    return (
+        f"each training row, by noise at its client: {most}, delta = {privacy['delta']:g}, by "
+        f"{ACCOUNTANTS[privacy['accountant']]}; neighbours differ in one row, the number of rows is public, and other "
+        "uses of the rows are not counted" + (f"; {FROM_SEED}" if simulated else "")
+    )
+
+
+def _up(value: float) -> str:
+    """Rounded up: what is said is never below what was spent."""
+    rounded = f"{value:.3g}"
+    return rounded if float(rounded) >= value else f"{value * 1.005:.3g}"
