@@ -15,6 +15,7 @@ EXTRA_OF = {
     "flwr": "flower",
     "cryptography": "secure",
     "Crypto": "secure",
+    "dp_accounting": "private",
     "gguf": "gguf",
     "ray": "simulation",
     "tensorboard": "tensorboard",
