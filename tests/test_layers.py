@@ -37,7 +37,7 @@ ROOMS = {
     "datasets": {"train"},
     "flwr_datasets": {"train"},
     "sklearn": {"train"},
-    "scipy": {"study", "train"},
+    "scipy": {"dp", "study", "train"},
     "pandas": {"train"},
     "matplotlib": {"report"},
     "jinja2": {"report"},

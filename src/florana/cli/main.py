@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from florana.cli.adapter_verbs import inspect, merge
+from florana.cli.audit_verb import audit
 from florana.cli.compare_verb import compare
 from florana.cli.deploy_verbs import doctor, join, serve
 from florana.cli.extras import missing
@@ -127,7 +128,8 @@ def report(
 
 
 _VERBS = (
-    demo, init, run, recipe, report, watch, predict, evaluate, compare, merge, inspect, plan, serve, join, doctor,
+    demo, init, run, recipe, report, watch, predict, evaluate, compare, merge, inspect, plan, audit,
+    serve, join, doctor,
 )  # fmt: skip
 for _verb in _VERBS:
     app.command(cls=Verb)(_verb)

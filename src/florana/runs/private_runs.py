@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from florana.dp.accounting import Budget, Mechanism, noise_for
@@ -15,7 +16,7 @@ from florana.recipe import schema as r
 from florana.train.client import TrainingClients, rows_per_step, steps_per_round
 from florana.train.cohort_probe import require_together
 from florana.train.model import Workbench
-from florana.train.private_clients import PrivateClients, Release
+from florana.train.private_clients import PrivateClients, Release, Watched, unwatched
 
 LEDGER = "privacy.jsonl"
 """The ledger's name, in a run folder and in what a site keeps."""
@@ -73,7 +74,11 @@ def require_private(recipe: r.Recipe, bench: Workbench, folder: Path) -> None:
 
 
 def private_here(
-    recipe: r.Recipe, clients: TrainingClients, rounds: Mapping[str, Mechanism], folder: Path
+    recipe: r.Recipe,
+    clients: TrainingClients,
+    rounds: Mapping[str, Mechanism],
+    folder: Path,
+    watched: Watched = unwatched,
 ) -> PrivateClients:
     """The clients of a simulation. Their draws follow from the recipe's seed, as all of a simulation does.
 
@@ -82,6 +87,7 @@ def private_here(
         clients: without privacy.
         rounds: of `mechanisms`.
         folder: the run folder.
+        watched: see `PrivateClients`.
     """
 
     def released(brief: Brief) -> Release:
@@ -89,7 +95,7 @@ def private_here(
         found = hashlib.sha256(words.encode() + brief.payload)
         return Release(found.hexdigest()[:32], hashlib.sha256(b"draws" + found.digest()).digest())
 
-    return _private(recipe, clients, rounds, Ledger(folder / LEDGER), released)
+    return replace(_private(recipe, clients, rounds, Ledger(folder / LEDGER), released), watched=watched)
 
 
 def private_site(

@@ -35,6 +35,7 @@ from florana.train.client import TrainingClients, steps_per_round
 from florana.train.cohort_engine import in_cohorts
 from florana.train.evaluate import evaluate
 from florana.train.optimizer import reach
+from florana.train.private_clients import Watched, unwatched
 from florana.train.start_from import require_begun
 
 WEIGHTINGS = {"examples": by_examples, "uniform": uniformly}
@@ -97,9 +98,10 @@ def engine_of(
     memories: Mapping[str, Mapping[str, Tensor]] | None = None,
     step: Callable[[str], None] = lambda client: None,
     folder: Path = Path(),
+    watched: Watched = unwatched,
 ) -> LocalEngine:
     """The clients of a set-up in the local engine; all know `begun`, the first state. Of a recipe with a privacy budget
-    the folder is where the ledger lies."""
+    the folder is where the ledger lies, and `watched` is told of each update."""
     workers, clients = recipe.engine.workers, clients_of(recipe, setup, begun, step)
     sealed, spends = sealed_here(recipe, setup.examples), mechanisms(recipe, setup.examples)
     if spends:
@@ -107,7 +109,7 @@ def engine_of(
 
     def fit_with(told: Callable[[str], None]) -> Fit:
         plain = clients_of(recipe, setup, begun, told)
-        return private_here(recipe, plain, spends, folder).fit if spends else plain.fit
+        return private_here(recipe, plain, spends, folder, watched).fit if spends else plain.fit
 
     if workers == 1:
         each = in_cohorts(clients, recipe.engine.cohort, recipe.model.base)

@@ -15,6 +15,7 @@ from florana.dp.accounting import Budget, Mechanism, epsilon_of
 from florana.dp.ledger import Charge, Ledger, spent
 from florana.errors import BudgetSpent, FloranaError
 from florana.federation.messages import Brief, Reply
+from florana.lora.factors import Adapter
 from florana.train.client import TrainingClients
 from florana.train.cohort import adapter_of
 from florana.train.private_steps import Noise, train_privately
@@ -24,6 +25,14 @@ EPSILON = "epsilon"
 
 HIDDEN = ("train_loss",)
 """Figures of rows, which have no noise in them."""
+
+
+Watched = Callable[[Brief, Adapter, Mapping[str, Tensor]], None]
+"""Told of an update: the request, what was received, what was trained."""
+
+
+def unwatched(brief: Brief, received: Adapter, trained: Mapping[str, Tensor]) -> None:
+    """Nobody is told."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class PrivateClients:
         round: client -> what one round of it releases.
         ledger: where charges are written, before anything leaves.
         released: what a training that is asked for is called.
+        watched: told of each update before it leaves.
     """
 
     clients: TrainingClients
@@ -58,6 +68,7 @@ class PrivateClients:
     round: Mapping[str, Mechanism]
     ledger: Ledger
     released: Callable[[Brief], Release]
+    watched: Watched = unwatched
 
     def fit(self, brief: Brief, memory: Mapping[str, Tensor]) -> tuple[Reply, Mapping[str, Tensor]]:
         """One round of one client: the reply, and what it keeps.
@@ -91,6 +102,7 @@ class PrivateClients:
             raise
         self._charge(brief, release.name, once)
         seconds = time.perf_counter() - started
+        self.watched(brief, received[0], trained)
         own = adapter_of(trained, received[0])
         reply, kept = self.clients.answer(replace(brief, evaluate=False), memory, received, own, 0.0, seconds)
         if brief.sealed:

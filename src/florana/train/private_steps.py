@@ -12,7 +12,7 @@ row's gradient.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,21 +125,31 @@ def train_privately(
 def clipped_sums(
     bench: Workbench, stack: Stack, present: Present, taken: Sequence[Example], settings: Train, clip: float
 ) -> list[Tensor]:
-    """sum_i g_i min(1, C / || g_i ||) of each trained tensor, as many rows at once as the stack holds copies.
+    """sum_i g_i min(1, C / || g_i ||) of each trained tensor; arguments as in `clipped_rows`."""
+    totals = [torch.zeros_like(parameter[0]) for parameter in stack.trainable]
+    for piece in clipped_rows(bench, stack, present, taken, settings, clip):
+        for total, rows in zip(totals, piece, strict=True):
+            total += rows.sum(0)
+    return totals
 
-    A row without predictions has no gradient; one whose gradient is not finite counts as none.
+
+def clipped_rows(
+    bench: Workbench, stack: Stack, present: Present, taken: Sequence[Example], settings: Train, clip: float
+) -> Iterator[list[Tensor]]:
+    """g_i min(1, C / || g_i ||) of each trained tensor, (rows, ...), as many rows at once as the stack holds copies.
+
+    A row without predictions has no gradient and is left out; one whose gradient is not finite counts as zeros.
 
     Args:
         bench: the model.
         stack: copies of what is trained, placed on it.
         present: the stack's.
-        taken: the rows of this step; may be empty.
+        taken: the rows; may be empty.
         settings: the recipe's section.
         clip: C.
     """
     parameters = stack.trainable
     most = len(parameters[0])
-    totals = [torch.zeros_like(parameter[0]) for parameter in parameters]
     taken = [row for row in taken if predictions([row])]
     for start in range(0, len(taken), most):
         piece = taken[start : start + most]
@@ -150,10 +160,11 @@ def clipped_sums(
             parameter.grad = None
         losses(bench, [([row], 1.0) for row in piece], settings)[1].sum().backward()  # type: ignore[no-untyped-call]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        grads = [grad[: len(piece)] for grad in grads]
         norms = torch.stack([torch.linalg.vector_norm(grad.flatten(1).double(), dim=1) for grad in grads])
         whole = torch.linalg.vector_norm(norms, dim=0)  # (rows,)
         scale = torch.where(torch.isfinite(whole), clip / whole.clamp(min=clip), 0.0)
-        for total, grad in zip(totals, grads, strict=True):
-            finite = torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0)
-            total += torch.tensordot(scale.to(grad), finite, dims=1)
-    return totals
+        yield [
+            torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0) * scale.to(grad).reshape(-1, *[1] * (grad.ndim - 1))
+            for grad in grads
+        ]

@@ -237,6 +237,12 @@ class Stack:
         return [stack for stack in found if isinstance(stack, torch.nn.Parameter) and stack.requires_grad]
 
     @property
+    def trained_names(self) -> list[str]:
+        """The names, in `stacks`, of what an optimizer moves; cores are not among them."""
+        trained = {id(parameter) for parameter in self.trainable}
+        return [name for name, stack in self.stacks().items() if id(stack) in trained]
+
+    @property
     def second(self) -> list[Tensor]:
         """The factors B."""
         return [pair.B for pair in self.pairs.values()]
