@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from florana.dp.noise import Draws
 from florana.federation.gate import MAX_CHANGE
 from florana.federation.quantize import Format
 from florana.federation.round_record import RoundRecord
@@ -36,6 +37,24 @@ class Sealing:
 
 
 @dataclass(frozen=True, eq=False)
+class Noising:
+    """How sums over clients get noise, so that no client's part in them can be told.
+
+    Args:
+        clip: C, the most that one client moves a sum.
+        multiplier: sigma: each number of a sum gets noise of sigma C.
+        begin: (round, the clients that are asked, what they are sent) -> the round's draws; it writes down what the
+            round costs first, and raises BudgetSpent where that is more than is left.
+        spent: the most that was spent on any client.
+    """
+
+    clip: float
+    multiplier: float
+    begin: Callable[[int, Sequence[str], bytes], Draws]
+    spent: Callable[[], float]
+
+
+@dataclass(frozen=True, eq=False)
 class Federation:
     """The fixed facts of a run.
 
@@ -56,6 +75,7 @@ class Federation:
         enough: whether the run ends with these records, before its last round.
         reach: training rows -> see `federation.step_bounds`; None where nobody knows.
         sealing: what the recipe says of secure sums; None where the server sees each update.
+        noising: how sums get noise; None where they get none.
     """
 
     clients: Sequence[str]
@@ -74,3 +94,4 @@ class Federation:
     enough: Callable[[Sequence[RoundRecord]], bool] = lambda records: False
     reach: Callable[[int], Reach | None] | None = None
     sealing: Sealing | None = None
+    noising: Noising | None = None

@@ -20,6 +20,7 @@ from florana.federation.event import Event
 from florana.federation.gate import Expected, RejectedUpdate, beyond, check_head, checked, loaded
 from florana.federation.gather import Gathered, briefs_of, contributions, expectation, mean_metrics, require
 from florana.federation.messages import Brief, Engine, Reply, pack_question
+from florana.federation.noisy_mean import noisy_mean
 from florana.federation.quantize import Format, form_of
 from florana.federation.spool import Spool
 from florana.federation.step_bounds import Reach, allowed
@@ -68,23 +69,36 @@ def gather_sums(
     refused: dict[str, str] = {}
     means: list[Named] = []
     trips: list[Weighed] = []
-    seconds = 0.0
+    seconds, noising = 0.0, federation.noising
+    draws = noising.begin(round_, chosen, briefs[0].payload) if noising is not None else None
+    # a clipped part can be no outlier, and who is left out must not follow from the others' parts
+    most = federation.max_change if noising is None else math.inf
     for trip in range(sums.trips):
         question = sums.ask(state.adapter, means) if trip else {}
         if trip:
             asked = pack_question(question)
             briefs = [replace(b, payload=asked, trip=trip) for b in briefs if b.client not in refused]
-        gate = _gate(sums, trip, expected, [brief.client for brief in briefs], question, federation.max_change)
+        gate = _gate(sums, trip, expected, [brief.client for brief in briefs], question, most)
         collected = collect(engine, briefs, gate, spools(trip), show)
         _account(traffic, briefs, collected)
         refused |= {c: why if not trip else f"trip {trip + 1}: {why}" for c, why in collected.refused.items()}
         require(collected, len(chosen), round_, federation.minimum)
         weighed = weigh(collected.updates, payloads, federation.weighing)
-        means.append(_mean(weighed))
+        if noising is None or draws is None:
+            means.append(_mean(weighed))
+        else:
+            asking = (sums, trip, round_, question)
+            means.append(noisy_mean(weighed.updates, asking, payloads, noising.clip, noising.multiplier, draws))
         trips.append(weighed)
         seconds += collected.client_seconds
     adapter = sums.mean(state.adapter, means)
     residual = next(iter(payloads.values())).residual
+    if noising is not None:  # nothing else of the clients' figures is told
+        told = {"answered": [len(weighed.updates) for weighed in trips], "epsilon": noising.spent()}
+        bare = [replace(update, metrics={}) for update in trips[0].updates]
+        part = Contribution(MEAN, adapter, 1.0, residual)
+        names = [update.client for update in bare]
+        return Gathered([part], names, bare, trips[0].weights, refused, traffic, seconds, told)
     return Gathered(
         [Contribution(MEAN, adapter, 1.0, residual)],
         [update.client for update in trips[0].updates],

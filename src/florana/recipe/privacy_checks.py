@@ -72,7 +72,9 @@ def require_noise(recipe: Recipe, strategy: Strategy) -> None:
     """Raise RecipeError where noise at the clients does not go with the rest of the recipe."""
     own, train = recipe.privacy, recipe.train
     if own.unit is None:
-        return
+        return None
+    if own.unit == "clients":
+        return _require_noisy_sums(recipe, strategy)
     wrong = [
         (recipe.evaluate.personal != "never", "evaluate.personal", "it tells of rows without noise", "it to 'never'"),
         (train.packing, "train.packing", "several rows go through the model as one", "it to false"),
@@ -86,3 +88,25 @@ def require_noise(recipe: Recipe, strategy: Strategy) -> None:
     for holds, key, why, fix in wrong:
         if holds:
             raise RecipeError(f"{key} does not go with privacy.unit = '{own.unit}'", why=why, fix=f"set {fix}")
+    return None
+
+
+def _require_noisy_sums(recipe: Recipe, strategy: Strategy) -> None:
+    """The same of noise on sums over clients."""
+    rounds = recipe.federation
+    source = "strategy.name to 'best-rank' with strategy.source = 'sums', or to 'fedask'"
+    wrong = [
+        (strategy.sums is None, f"the strategy '{strategy.name}'", "noise goes on sums of sketches", source),
+        (recipe.privacy.secure_aggregation, "privacy.secure_aggregation", "the server adds the noise and must see what "
+         "it cuts", "it to false, or privacy.unit to 'examples', whose noise clients add themselves"),
+        (rounds.weighting != "uniform", f"federation.weighting = '{rounds.weighting}'", "a client with many rows would "
+         "move the sum by more than its clip", "it to 'uniform'"),
+        (recipe.robust.rule != "none", "robust.rule", "who counts would follow from others' updates", "it to 'none'"),
+        (rounds.max_weight is not None, "federation.max_weight", "all count alike", "it aside"),
+        (rounds.uplink != "float32", "federation.uplink", "what rounding leaves out is carried past the clip",
+         "it to 'float32'"),
+        (recipe.evaluate.personal != "never", "evaluate.personal", "it tells of one client", "it to 'never'"),
+    ]  # fmt: skip
+    for holds, what, why, fix in wrong:
+        if holds:
+            raise RecipeError(f"{what} does not go with privacy.unit = 'clients'", why=why, fix=f"set {fix}")

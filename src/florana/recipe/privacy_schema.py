@@ -21,15 +21,16 @@ class Privacy(Section):
     bits: int = Field(20, ge=16, le=32)
     """Of each number that is sent."""
 
-    unit: Literal["examples"] | None = None
+    unit: Literal["examples", "clients"] | None = None
     """Whose presence is hidden by noise, with an epsilon that is counted. examples: one row, by DP-SGD at each
-    client; `batch_size` rows a step are then the expected number (Poisson sampling)."""
+    client; `batch_size` rows a step are then the expected number (Poisson sampling). clients: all that one client
+    holds, by noise of the server's on the sums of `best-rank` from sums or `fedask`; the server itself sees updates."""
     epsilon: float | None = Field(None, gt=0)
     """What each client's rows may cost in all; a client answers no round that would cost more."""
     delta: float | None = Field(None, gt=0, lt=1)
     """The probability that epsilon does not hold; far below one over a client's rows."""
     clip: float | None = Field(None, gt=0)
-    """C: a row's gradient, in all that is trained, is cut to this norm."""
+    """C: a row's gradient, in all that is trained, is cut to this norm; of clients, the change of the product."""
     noise_multiplier: float | None = Field(None, gt=0)
     """The noise's standard deviation over `clip`. Left out: the least with which all rounds fit."""
     max_rounds: int | None = Field(None, ge=1)

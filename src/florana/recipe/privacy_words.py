@@ -7,6 +7,18 @@ from typing import Any
 
 ACCOUNTANTS = {"pld": "privacy loss distributions", "rdp": "Renyi's divergences"}
 
+UNITS = {
+    "examples": (
+        "each training row, by noise at its client",
+        "neighbours differ in one row, the number of rows is public",
+    ),
+    "clients": (
+        "all that one client holds, by noise of the server's on sums, which sees the updates itself",
+        "neighbours differ in one client, who is asked when is public",
+    ),
+}
+"""What is hidden and how; from whom."""
+
 FROM_SEED = "the noise follows from the recipe's seed: whoever has the recipe can take it off"
 """Of a simulation."""
 
@@ -37,15 +49,15 @@ def privacy_said(privacy: Mapping[str, Any], spent: float | None, simulated: boo
         simulated: whether the noise follows from the seed.
 
     Examples:
-        >>> own = {"epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "accountant": "pld"}
+        >>> own = {"unit": "examples", "epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "accountant": "pld"}
         >>> privacy_said(own, 7.9712, False)
         'each training row, by noise at its client: epsilon = 8.01 was spent at most, delta = 1e-05, by privacy loss \
 distributions; neighbours differ in one row, the number of rows is public, and other uses of the rows are not counted'
     """
     most = f"epsilon = {_up(spent)} was spent at most" if spent is not None else f"epsilon <= {privacy['epsilon']:g}"
+    what, who = UNITS[privacy["unit"]]
     return (
-        f"each training row, by noise at its client: {most}, delta = {privacy['delta']:g}, by "
-        f"{ACCOUNTANTS[privacy['accountant']]}; neighbours differ in one row, the number of rows is public, and other "
+        f"{what}: {most}, delta = {privacy['delta']:g}, by {ACCOUNTANTS[privacy['accountant']]}; {who}, and other "
         "uses of the rows are not counted" + (f"; {FROM_SEED}" if simulated else "")
     )
 

@@ -24,6 +24,7 @@ from florana.lora.factors import Adapter
 from florana.recipe import schema as r
 from florana.runs.chosen_strategy import strategy_of
 from florana.runs.completions import write_completions
+from florana.runs.noisy_sums import noising_of
 from florana.runs.prepared import Setup, prepare
 from florana.runs.private_runs import mechanisms, private_here, require_private
 from florana.runs.rounds import Result, Show, execute_rounds, settled
@@ -71,6 +72,7 @@ def execute(
     check_folder(recipe, folder, resume)
     with settled(recipe, folder, show) as recipe:
         here = setup or prepare(recipe)
+        noising = noising_of(recipe, sorted(here.clients), folder, simulated=True)
         mechanisms(recipe, here.examples)  # a budget that no noise reaches is said before anything is written
         strategy = strategy_of(recipe, sorted(here.clients))
         begun = first_state(recipe, here, strategy)
@@ -83,7 +85,7 @@ def execute(
             begun,
             here.bench.card,
             lambda memories: engine_of(recipe, here, begun, memories, step, folder),
-            replace(whole, rounds=min(until or whole.rounds, whole.rounds)),
+            replace(whole, rounds=min(until or whole.rounds, whole.rounds), noising=noising),
             lambda: facts_of(recipe, here, here.partition) | ({"noise": "seed"} if recipe.privacy.unit else {}),
             show,
             here.partition.get("labels", ()),
@@ -134,6 +136,7 @@ def clients_of(
         recipe.federation.rounds,
         step,
         recipe.build_strategy().sums,
+        recipe.privacy.clip if recipe.privacy.unit == "clients" else None,
     )
 
 

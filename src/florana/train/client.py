@@ -20,6 +20,7 @@ from florana.federation.messages import Brief, Reply, unpack
 from florana.lora.factors import Adapter, kind_of
 from florana.recipe import schema as r
 from florana.strategy.base import Sums
+from florana.train.client_clip import clipped
 from florana.train.data.tokenize import Example
 from florana.train.evaluate import evaluate
 from florana.train.local_loss import predictions, proximal, smoothed
@@ -59,6 +60,7 @@ class TrainingClients:
         rounds: of the whole run, which a schedule may span.
         step: called after every optimizer step, for progress.
         sums: what the strategy asks for in the place of the update, where it does.
+        clip: what an update is cut to, see `client_clip`; None leaves it.
     """
 
     bench: Workbench
@@ -71,6 +73,7 @@ class TrainingClients:
     rounds: int = 1
     step: Callable[[str], None] = lambda client: None
     sums: Sums | None = None
+    clip: float | None = None
     _last: tuple[Brief, tuple[Adapter, Adapter | None]] | None = field(default=None, repr=False)
 
     def fit(self, brief: Brief, memory: Mapping[str, Tensor]) -> tuple[Reply, Mapping[str, Tensor]]:
@@ -114,6 +117,8 @@ class TrainingClients:
         own, (adapter, residual) = self.data[brief.client], received
         if brief.pruning is not None and shrunk(adapter, trained, brief.pruning):
             trained = leading(trained, brief.pruning.rank)
+        if self.clip is not None:
+            trained = clipped(trained, adapter, self.clip)
         metrics = {"train_loss": loss}
         if brief.evaluate:
             self.bench.load(trained, residual, brief.trains, brief.blocks)  # what is measured is what is sent

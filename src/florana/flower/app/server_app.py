@@ -11,7 +11,7 @@ import json
 import secrets
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from florana.lora.factors import Adapter
 from florana.recipe import schema as r
 from florana.runs.chosen_strategy import strategy_of
 from florana.runs.completions import write_completions
+from florana.runs.noisy_sums import noising_of
 from florana.runs.prepared import Setup, prepare
 from florana.runs.rounds import Show, execute_rounds, journal_of, settled
 from florana.runs.run_folder import OUTCOME, PROGRESS, RUN_NAME, check_folder, locked
@@ -123,10 +124,7 @@ def _lead(
         begun,
         card,
         engine,
-        named_run(
-            federation_of(recipe, here, clients, registration.examples, functools.partial(write_completions, folder)),
-            run,
-        ),
+        _terms(recipe, here, clients, registration, folder, run),
         lambda: _facts(recipe, here, registration, begun),
         show,
         here.partition.get("labels", ()) if here is not None else recipe.data.labels or (),
@@ -141,6 +139,14 @@ def _lead(
                 show(Event("repaired", len(result.records), detail=f"sites get no adapter: {error.why}"))
         last = ended_frame(run, len(result.records), kept)
         farewell(grid, registration.connected()[0], last, settings.deadline, show)
+
+
+def _terms(
+    recipe: r.Recipe, setup: Setup | None, clients: Sequence[str], registration: Registration, folder: Path, run: str
+) -> Federation:
+    """The fixed terms, with the run's name, and with noise that nobody can repeat."""
+    plain = federation_of(recipe, setup, clients, registration.examples, functools.partial(write_completions, folder))
+    return replace(named_run(plain, run), noising=noising_of(recipe, clients, folder, simulated=False))
 
 
 def named_run(federation: Federation, run: str) -> Federation:
