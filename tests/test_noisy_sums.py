@@ -19,6 +19,7 @@ from florana.dp.noise import Draws
 from florana.errors import RecipeError
 from florana.federation.event import Event
 from florana.federation.gather import briefs_of
+from florana.federation.hidden_part import hidden, room, spread_of
 from florana.federation.journal import read_records
 from florana.federation.noisy_mean import noisy_mean
 from florana.federation.sampling import sample
@@ -129,7 +130,7 @@ def test_a_client_cuts_its_own_update(recipe_table: dict[str, Any]) -> None:
     reply, kept = clients_of(recipe, setup, begun).fit(brief, {})
     both = update_in(kept, brief.scalings)
     assert both is not None
-    assert length(both[1], both[0]) == pytest.approx(0.01, rel=1e-2), "training moved it much further"
+    assert length(both[1], both[0]) == pytest.approx(0.01, rel=5e-2), "training moved it much further"
     assert strategy.sums is not None
     plain = strategy.sums.measure(0, 1, sent["client-0"].question, both[0], both[0])
     told = load(reply.payload)
@@ -205,12 +206,83 @@ def test_a_server_draws_anew_and_counts_a_round_that_it_begins_again(
     assert dataclasses.replace(here).multiplier == noising.multiplier
 
 
+def test_a_clients_own_noise_covers_its_part_of_a_secure_sum() -> None:
+    draws = torch.Generator().manual_seed(1)
+    changes = {"y": 3.0 * torch.randn(40, 50, generator=draws), "head": torch.randn(20, generator=draws)}
+    spread = spread_of(5.0, 0.8, 5)
+    assert spread == pytest.approx(5.0 * 0.8 / 2)
+    wide = dict.fromkeys(changes, room(1e9, 0.8, spread))
+    quiet = hidden(changes, wide, 0.8, 0.0, Draws(bytes(32)))
+    assert math.hypot(*(float(tensor.norm()) for tensor in quiet.values())) == pytest.approx(0.8)
+    noisy = hidden(changes, wide, 0.8, spread, Draws(bytes(32)))
+    left = torch.cat([(noisy[n] - quiet[n]).flatten() for n in sorted(noisy)])
+    assert float(left.std()) == pytest.approx(spread, rel=0.05)
+    tight = hidden(changes, dict.fromkeys(changes, 0.1), 0.8, spread, Draws(bytes(32)))
+    assert max(float(tensor.abs().max()) for tensor in tight.values()) == pytest.approx(0.1)
+    assert room(0.1, 0.8, spread) == pytest.approx(0.1 + 7 * spread)
+
+
+@pytest.mark.parametrize("strategy", [{"name": "best-rank", "source": "sums"}, {"name": "fedask"}])
+def test_with_secure_sums_each_client_pays_for_each_trip(
+    strategy: dict[str, Any], recipe_table: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("Crypto", reason="the extra 'secure' is not installed")
+    recipe = private(
+        recipe_table,
+        strategy=strategy,
+        privacy={"secure_aggregation": True, "max_rounds": 2},
+        federation={"rounds": 4, "clients_per_round": 4, "weighting": "uniform", "min_clients": 3},
+    )
+    seen: list[Event] = []
+    execute(recipe, tmp_path / "run", show=seen.append)
+    ended = [event.detail for event in seen if event.kind == "ended"]
+    assert len(ended) == 1
+    assert "the privacy budget is spent" in ended[0]
+    records = read_records(tmp_path / "run" / "rounds.jsonl")
+    assert [(record.round, record.train_loss, record.error["overall"]) for record in records] == [
+        (1, None, None),
+        (2, None, None),
+    ]
+    charges = Ledger(tmp_path / "run" / LEDGER).charges()
+    assert len(charges) == 4 * 2 * 2
+    for client in {charge.client for charge in charges}:
+        own = [charge.mechanism for charge in charges if charge.client == client]
+        assert 7.9 < epsilon_of(own, 1e-2, "rdp") <= 8.0
+    again = made(recipe.model_dump(exclude_none=True), federation={"rounds": 2})
+    for until in (1, None):
+        execute(again, tmp_path / "two", until=until, resume=(tmp_path / "two").exists())
+    files = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "two")]
+    assert files[0] == files[1]
+
+
+def test_a_server_of_real_sites_adds_noise_that_nobody_can_repeat(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
+    from tests.flower_sites import grid_of, led, roster_of, sites
+
+    plain = {"rounds": 2, "clients_per_round": 4, "weighting": "uniform", "min_clients": 3}
+    recipe = private(recipe_table, federation=plain, privacy={"max_rounds": 1})
+    members = sites(recipe, tmp_path / "kept")
+    events = led(recipe, grid_of(members), roster_of(members, tmp_path), tmp_path / "run")
+    assert [event.kind for event in events].count("ended") == 1
+    (record,) = read_records(tmp_path / "run" / "rounds.jsonl")
+    assert 7.9 < float(str(record.notes["epsilon"])) <= 8.0
+    execute(recipe, tmp_path / "local")
+    files = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "local")]
+    assert files[0] != files[1]
+    page = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "by noise of the server's on sums" in page
+    assert "whoever has the recipe" not in page
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"strategy": {"name": "fedit"}}, "the strategy 'fedit' does not go"),
     ({"strategy": {"name": "best-rank"}}, "the strategy 'best-rank' does not go"),
     ({"federation": {"rounds": 2}}, "federation.weighting = 'examples' does not go"),
     ({"federation": {"rounds": 2, "weighting": "uniform", "uplink": "int8"}}, "federation.uplink does not go"),
-    ({"privacy": {"secure_aggregation": True}}, "privacy.secure_aggregation does not go"),
+    (
+        {"privacy": {"secure_aggregation": True}, "model": {"client_ranks": [2, 1]}},
+        "model.client_ranks does not go",
+    ),
     ({"evaluate": {"personal": "last"}}, "evaluate.personal does not go"),
 ]
 

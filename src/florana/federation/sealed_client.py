@@ -15,6 +15,7 @@ from torch import Tensor
 
 from florana.errors import FloranaError
 from florana.federation.entrywise import entrywise
+from florana.federation.hidden_part import Hiding, hidden
 from florana.federation.messages import Step, question_in
 from florana.federation.terms import Sealing
 from florana.federation.trip_memory import LOSS, loss_in, update_in, when_in
@@ -45,6 +46,7 @@ class SealedClient:
         rows: its training rows.
         spent: (run, (round, attempt, trip)) -> the session in which that sum was opened, or None; with a session, it
             is written down.
+        hiding: its own noise, where its recipe has any.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class SealedClient:
         sums: Sums | None,
         rows: int,
         spent: Spent,
+        hiding: Hiding | None = None,
     ) -> None:
+        self.hiding = hiding
         self._who, self._sealing, self._sums, self._rows, self._spent = who, sealing, sums, rows, spent
         self._member: Member | None = None
 
@@ -102,6 +106,8 @@ class SealedClient:
             )
         if not set(terms.trips) <= set(range(trips)):
             raise Refused("is asked for a sum that the strategy of its own recipe does not know")
+        if self.hiding is not None:
+            self.hiding.require(len(terms.trips))
         if any(self._is_spent(terms, trip) for trip in terms.trips):
             return Step({"spent": True})  # the server was killed as it opened them: another attempt has other updates
         self._member = secure.begun(self._who.name, terms, self._who.sign)
@@ -125,12 +131,12 @@ class SealedClient:
         if when_in(memory) != (terms.round, terms.attempt):
             raise FloranaError(f"keeps no update of round {terms.round}: it was started anew since")
         grid = Grid(terms.bits, len(member.roster), terms.most)
-        vector = self._vector(grid, trip, step, memory, terms.round)
+        vector = self._vector(grid, trip, step, memory, terms)
         self._member, numbers = secure.masked(member, trip, vector)
         return Step({}, packed(numbers, terms.bits))
 
-    def _vector(self, grid: Grid, trip: int, step: Step, memory: Named, round_: int) -> Numbers:
-        head = step.head
+    def _vector(self, grid: Grid, trip: int, step: Step, memory: Named, terms: Terms) -> Numbers:
+        head, round_ = step.head, terms.round
         scalings = wire.bounds_from(head.get("scalings"))
         both = update_in(memory, scalings)
         if both is None:
@@ -145,11 +151,17 @@ class SealedClient:
             name: tensor.double() if absolute else tensor.double() - before[name].double()
             for name, tensor in tensors.items()
         }
-        if not trip:
-            changes[LOSS] = torch.tensor([min(max(loss_in(memory), 0.0), MOST_LOSS)])
         bounds = wire.bounds_from(head.get("bounds"))
-        if bounds.keys() != changes.keys():
+        if bounds.keys() != changes.keys() | ({LOSS} if not trip else set()):
             raise Refused("the bounds are of other tensors than the strategy of its own recipe sends")
+        if self.hiding is not None:
+            if absolute:
+                raise Refused("is asked for a part that is no change, which its noise would not cover")
+            draws = self.hiding.begin(round_, terms.attempt, trip)
+            changes = hidden(changes, bounds, self.hiding.clip, self.hiding.spread, draws)
+        if not trip:
+            loss = min(max(loss_in(memory), 0.0), MOST_LOSS) if self._sealing.losses else 0.0
+            changes[LOSS] = torch.tensor([loss])
         return encoded(changes, bounds, self._rows, grid)
 
 

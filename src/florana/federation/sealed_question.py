@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from florana.errors import RecipeError
+from florana.federation.hidden_part import room
 from florana.federation.messages import Step, pack_question
 from florana.federation.sealed_client import MOST_LOSS
 from florana.federation.step_bounds import allowed
@@ -58,7 +59,9 @@ class Question:
             may = allowed(limit, sent.tensors(), payload.work.trains)
             for name, bound in sums.bounds(trip, state.round + 1, question, sent, may).items():
                 there = float(untrained[name].double().abs().max()) if self.absolute else 0.0
-                self.bounds[name] = max(self.bounds.get(name, 0.0), ROUNDED * (bound + there))
+                most = ROUNDED * (bound + there)
+                most = most if sealing.clip is None else room(most, sealing.clip, sealing.spread)
+                self.bounds[name] = max(self.bounds.get(name, 0.0), most)
             self.before = untrained
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.before.items()}
         if not trip:

@@ -42,6 +42,7 @@ class Table:
         for client, answer in self.engine.exchange(steps):
             if isinstance(answer, Failure):
                 self.lost(client, f"{what}: {answer.reason}")
+                self.spent |= {client} if answer.spent else set()
             else:
                 self._count(client, "up", answer)
                 answers[client] = answer

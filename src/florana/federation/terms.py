@@ -27,6 +27,8 @@ class Sealing:
         minimum: the fewest clients over which a sum is opened.
         run: the name of the run, of a server.
         losses: whether clients tell their training losses, in sums.
+        clip: the most that a client's part has, where clients hide theirs by noise; None where they do not.
+        spread: of that noise, see `hidden_part`.
     """
 
     bits: int
@@ -34,6 +36,8 @@ class Sealing:
     minimum: int
     run: str = "here"
     losses: bool = True
+    clip: float | None = None
+    spread: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

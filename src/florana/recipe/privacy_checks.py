@@ -97,8 +97,8 @@ def _require_noisy_sums(recipe: Recipe, strategy: Strategy) -> None:
     source = "strategy.name to 'best-rank' with strategy.source = 'sums', or to 'fedask'"
     wrong = [
         (strategy.sums is None, f"the strategy '{strategy.name}'", "noise goes on sums of sketches", source),
-        (recipe.privacy.secure_aggregation, "privacy.secure_aggregation", "the server adds the noise and must see what "
-         "it cuts", "it to false, or privacy.unit to 'examples', whose noise clients add themselves"),
+        (recipe.privacy.secure_aggregation and recipe.model.client_ranks is not None, "model.client_ranks", "parts of "
+         "unlike clients are sums of more than changes, which noise would not cover", "it aside"),
         (rounds.weighting != "uniform", f"federation.weighting = '{rounds.weighting}'", "a client with many rows would "
          "move the sum by more than its clip", "it to 'uniform'"),
         (recipe.robust.rule != "none", "robust.rule", "who counts would follow from others' updates", "it to 'none'"),

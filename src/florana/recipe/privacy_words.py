@@ -16,7 +16,12 @@ UNITS = {
         "all that one client holds, by noise of the server's on sums, which sees the updates itself",
         "neighbours differ in one client, who is asked when is public",
     ),
+    "clients sealed": (
+        "all that one client holds, by noise of the clients' own in sums under masks",
+        "neighbours differ in one client, who is asked when is public",
+    ),
 }
+UNITS["examples sealed"] = UNITS["examples"]
 """What is hidden and how; from whom."""
 
 FROM_SEED = "the noise follows from the recipe's seed: whoever has the recipe can take it off"
@@ -55,7 +60,7 @@ def privacy_said(privacy: Mapping[str, Any], spent: float | None, simulated: boo
 distributions; neighbours differ in one row, the number of rows is public, and other uses of the rows are not counted'
     """
     most = f"epsilon = {_up(spent)} was spent at most" if spent is not None else f"epsilon <= {privacy['epsilon']:g}"
-    what, who = UNITS[privacy["unit"]]
+    what, who = UNITS[privacy["unit"] + (" sealed" if privacy.get("secure_aggregation") else "")]
     return (
         f"{what}: {most}, delta = {privacy['delta']:g}, by {ACCOUNTANTS[privacy['accountant']]}; {who}, and other "
         "uses of the rows are not counted" + (f"; {FROM_SEED}" if simulated else "")

@@ -12,10 +12,11 @@ from florana.dp.accounting import Mechanism, epsilon_of, noise_for
 from florana.dp.ledger import Charge, Ledger, spent
 from florana.dp.noise import Draws
 from florana.errors import BudgetSpent, RecipeError
+from florana.federation.hidden_part import Hiding, spread_of
 from florana.federation.sampling import sample
 from florana.federation.terms import Noising
 from florana.recipe import schema as r
-from florana.runs.private_runs import LEDGER, budget_of
+from florana.runs.private_runs import LEDGER, budget_of, site_ledger
 
 
 def noising_of(recipe: r.Recipe, clients: Sequence[str], folder: Path, *, simulated: bool) -> Noising | None:
@@ -34,7 +35,7 @@ def noising_of(recipe: r.Recipe, clients: Sequence[str], folder: Path, *, simula
         RecipeError: no noise fits the budget, or delta is as large as one client's share.
     """
     own = recipe.privacy
-    if own.unit != "clients":
+    if own.unit != "clients" or own.secure_aggregation:
         return None
     sums, budget = recipe.build_strategy().sums, budget_of(recipe)
     assert sums is not None, "the recipe was checked"
@@ -71,6 +72,71 @@ def noising_of(recipe: r.Recipe, clients: Sequence[str], folder: Path, *, simula
         return max(spent([c for c in charges if c.client == name], budget) for name in {c.client for c in charges})
 
     return Noising(own.clip, sigma, begin, most)
+
+
+def part_of(recipe: r.Recipe) -> Mechanism:
+    """What one part of one secure sum releases of a client: one of as many as there are trips and rounds.
+
+    Raises:
+        RecipeError: no noise fits the budget.
+    """
+    own, sums = recipe.privacy, recipe.build_strategy().sums
+    assert sums is not None, "the recipe was checked"
+    sigma = own.noise_multiplier
+    if sigma is None:
+        sigma = noise_for(1.0, sums.trips * (own.max_rounds or recipe.federation.rounds), budget_of(recipe))
+    return Mechanism(1.0, sigma, 1)
+
+
+def hiding_of(recipe: r.Recipe, client: str, folder: Path, *, simulated: bool) -> Hiding | None:
+    """A client's own noise in secure sums, with its ledger; None where the recipe has none.
+
+    Args:
+        recipe: of the run, as the client reads it.
+        client: its name.
+        folder: the run folder, or where a site keeps what lasts.
+        simulated: whether draws follow from the seed.
+
+    Raises:
+        RecipeError: no noise fits the budget.
+        InputError: a site has taken part before, and its ledger is gone.
+    """
+    own = recipe.privacy
+    if own.unit != "clients" or not own.secure_aggregation:
+        return None
+    assert own.clip is not None, "the recipe was checked"
+    ledger = Ledger(folder / LEDGER) if simulated else site_ledger(folder)
+    budget, part = budget_of(recipe), part_of(recipe)
+    least = max(own.min_clients, recipe.federation.min_clients)
+    if not simulated:
+        ledger.begin()
+
+    def require(parts: int, but: str = "") -> None:
+        before = [charge.mechanism for charge in ledger.charges(client) if charge.release != but]
+        after = epsilon_of([*before, *[part] * parts], budget.delta, budget.accountant)
+        if after > budget.epsilon:
+            raise BudgetSpent(
+                f"the privacy budget of '{client}' is spent: {len(before)} sums, and {parts} more would make epsilon "
+                f"{after:.4g} of {budget.epsilon:g}"
+            )
+
+    def begin(round_: int, attempt: int, trip: int) -> Draws:
+        ledger.begin()
+        word = hashlib.sha256(f"{recipe.seed}\x1f{client}\x1f{round_}\x1f{attempt}\x1f{trip}".encode())
+        name, key = (word.hexdigest()[:24], word.digest()) if simulated else (secrets.token_hex(12), b"")
+        require(1, name)
+        ledger.add(Charge(client, round_, name, part.rate, part.noise_multiplier, part.steps))
+        return Draws(hashlib.sha256(b"draws" + key).digest() if simulated else secrets.token_bytes(32))
+
+    def enough(parts: int) -> None:
+        ledger.begin()
+        if not simulated:  # of a simulation that goes on, parts of this round may be charged already
+            require(parts)
+
+    def so_far() -> float:
+        return spent(ledger.charges(client), budget)
+
+    return Hiding(own.clip, spread_of(part.noise_multiplier, own.clip, least), begin, enough, so_far)
 
 
 def _most(recipe: r.Recipe, clients: Sequence[str]) -> int:

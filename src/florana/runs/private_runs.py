@@ -112,6 +112,19 @@ def private_site(
     Raises:
         InputError: the site has taken part before, and its ledger is gone.
     """
+    ledger = site_ledger(folder)
+    require_private(recipe, clients.bench, folder)
+    return _private(
+        recipe, clients, rounds, ledger, lambda brief: Release(secrets.token_hex(16), secrets.token_bytes(32))
+    )
+
+
+def site_ledger(folder: Path) -> Ledger:
+    """The ledger of a site, over all runs of what it keeps; begun by whoever uses it.
+
+    Raises:
+        InputError: the site has taken part before, and its ledger is gone.
+    """
     ledger = Ledger(folder / LEDGER)
     if not ledger.path.exists() and folder.is_dir() and any(folder.iterdir()):
         raise InputError(
@@ -119,10 +132,7 @@ def private_site(
             why="what was released of its rows so far is not known, so no epsilon can be stated",
             fix="restore the file from a copy; of rows that never left otherwise, begin with new keys",
         )
-    require_private(recipe, clients.bench, folder)
-    return _private(
-        recipe, clients, rounds, ledger, lambda brief: Release(secrets.token_hex(16), secrets.token_bytes(32))
-    )
+    return ledger
 
 
 def _private(

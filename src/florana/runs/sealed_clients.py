@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+from florana.federation.hidden_part import spread_of
 from florana.federation.local_engine import Memory
 from florana.federation.messages import Step
 from florana.federation.terms import Sealing
 from florana.recipe import schema as r
+from florana.runs.noisy_sums import hiding_of, part_of
 
 
 def sealing_of(recipe: r.Recipe) -> Sealing | None:
@@ -16,15 +19,21 @@ def sealing_of(recipe: r.Recipe) -> Sealing | None:
     if not own.secure_aggregation:
         return None
     most = 1 if recipe.federation.weighting == "uniform" else own.max_rows or 1
-    return Sealing(own.bits, most, max(own.min_clients, recipe.federation.min_clients), losses=own.unit is None)
+    least = max(own.min_clients, recipe.federation.min_clients)
+    if own.unit != "clients":
+        return Sealing(own.bits, most, least, losses=own.unit is None)
+    assert own.clip is not None, "the recipe was checked"
+    spread = spread_of(part_of(recipe).noise_multiplier, own.clip, least)
+    return Sealing(own.bits, most, least, losses=False, clip=own.clip, spread=spread)
 
 
-def sealed_here(recipe: r.Recipe, rows: Mapping[str, int]) -> Callable[[str, Step, Memory], Step] | None:
+def sealed_here(recipe: r.Recipe, rows: Mapping[str, int], folder: Path) -> Callable[[str, Step, Memory], Step] | None:
     """(client, step, what it keeps) -> its answer; None where the recipe has no secure sums.
 
     Args:
         recipe: of the run.
         rows: client -> its training rows.
+        folder: the run folder, in which the ledger of their noise lies.
     """
     sealing = sealing_of(recipe)
     if sealing is None:
@@ -35,6 +44,9 @@ def sealed_here(recipe: r.Recipe, rows: Mapping[str, int]) -> Callable[[str, Ste
 
     sums = recipe.build_strategy().sums
     clients = {
-        name: SealedClient(who, sealing, sums, rows[name], in_memory()) for name, who in made_up(sorted(rows)).items()
+        name: SealedClient(
+            who, sealing, sums, rows[name], in_memory(), hiding=hiding_of(recipe, name, folder, simulated=True)
+        )
+        for name, who in made_up(sorted(rows)).items()
     }
     return lambda client, step, memory: clients[client].answer(step, lambda run, round_: memory)

@@ -105,7 +105,7 @@ def engine_of(
     """The clients of a set-up in the local engine; all know `begun`, the first state. Of a recipe with a privacy budget
     the folder is where the ledger lies, and `watched` is told of each update."""
     workers, clients = recipe.engine.workers, clients_of(recipe, setup, begun, step)
-    sealed, spends = sealed_here(recipe, setup.examples), mechanisms(recipe, setup.examples)
+    sealed, spends = sealed_here(recipe, setup.examples, folder), mechanisms(recipe, setup.examples)
     if spends:
         require_private(recipe, setup.bench, folder)
 

@@ -13,6 +13,7 @@ from florana.atomic_files import explained
 from florana.errors import InputError, RecipeError
 from florana.federation.sealed_client import SealedClient, Spent
 from florana.recipe import schema as r
+from florana.runs.noisy_sums import hiding_of
 from florana.runs.sealed_clients import sealing_of
 from florana.secure.identities import Signer
 
@@ -40,7 +41,8 @@ def sealed_at(recipe: r.Recipe, signer: Signer | None, rows: int, folder: Path) 
             why="its clients are begun anew for every message, and secrets of a session are kept in memory alone",
             fix="run it with 'florana run', or between sites with 'florana serve' and 'florana join'",
         )
-    return SealedClient(signer, sealing, recipe.build_strategy().sums, rows, on_disk(folder / OPENED))
+    hiding = hiding_of(recipe, signer.name, folder, simulated=False)
+    return SealedClient(signer, sealing, recipe.build_strategy().sums, rows, on_disk(folder / OPENED), hiding)
 
 
 def on_disk(path: Path) -> Spent:

@@ -155,7 +155,9 @@ def site_of(
         if sealed is not None:  # not even its rows are told
             card = card.model_copy(update={"holds": Holds(train=None, test=0)})
         fit = clients.fit if private is None else private.fit
-        spent = None if private is None else functools.partial(private.spent, who)
+        spent: Callable[[], float] | None = None if private is None else functools.partial(private.spent, who)
+        if sealed is not None and sealed.hiding is not None:
+            spent = sealed.hiding.spent
         return Site(who, fit, card, clients.first, folder, recipe.federation.uplink, sealed, spent)
 
 
