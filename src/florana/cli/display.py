@@ -231,7 +231,7 @@ def plan_table(plan: Plan) -> Table:
 
 def _noise(plan: Plan) -> str:
     most, least = max(plan.noise.values()), min(plan.noise.values())
-    return f"{plan.budget}; noise of {least:g}" + (f" to {most:g}" if most > least else "") + " times the clip a step"
+    return f"{plan.budget}; noise of {least:g}" + (f" to {most:g}" if most > least else "") + " times the clip"
 
 
 def _writing(plan: Plan) -> str:

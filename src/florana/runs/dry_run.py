@@ -14,8 +14,8 @@ from florana.lora.factors import kind_of
 from florana.recipe import schema as r
 from florana.recipe.privacy_words import budget_said
 from florana.runs.chosen_strategy import strategy_of
+from florana.runs.noisy_sums import multipliers
 from florana.runs.prepared import Setup
-from florana.runs.private_runs import mechanisms
 from florana.runs.setup import first_state
 from florana.score.benchmarks import figure_names
 from florana.strategy.base import Named, Payload, Strategy
@@ -142,7 +142,7 @@ def plan(recipe: r.Recipe, setup: Setup, *, timed_steps: int = 3) -> Plan:
         writing=writing,
         left_out=dict(setup.partition.get("left_out", {})),
         cut_responses=dict(setup.partition.get("cut_responses", {})),
-        noise={client: once.noise_multiplier for client, once in mechanisms(recipe, rows).items()},
+        noise=multipliers(recipe, rows),
         budget=budget_said(recipe.privacy.model_dump()) if recipe.privacy.unit else "",
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from florana.dp.accounting import Mechanism, epsilon_of, noise_for
@@ -16,7 +16,7 @@ from florana.federation.hidden_part import Hiding, spread_of
 from florana.federation.sampling import sample
 from florana.federation.terms import Noising
 from florana.recipe import schema as r
-from florana.runs.private_runs import LEDGER, budget_of, site_ledger
+from florana.runs.private_runs import LEDGER, budget_of, mechanisms, site_ledger
 
 
 def noising_of(recipe: r.Recipe, clients: Sequence[str], folder: Path, *, simulated: bool) -> Noising | None:
@@ -72,6 +72,22 @@ def noising_of(recipe: r.Recipe, clients: Sequence[str], folder: Path, *, simula
         return max(spent([c for c in charges if c.client == name], budget) for name in {c.client for c in charges})
 
     return Noising(own.clip, sigma, begin, most)
+
+
+def multipliers(recipe: r.Recipe, rows: Mapping[str, int]) -> dict[str, float]:
+    """Client -> the noise multiplier that the recipe's budget takes; empty where it has none.
+
+    Args:
+        recipe: of the run.
+        rows: client -> its training rows.
+
+    Raises:
+        RecipeError: no noise fits the budget, or delta is too large.
+    """
+    if recipe.privacy.unit != "clients":
+        return {client: once.noise_multiplier for client, once in mechanisms(recipe, rows).items()}
+    noising = noising_of(recipe, sorted(rows), Path(), simulated=True)
+    return dict.fromkeys(rows, part_of(recipe).noise_multiplier if noising is None else noising.multiplier)
 
 
 def part_of(recipe: r.Recipe) -> Mechanism:

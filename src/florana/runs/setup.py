@@ -24,7 +24,7 @@ from florana.lora.factors import Adapter
 from florana.recipe import schema as r
 from florana.runs.chosen_strategy import strategy_of
 from florana.runs.completions import write_completions
-from florana.runs.noisy_sums import noising_of
+from florana.runs.noisy_sums import multipliers, noising_of
 from florana.runs.prepared import Setup, prepare
 from florana.runs.private_runs import mechanisms, private_here, require_private
 from florana.runs.rounds import Result, Show, execute_rounds, settled
@@ -73,7 +73,7 @@ def execute(
     with settled(recipe, folder, show) as recipe:
         here = setup or prepare(recipe)
         noising = noising_of(recipe, sorted(here.clients), folder, simulated=True)
-        mechanisms(recipe, here.examples)  # a budget that no noise reaches is said before anything is written
+        multipliers(recipe, here.examples)  # a budget that no noise reaches is said before anything is written
         strategy = strategy_of(recipe, sorted(here.clients))
         begun = first_state(recipe, here, strategy)
         keep = functools.partial(write_completions, folder)
