@@ -11,7 +11,7 @@ import typer
 
 
 def audit(
-    run: Annotated[Path, typer.Argument(help="A run folder whose recipe has [privacy] unit.")],
+    run: Annotated[Path, typer.Argument(help="A run folder whose recipe has privacy.unit.")],
     canaries: Annotated[int, typer.Option(min=4, max=100_000, help="Made-up rows for each client.")] = 100,
     set_: Annotated[
         list[str] | None,
