@@ -66,18 +66,18 @@ def test_canaries_are_like_the_rows_and_half_of_them_are_in(recipe_table: dict[s
 def often(table: dict[str, Any], **privacy: Any) -> Recipe:
     """A model in which rows differ, and enough steps that what is in is seen."""
     model = {"base": "package:florana/demo/tiny-encoder", "target_modules": "all-linear", "rank": 8, "alpha": 16}
-    train = {"steps": 12, "batch_size": 16, "learning_rate": 0.001}
+    train = {"steps": 12, "batch_size": 8, "learning_rate": 0.001}
     plain = {**table, "model": model}
-    return private(plain, train=train, federation={"rounds": 4, "clients_per_round": 4}, privacy=privacy)
+    return private(plain, train=train, federation={"rounds": 3, "clients_per_round": 4}, privacy=privacy)
 
 
 def test_noise_hides_the_canaries_that_are_found_without_it(recipe_table: dict[str, Any]) -> None:
     loud = often(recipe_table, epsilon=1e15, noise_multiplier=1e-6)
     setup = prepare(loud)
-    found = audit(loud, setup, 40)
-    assert (found.canaries, found.guesses, found.rounds) == (160, 80, 4)
+    found = audit(loud, setup, 32)
+    assert (found.canaries, found.guesses, found.rounds) == (128, 64, 3)
     assert found.at_least > 0.3, found
-    quiet = audit(often(recipe_table, epsilon=1.0), setup, 40)
+    quiet = audit(often(recipe_table, epsilon=1.0), setup, 32)
     assert quiet.spent is not None
     assert quiet.at_least <= quiet.spent <= 1.0
     assert quiet.at_least < found.at_least

@@ -94,6 +94,8 @@ def test_what_was_opened_is_known_after_a_restart_and_a_cut_line_opened_nothing(
     with path.open("ab") as stream:
         stream.write(b'["run", [2, 0, 0], "cut')
     assert on_disk(path)("run", (2, 0, 0), None) is None
+    assert on_disk(path)("run", (2, 0, 0), "second") == "second"  # in a line of its own
+    assert on_disk(path)("run", (2, 0, 0), None) == "second"
     path.write_bytes(b"nonsense\n")
     with pytest.raises(InputError, match="cannot be read"):
         on_disk(path)("run", (1, 0, 0), None)

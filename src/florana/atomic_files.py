@@ -36,6 +36,24 @@ def replace_by(path: Path, write: Callable[[Path], None]) -> None:
     sync_folder(path.parent)
 
 
+def without_torn_line(path: Path) -> None:
+    """Take off a last line that a kill or a full disk left without its end: what it was to say was never said.
+
+    Lines that are only added, each flushed before anybody is told, would else be glued to it.
+
+    Args:
+        path: the file, which need not exist.
+    """
+    if not path.exists():
+        return
+    with path.open("r+b") as stream:
+        content = stream.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            stream.truncate(whole)
+            os.fsync(stream.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's own entries (renames) to the disk, where the system can."""
     if os.name == "nt":  # Windows opens no folders

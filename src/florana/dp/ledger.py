@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from florana.atomic_files import explained
+from florana.atomic_files import explained, sync_folder, without_torn_line
 from florana.dp.accounting import Budget, Mechanism, epsilon_of
 from florana.errors import InputError
 
@@ -59,13 +59,9 @@ class Ledger:
         """Make the file where there is none, and take off a line that a kill left half written: nothing left for it."""
         with explained(self.path.parent, "what is spent could not be written down, so nothing is trained"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-            with os.fdopen(handle, "r+b") as stream:
-                content = stream.read()
-                whole = content.rfind(b"\n") + 1
-                if whole < len(content):
-                    stream.truncate(whole)
-                os.fsync(stream.fileno())
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            without_torn_line(self.path)
+            sync_folder(self.path.parent)
 
     def add(self, charge: Charge) -> None:
         """Write a charge and flush it to the disk; one that is there stays one.

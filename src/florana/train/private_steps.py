@@ -82,7 +82,7 @@ def train_privately(
     """
     require_rows(examples)
     bench.model.train()
-    most, expected = settings.batch_size, rows_per_step(settings, len(examples))
+    most, expected = min(settings.batch_size, len(examples)), rows_per_step(settings, len(examples))
     streams = OwnStreams([seed + row for row in range(most)], bench.device)
     present = Present(torch.arange(most, device=bench.device), True, streams)
     own = Stack(bench, [adapter], trains, [blocks], present)  # what the optimizer moves

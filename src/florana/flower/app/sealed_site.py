@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 
-from florana.atomic_files import explained
+from florana.atomic_files import explained, without_torn_line
 from florana.errors import InputError, RecipeError
 from florana.federation.sealed_client import SealedClient, Spent
 from florana.recipe import schema as r
@@ -58,6 +58,7 @@ def on_disk(path: Path) -> Spent:
             return known.get(key)
         with explained(path.parent, "what was summed up could not be written down, so nothing is opened"):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            without_torn_line(path)
             handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             with os.fdopen(handle, "ab") as stream:
                 stream.write(json.dumps([run, which, session]).encode() + b"\n")

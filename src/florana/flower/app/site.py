@@ -62,6 +62,7 @@ class Site:
         uplink: how the site's own recipe says that updates are written.
         sealed: its part in secure sums, where its own recipe has them: it then sends nothing of an update but there.
         spent: epsilon of all that was released of its rows, where its own recipe has a budget.
+        charged: the kind of frame with which something is released.
     """
 
     who: str
@@ -72,6 +73,7 @@ class Site:
     uplink: Format = "float32"
     sealed: SealedClient | None = None
     spent: Callable[[], float] | None = None
+    charged: str = "train"
 
     def answer(self, frame: Frame) -> Frame:
         """The reply to one frame of the server. What goes wrong becomes a `failure` with its reason."""
@@ -156,9 +158,10 @@ def site_of(
             card = card.model_copy(update={"holds": Holds(train=None, test=0)})
         fit = clients.fit if private is None else private.fit
         spent: Callable[[], float] | None = None if private is None else functools.partial(private.spent, who)
+        charged = "train"
         if sealed is not None and sealed.hiding is not None:
-            spent = sealed.hiding.spent
-        return Site(who, fit, card, clients.first, folder, recipe.federation.uplink, sealed, spent)
+            spent, charged = sealed.hiding.spent, "sealed"
+        return Site(who, fit, card, clients.first, folder, recipe.federation.uplink, sealed, spent, charged)
 
 
 def starts_anywhere(strategy: Strategy) -> Strategy:

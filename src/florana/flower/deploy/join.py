@@ -109,7 +109,7 @@ def join(
             made = told(site, frame, keys / "kept" / "answer", say, end)
             why = str(made.fields.get("reason", ""))
             facts = {"reason": why} if why else {}
-            if site.spent is not None and frame.kind in ("train", "sealed"):
+            if site.spent is not None and frame.kind == site.charged:
                 facts |= {"epsilon": f"{site.spent():.4f}"}
             audit.add("answered", kind=made.kind, **facts, **size_and_digest(made.payload))
             return made
