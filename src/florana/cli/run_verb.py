@@ -53,6 +53,7 @@ def run(
     names = trackers(track)
     from florana.cli.display import Screen, figures_table, summary_table
     from florana.federation.journal import read_records
+    from florana.recipe.privacy_words import privacy_said, spent_in
     from florana.report.page import write_report
     from florana.report.views import rows_note, shown_figures, summary, views
     from florana.runs.prepared import prepare
@@ -90,6 +91,10 @@ def run(
         console.print(summary_table(rows, resolved.title or recipe.stem, console.width))
         if (more := figures_table(views([folder]))) is not None:
             console.print(more)
+        if resolved.privacy.unit is not None:
+            spent = spent_in([record.notes for record in read_records(folder / "rounds.jsonl")])
+            said = privacy_said(resolved.privacy.model_dump(), spent, simulated=True)
+            console.print(f"hidden: {said}", highlight=False, soft_wrap=True)
         console.print(
             f"run: {folder}\nadapter: {folder / 'adapter'}{_kept(resolved, folder)}\nreport: {report}",
             highlight=False,

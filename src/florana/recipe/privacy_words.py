@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ def privacy_said(privacy: Mapping[str, Any], spent: float | None, simulated: boo
     Examples:
         >>> own = {"unit": "examples", "epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "accountant": "pld"}
         >>> privacy_said(own, 7.9712, False)
-        'each training row, by noise at its client: epsilon = 8.01 was spent at most, delta = 1e-05, by privacy loss \
+        'each training row, by noise at its client: epsilon = 7.972 was spent at most, delta = 1e-05, by privacy loss \
 distributions; neighbours differ in one row, the number of rows is public, and other uses of the rows are not counted'
     """
     most = f"epsilon = {_up(spent)} was spent at most" if spent is not None else f"epsilon <= {privacy['epsilon']:g}"
@@ -68,6 +69,5 @@ distributions; neighbours differ in one row, the number of rows is public, and o
 
 
 def _up(value: float) -> str:
-    """Rounded up: what is said is never below what was spent."""
-    rounded = f"{value:.3g}"
-    return rounded if float(rounded) >= value else f"{value * 1.005:.3g}"
+    """Rounded up to three decimals: what is said is never below what was spent."""
+    return f"{math.ceil(value * 1000) / 1000:g}"
