@@ -46,7 +46,7 @@ def killed(table: dict[str, Any], folder: Path, step: int) -> int:
     return len(charges) - left
 
 
-@often(2, 50)
+@often(1, 50)
 def test_a_killed_site_never_counts_too_little(
     count: int, recipe_table: dict[str, Any], tmp_path: Path, tally: Tally
 ) -> None:
