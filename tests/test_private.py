@@ -414,7 +414,21 @@ def test_a_budget_that_cannot_be_had_is_said_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_pruning_and_personal_heads_go_with_noise(recipe_table: dict[str, Any], tmp_path: Path) -> None:
-    recipe = private(recipe_table, strategy={"name": "hetlora"}, model={"head": "personal", "client_ranks": [2, 1]})
+KINDS: dict[str, dict[str, Any]] = {
+    "pruning": {"strategy": {"name": "hetlora"}, "model": {"head": "personal", "client_ranks": [2, 1]}},
+    "blocks of cores": {
+        "strategy": {"name": "ravan", "heads": 3, "size": 2, "heads_per_client": 1}, "model": {"rank": 6},
+    },
+    "fixed factors": {"strategy": {"name": "fed-sb", "begin": "principal"}},
+    "a part in the base": {"strategy": {"name": "fedex-lora"}, "server": {"optimizer": "momentum"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_methods_of_every_kind_go_with_noise(kind: str, recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    """In scripts all nineteen were run once; these are the kinds of what is trained."""
+    recipe = private(recipe_table, **KINDS[kind], federation={"rounds": 2, "clients_per_round": 4})
     execute(recipe, tmp_path / "run")
-    assert len(read_records(tmp_path / "run" / "rounds.jsonl")) == 3
+    records = read_records(tmp_path / "run" / "rounds.jsonl")
+    assert len(records) == 2
+    assert 7.9 < float(str(records[-1].notes["epsilon"])) <= 8.0
