@@ -25,8 +25,9 @@ from pathlib import Path
 
 import tomli_w
 
+from florana.flower.deploy.authority import make_server
 from florana.flower.deploy.invitation import invite
-from florana.flower.deploy.keys import make_server, make_site
+from florana.flower.deploy.keys import make_site
 from florana.flower.deploy.roster import approve
 
 PROGRAM = [sys.executable, "-m", "florana"]

@@ -125,7 +125,7 @@ def lead_with_trainers(recipe_path: str, out: str, roster: str, sockets: str) ->
     from florana.flower.deploy.roster import read_roster
     from florana.recipe.load import read_recipe
 
-    keys = read_roster(Path(roster))
+    keys = read_roster(Path(roster)).keys
     nodes = {n + 1: (keys[name], trainer_at(Path(sockets) / name)) for n, name in enumerate(sorted(keys))}
     settings = Settings(out=out, resume=True, roster=roster, deadline=60, wait=5, base=False)
     lead(FakeGrid(nodes), read_recipe(Path(recipe_path)), settings, Path(out), lambda event: None)

@@ -21,9 +21,10 @@ from florana.flower.app.codec import brief_frame, read_brief, read_reply, reply_
 from florana.flower.app.flower_records import from_record, to_record
 from florana.flower.app.frames import Frame, from_head
 from florana.flower.app.settings import Settings, from_config, to_config
-from florana.flower.deploy.keys import Certificates, make_server, make_site, read_private
+from florana.flower.deploy.authority import make_server
+from florana.flower.deploy.keys import Certificates, make_site, read_private
 from florana.flower.deploy.live_roster import LiveRoster
-from florana.flower.deploy.roster import approve, read_roster, read_rows, revoke
+from florana.flower.deploy.roster import approve, read_roster, revoke
 from florana.recipe.load import check
 from florana.strategy.base import Pruning
 from tests.flower_fake import identify
@@ -37,9 +38,9 @@ def test_keys_are_private_and_carry_the_name(tmp_path: Path) -> None:
     assert read_private(tmp_path / "site") == ("hospital-a", private)
     files = make_server(tmp_path / "fed", ["fed.example.org", "10.0.0.7"])
     assert files.key.stat().st_mode & 0o077 == 0
-    assert approve(files, public) == "hospital-a"
-    assert list(read_roster(files.roster)) == ["hospital-a"]
-    assert approve(files, public) == "hospital-a", "approving twice changes nothing"
+    assert approve(files, public) == ("hospital-a", False)
+    assert list(read_roster(files.roster).keys) == ["hospital-a"]
+    assert approve(files, public) == ("hospital-a", False), "approving twice changes nothing"
 
 
 @pytest.mark.parametrize(
@@ -162,11 +163,11 @@ def test_a_site_is_revoked_and_its_name_is_free_for_a_new_key(tmp_path: Path) ->
     for name in ("a", "b"):
         approve(files, make_site(tmp_path / name, name)[1], 7)
     revoke(files, "a")
-    assert list(read_roster(files.roster)) == ["b"]
-    assert read_rows(files.roster) == {"b": 7}
+    assert list(read_roster(files.roster).keys) == ["b"]
+    assert read_roster(files.roster).rows == {"b": 7}
     with pytest.raises(RecipeError, match="'a' is not on the roster"):
         revoke(files, "a")
-    assert approve(files, make_site(tmp_path / "new", "a")[1]) == "a"
+    assert approve(files, make_site(tmp_path / "new", "a")[1]) == ("a", False)
 
 
 def test_a_server_lets_in_who_is_on_the_roster_now(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -174,8 +175,8 @@ def test_a_server_lets_in_who_is_on_the_roster_now(tmp_path: Path, caplog: pytes
     files = make_server(tmp_path / "fed", ["localhost"])
     for name in ("a", "b"):
         approve(files, make_site(tmp_path / name, name)[1])
-    began = read_roster(files.roster)
-    live = LiveRoster(files.roster, began)
+    began = read_roster(files.roster).keys
+    live = LiveRoster(files.roster, read_roster(files.roster))
     assert dict(live) == {key: name for name, key in began.items()}
     revoke(files, "a")
     assert dict(live) == {began["b"]: "b"}

@@ -25,8 +25,9 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
 from florana.flower.deploy import connections, gateway
+from florana.flower.deploy.authority import make_server
 from florana.flower.deploy.gateway import Door, Receive, Scope, Send, open_door
-from florana.flower.deploy.keys import Certificates, make_server, make_site, read_private
+from florana.flower.deploy.keys import Certificates, make_site, read_private
 from florana.flower.deploy.live_roster import LiveRoster
 from florana.flower.deploy.roster import approve, read_roster, revoke
 from tests.conftest import ROOT
@@ -75,7 +76,7 @@ class Place:
         key = load_ssh_private_key(read_private(folder / "a")[1].read_bytes(), None)
         assert isinstance(key, ec.EllipticCurvePrivateKey)
         self.key, self.stranger = key, ec.generate_private_key(ec.SECP384R1())
-        self.door = Door(self.inside, LIMIT, {pem: name for name, pem in read_roster(self.files.roster).items()})
+        self.door = Door(self.inside, LIMIT, {pem: name for name, pem in read_roster(self.files.roster).keys.items()})
 
     def connect(self) -> ssl.SSLSocket:
         context = ssl.create_default_context(cafile=str(self.files.authority))
@@ -289,7 +290,7 @@ from florana.flower.deploy.keys import Certificates
 from florana.flower.deploy.roster import read_roster
 folder, port = Path(sys.argv[1]), int(sys.argv[2])
 files = Certificates(folder)
-door = Door(Inside(), 2**28, {pem: name for name, pem in read_roster(files.roster).items()})
+door = Door(Inside(), 2**28, {pem: name for name, pem in read_roster(files.roster).keys.items()})
 opened = open_door(door, "127.0.0.1", port, files.certificate, files.key)
 print("open", flush=True)
 threading.Event().wait()

@@ -40,11 +40,12 @@ from florana.federation.messages import Failure
 from florana.flower.app.flower_engine import exchange
 from florana.flower.app.flower_records import from_record, to_record
 from florana.flower.app.frames import Frame
+from florana.flower.deploy.authority import make_server
 from florana.flower.deploy.fleet import Link, make_link
 from florana.flower.deploy.gateway import Door, open_door
 from florana.flower.deploy.invitation import Invitation
 from florana.flower.deploy.kept_update import remembered
-from florana.flower.deploy.keys import make_server, make_site, read_private
+from florana.flower.deploy.keys import make_site, read_private
 from florana.flower.deploy.node import attend
 from florana.flower.deploy.roster import approve, read_roster
 from tests.deployment import free_port, wait_for
@@ -70,7 +71,7 @@ class Place:
 
     @contextmanager
     def server(self, limit: int = 2**20) -> Iterator[Link]:
-        keys = read_roster(self.files.roster)
+        keys = read_roster(self.files.roster).keys
         link, fleet = make_link(keys)
         door = Door(fleet, limit, {key: client for client, key in keys.items()}, lambda: link.asked)
         opened = open_door(door, "127.0.0.1", self.port, self.files.certificate, self.files.key)
@@ -453,7 +454,7 @@ def test_nobody_asks_or_answers_in_anothers_name(place: Place) -> None:
 
 def test_nobody_speaks_for_the_run(place: Place) -> None:
     """There is no token for it, so it neither expires nor can anybody use one."""
-    link, app = make_link(read_roster(place.files.roster))
+    link, app = make_link(read_roster(place.files.roster).keys)
     state: Any = link.state
     assert (state.task_token_store, state.task_token_to_task_id) == ({}, {})
     (run,) = state.get_run_info(run_ids=[link.run])

@@ -25,9 +25,10 @@ from florana.flower.app.frames import Frame
 from florana.flower.app.settings import Settings
 from florana.flower.app.site import Site, site_of
 from florana.flower.app.site_card import digest
+from florana.flower.deploy.authority import make_server
 from florana.flower.deploy.invitation import Invitation, hosts_of, invite, read_invitation, site_recipe
 from florana.flower.deploy.join import join, told
-from florana.flower.deploy.keys import Certificates, make_server, make_site, read_certificate
+from florana.flower.deploy.keys import Certificates, make_site, read_certificate
 from florana.flower.deploy.roster import approve
 from florana.flower.deploy.serve import serve
 from florana.recipe.load import check

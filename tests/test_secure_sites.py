@@ -12,8 +12,9 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 from florana.errors import InputError, RecipeError
 from florana.flower.app.export import export
 from florana.flower.app.sealed_site import OPENED, on_disk
+from florana.flower.deploy.authority import make_server
 from florana.flower.deploy.invitation import invite, read_invitation
-from florana.flower.deploy.keys import make_server, make_site, read_private
+from florana.flower.deploy.keys import make_site, read_private
 from florana.flower.deploy.roster import approve, revoke
 from florana.flower.deploy.site_signatures import signer_of
 from florana.recipe.load import check

@@ -20,10 +20,11 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 from florana.errors import FederationError, InputError, RecipeError
 from florana.flower.app.settings import Settings
+from florana.flower.deploy.authority import make_server
 from florana.flower.deploy.fleet import make_link
 from florana.flower.deploy.gateway import Door, open_door, trusting
 from florana.flower.deploy.invitation import invite
-from florana.flower.deploy.keys import Certificates, make_server, make_site
+from florana.flower.deploy.keys import Certificates, make_site
 from florana.flower.deploy.roster import approve, read_roster
 from florana.flower.deploy.serve import check_certificates, serve
 from florana.recipe.load import read_recipe
@@ -61,7 +62,7 @@ def standing(tiny_bert: Path, sentences: Path, tmp_path_factory: pytest.TempPath
     approve(files, folder / "client-0" / "client-0.pub")
     invite(recipe, files, "127.0.0.1", port, folder / "invitation")
     limit = 100_000
-    keys = read_roster(files.roster)
+    keys = read_roster(files.roster).keys
     _, fleet = make_link(keys)
     opened = open_door(
         Door(fleet, limit, {key: client for client, key in keys.items()}),

@@ -33,7 +33,7 @@ from florana.flower.app.registration import Registration
 from florana.flower.app.settings import Settings, from_config
 from florana.flower.app.site import agreed, common_of, starts_anywhere
 from florana.flower.app.site_card import Common
-from florana.flower.deploy.roster import read_roster, read_rows
+from florana.flower.deploy.roster import read_roster
 from florana.lora.factors import Adapter
 from florana.recipe import schema as r
 from florana.runs.chosen_strategy import strategy_of
@@ -85,13 +85,14 @@ def _lead(
     grid: Nodes, recipe: r.Recipe, settings: Settings, folder: Path, show: Show, note: Note, named: int | None
 ) -> None:
     """`named`: the number of threads that the operator's recipe asks of everybody."""
-    keys = read_roster(Path(settings.roster)) if settings.roster else None
+    roster = read_roster(Path(settings.roster)) if settings.roster else None
+    keys = roster.keys if roster else None
     here = prepare(recipe, {} if recipe.partition.kind == "sites" else None) if settings.base else None
     run = _run_name(folder)
 
     def called(own: Common | None) -> Registration:
         everyone = agreed(recipe) | ({} if named is None else {"threads": named})
-        rows = _rows_before(folder) | (read_rows(Path(settings.roster)) if settings.roster else {})
+        rows = _rows_before(folder) | (roster.rows if roster else {})
         registration = Registration(grid, keys, everyone, own, settings.deadline, show, _computed(folder), rows)
         wanted = len(keys) if keys is not None else _simulated(grid, recipe)
         registration.wait(recipe.federation.min_clients, wanted, settings.wait)

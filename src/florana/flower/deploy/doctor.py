@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from florana.errors import FederationError, FloranaError
 from florana.flower.app.site import base_digest
 from florana.flower.deploy.invitation import Invitation
 from florana.flower.deploy.join import prepare_site
-from florana.flower.deploy.keys import Certificates, read_private
+from florana.flower.deploy.keys import Certificates, read_certificate, read_private
 from florana.flower.deploy.reachability import clock_difference
 from florana.flower.deploy.roster import read_roster
 from florana.flower.deploy.serve import check_certificates
@@ -29,6 +30,8 @@ from florana.runs.threads import instructions
 CLOCK_SECONDS = 60.0
 """Flower takes signatures that are at most 300 seconds old; a clock that is off by more than this will soon be."""
 SPARE_DISK = 2**30
+SOON = timedelta(days=30)
+"""A certificate that ends within this is to be renewed."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,15 @@ def at_server(
 
     def valid() -> str:
         check_certificates(files)
-        return "valid"
+        end = read_certificate(files.certificate).not_valid_after_utc
+        if end - datetime.now(UTC) < SOON:
+            raise FloranaError(
+                f"the server's is valid until {end:%Y-%m-%d}", fix=f"'florana flower renew {files.folder}'"
+            )
+        return f"the server's until {end:%Y-%m-%d}"
 
     def sites() -> str:
-        names = sorted(read_roster(files.roster))
+        names = sorted(read_roster(files.roster).keys)
         if len(names) < recipe.federation.min_clients:
             raise FloranaError(
                 f"{len(names)} approved, federation.min_clients is {recipe.federation.min_clients}",

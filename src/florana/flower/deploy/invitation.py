@@ -57,7 +57,7 @@ def invite(recipe: Path, files: Certificates, host: str, port: int, folder: Path
         InputError: there is no certificate, or it is not for that host.
     """
     privacy = read_recipe(recipe).privacy
-    roster = read_roster(files.roster) if privacy.secure_aggregation else {}
+    roster = read_roster(files.roster).keys if privacy.secure_aggregation else {}
     if privacy.secure_aggregation and len(roster) < privacy.min_clients:
         raise RecipeError(
             f"{len(roster)} sites are approved, and privacy.min_clients is {privacy.min_clients}",

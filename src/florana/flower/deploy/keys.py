@@ -1,18 +1,19 @@
-"""Certificates and keys: an authority and a server certificate at the operator, a key pair at each site.
+"""Key pairs of sites, and the names of an operator's files.
 
     FED/ca.crt ca.key server.crt server.key roster.json        SITE/<name>.key <name>.pub
 
 A site's private key is made at the site and never leaves it; the operator gets the .pub file. Node keys are EC P-384
-in OpenSSH's form, which is what Flower reads.
+in OpenSSH's form, which is what Flower reads. A key that takes an older one's place is signed by it:
+
+    ecdsa-sha2-nistp384 AAAA... hospital-a
+    signed-by-the-key-before MGUC...
 """
 
 from __future__ import annotations
 
-import datetime as dt
-import ipaddress
+import base64
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,16 +26,17 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
     PublicFormat,
-    load_pem_public_key,
     load_ssh_private_key,
     load_ssh_public_key,
 )
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from florana.atomic_files import replace_file
+from florana.bounded import read_bytes
 from florana.errors import InputError, RecipeError
 
-DAYS = 365
+BEFORE = "signed-by-the-key-before "
+"""How the second line of a .pub file begins, whose key takes another one's place."""
+PUBLIC_BYTES = 2**14
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -65,42 +67,21 @@ class Certificates:
         return self.folder / "roster.json"
 
 
-def make_server(folder: Path, hosts: Sequence[str], days: int = DAYS, now: dt.datetime | None = None) -> Certificates:
-    """An authority, and a certificate of it for `hosts` (names or addresses), valid on this machine too.
+@dataclass(frozen=True)
+class PublicKey:
+    """A site's .pub file.
 
-    Raises:
-        RecipeError: the folder has some already, or a host is neither a name nor an address.
+    Args:
+        name: the site's.
+        key: the key (PEM).
+        line: the file's first line: name and key.
+        before: of a key that takes another one's place, that one's signature of the line (base64); empty otherwise.
     """
-    files = Certificates(folder)
-    if files.authority.exists():
-        raise RecipeError(f"{files.authority} exists already", fix="name a new folder; certificates are never replaced")
-    names = [_alternative(host) for host in dict.fromkeys([*hosts, "localhost", "127.0.0.1"])]
-    begin = (now or dt.datetime.now(dt.UTC)) - dt.timedelta(minutes=5)  # clocks differ a little
-    end = begin + dt.timedelta(days=days)
-    ca_key, ca_name = ec.generate_private_key(ec.SECP384R1()), _name("florana federation authority")
-    ca = (
-        _certificate(ca_name, ca_name, ca_key.public_key(), begin, end)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(ca=True), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key()), critical=False)
-        .sign(ca_key, hashes.SHA384())
-    )
-    key = ec.generate_private_key(ec.SECP384R1())
-    server = (
-        _certificate(_name(hosts[0]), ca_name, key.public_key(), begin, end)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(ca=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
-        .sign(ca_key, hashes.SHA384())
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    for path, private in ((folder / "ca.key", ca_key), (files.key, key)):
-        _write_private(path, private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    replace_file(files.certificate, server.public_bytes(Encoding.PEM))
-    replace_file(files.authority, ca.public_bytes(Encoding.PEM))
-    return files
+
+    name: str
+    key: bytes
+    line: bytes
+    before: str = ""
 
 
 def make_site(folder: Path, name: str) -> tuple[Path, Path]:
@@ -115,31 +96,65 @@ def make_site(folder: Path, name: str) -> tuple[Path, Path]:
         )
     private, public = folder / f"{name}.key", folder / f"{name}.pub"
     if private.exists():
-        raise RecipeError(f"{private} exists already", fix="keys are never replaced: name another folder")
-    key = ec.generate_private_key(ec.SECP384R1())
+        raise RecipeError(
+            f"{private} exists already", fix="name another folder, or put a new key in its place with --rotate"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    _write_private(private, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-    text = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    replace_file(public, text + b" " + name.encode() + b"\n")
+    content, line = _pair(name)
+    write_private(private, content)
+    replace_file(public, line)
     return private, public
 
 
-def read_public(path: Path) -> tuple[str, bytes]:
-    """The name and the key (PEM) in a site's .pub file. Raises InputError."""
+def rotate_site(folder: Path, name: str) -> tuple[Path, Path]:
+    """A new key pair in the place of a site's own, signed by the key before, which is kept as `<name>.key-before`.
+
+    Args:
+        folder: the site's.
+        name: the site's.
+
+    Returns:
+        The new private key, and the public one.
+
+    Raises:
+        InputError: the site has no key of that name that can be read.
+        RecipeError: a key that was replaced is still there: its own replacement may not have been approved yet.
+    """
+    who, private = read_private(folder)
+    if who != name:
+        raise InputError(f"the site folder {folder} holds the key of '{who}'", fix=f"name '{who}', or another folder")
+    kept, public = folder / f"{name}.key-before", folder / f"{name}.pub"
+    if kept.exists():
+        raise RecipeError(
+            f"{kept} is still there",
+            why="the operator may know that key alone, and only it can sign the next one",
+            fix=f"once {public} is approved, remove {kept.name}; to go back, put it in {private.name}'s place",
+        )
+    old = load_ssh_private_key(private.read_bytes(), None)
+    assert isinstance(old, ec.EllipticCurvePrivateKey)
+    content, line = _pair(name)
+    proof = base64.b64encode(old.sign(line.strip(), ec.ECDSA(hashes.SHA384())))
+    fresh = folder / f".{name}.new"
+    fresh.unlink(missing_ok=True)
+    write_private(fresh, content)
+    kept.hardlink_to(private)
+    replace_file(public, line + BEFORE.encode() + proof + b"\n")
+    fresh.replace(private)
+    return private, public
+
+
+def read_public(path: Path) -> PublicKey:
+    """The name and the key in a site's .pub file. Raises InputError."""
     try:
-        text = path.read_bytes()
-        key = load_ssh_public_key(text)
-        name = text.split()[2].decode()
+        line, _, rest = read_bytes(path, PUBLIC_BYTES).strip().partition(b"\n")
+        key = load_ssh_public_key(line)
+        name, second = line.split()[2].decode(), rest.decode("ascii").strip()
     except (OSError, ValueError, IndexError, UnsupportedAlgorithm) as error:
         raise InputError(f"{path} is no public key of a site", why=str(error), fix=_MAKE) from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not _NAME.fullmatch(name):
         raise InputError(f"{path} is no public key of a site", why="not an EC key with a name", fix=_MAKE)
-    return name, key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-
-
-def openssh(pem: bytes) -> bytes:
-    """A public key of the roster as Flower's own command takes it."""
-    return load_pem_public_key(pem).public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n"
+    pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    return PublicKey(name, pem, line.strip(), second.removeprefix(BEFORE) if second.startswith(BEFORE) else "")
 
 
 def read_private(folder: Path) -> tuple[str, Path]:
@@ -172,53 +187,18 @@ def read_certificate(path: Path) -> x509.Certificate:
         raise InputError(f"{path} is no certificate", why=str(error)) from None
 
 
-_MAKE = "make one with 'florana flower keys NAME --out FOLDER'"
-
-
-def _alternative(host: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        pass
-    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", host):
-        raise RecipeError(f"'{host}' is neither the name nor the address of a host", fix="for example fed.example.org")
-    return x509.DNSName(host)
-
-
-def _name(common: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common[:64])])
-
-
-def _certificate(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, begin: dt.datetime, end: dt.datetime
-) -> x509.CertificateBuilder:
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(begin)
-        .not_valid_after(end)
-    )
-
-
-def _usage(*, ca: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not ca,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=ca,
-        crl_sign=ca,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    """Never readable by others, not even for a moment."""
+def write_private(path: Path, content: bytes) -> None:
+    """Write a new file that others can never read, not even for a moment."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as stream:
         stream.write(content)
+
+
+_MAKE = "make one with 'florana flower keys NAME --out FOLDER'"
+
+
+def _pair(name: str) -> tuple[bytes, bytes]:
+    """A new private key, and the line of its public one."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    text = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()), text + b" " + name.encode() + b"\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -57,8 +58,9 @@ def serve(
         RecipeError: the folder belongs to another run, or the strategy needs what the server does not have.
     """
     check_folder(recipe, folder, resume)
-    approved = read_roster(files.roster)
     check_certificates(files)
+    roster = read_roster(files.roster)
+    approved = roster.keys
     if len(approved) < recipe.federation.min_clients:
         raise RecipeError(
             f"{len(approved)} sites are approved, and federation.min_clients is {recipe.federation.min_clients}",
@@ -74,7 +76,7 @@ def serve(
     )
     with held(work / "guard", taken), logged_to(work / "link.log"):
         link, fleet = make_link(approved)
-        door = Door(fleet, limit, LiveRoster(files.roster, approved), lambda: link.asked)
+        door = Door(fleet, limit, LiveRoster(files.roster, roster), lambda: link.asked)
         inside = open_door(door, host, port, files.certificate, files.key)
         try:
             with explained(folder, "the run folder could not be made"):
@@ -82,7 +84,7 @@ def serve(
             with locked(folder):
                 opened(inside)
                 audit, asked = AuditLog(files.folder / NAME), digest_of(recipe.to_toml().encode())
-                audit.add("serving", run=folder.name, recipe=asked, sites=sorted(approved))
+                audit.add("serving", run=folder.name, recipe=asked, sites=sorted(approved), roster=roster.number)
                 told = noted(folder, audit.shown(show))
                 if resume and not (folder / "rounds.jsonl").exists():
                     told(
@@ -105,11 +107,18 @@ def check_certificates(files: Certificates) -> None:
             f"{files.folder} holds no server certificate",
             fix=f"make it with 'florana flower keys --server HOST --out {files.folder}'",
         )
-    for path in (files.authority, files.certificate):
+    renewed = f"'florana flower renew {files.folder}'"
+    for path, fix in ((files.authority, "make a new federation and new invitations"), (files.certificate, renewed)):
         certificate, now = read_certificate(path), datetime.now(UTC)
         if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
             raise InputError(
                 f"{path} is valid from {certificate.not_valid_before_utc} to {certificate.not_valid_after_utc}",
                 why=f"it is {now:%Y-%m-%d %H:%M} UTC",
-                fix="set the clock right, or make new certificates and invitations",
+                fix=f"set the clock right, or {fix}",
             )
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(files.certificate, files.key)
+    except (OSError, ValueError) as error:  # an ssl.SSLError is an OSError
+        raise InputError(
+            f"{files.key} is not the key of {files.certificate}", why=str(error), fix=f"make both anew: {renewed}"
+        ) from None

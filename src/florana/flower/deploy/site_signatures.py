@@ -28,7 +28,7 @@ def signer_of(invitation: Invitation, who: str, key: Path) -> Signer:
     Raises:
         InputError: the invitation has no roster, or not this site's own key on it.
     """
-    roster = read_roster(invitation.folder / ROSTER)
+    roster = read_roster(invitation.folder / ROSTER).keys
     private = load_ssh_private_key(key.read_bytes(), None)
     assert isinstance(private, ec.EllipticCurvePrivateKey)
     publics = {name: load_pem_public_key(pem) for name, pem in roster.items()}
