@@ -32,6 +32,9 @@ from florana.train.own_streams import OwnStreams
 from florana.train.pruning import penalty_of
 from florana.train.stacked import Present, Stack
 
+AT_ONCE = 32
+"""Rows of one pass, of about one length: a batch of MiniLM's in one pass of its longest row took four times as long."""
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -82,7 +85,7 @@ def train_privately(
     """
     require_rows(examples)
     bench.model.train()
-    most, expected = min(settings.batch_size, len(examples)), rows_per_step(settings, len(examples))
+    most, expected = min(settings.batch_size, len(examples), AT_ONCE), rows_per_step(settings, len(examples))
     streams = OwnStreams([seed + row for row in range(most)], bench.device)
     present = Present(torch.arange(most, device=bench.device), True, streams)
     own = Stack(bench, [adapter], trains, [blocks], present)  # what the optimizer moves
@@ -125,7 +128,8 @@ def train_privately(
 def clipped_sums(
     bench: Workbench, stack: Stack, present: Present, taken: Sequence[Example], settings: Train, clip: float
 ) -> list[Tensor]:
-    """sum_i g_i min(1, C / || g_i ||) of each trained tensor; arguments as in `clipped_rows`."""
+    """sum_i g_i min(1, C / || g_i ||) of each trained tensor, short rows first; arguments as in `clipped_rows`."""
+    taken = sorted(taken, key=lambda row: len(row.ids))  # a pass is as wide as its longest row
     totals = [torch.zeros_like(parameter[0]) for parameter in stack.trainable]
     for piece in clipped_rows(bench, stack, present, taken, settings, clip):
         for total, rows in zip(totals, piece, strict=True):
