@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,6 +20,9 @@ from florana.flower.app.frames import Frame
 from florana.flower.app.server_app import lead
 from florana.flower.app.settings import Settings
 from florana.flower.app.site import Site, site_of
+from florana.flower.deploy.authority import make_server
+from florana.flower.deploy.keys import Certificates
+from florana.flower.deploy.roster import Roster, write_roster
 from florana.recipe.schema import Recipe
 from florana.runs.prepared import prepare
 from tests.flower_grid import FakeGrid
@@ -43,9 +44,11 @@ def grid_of(members: Mapping[str, Site], **named: Any) -> FakeGrid:
 
 
 def roster_of(members: Mapping[str, Site], folder: Path) -> str:
-    entries = {name: {"key": base64.b64encode(name.encode()).decode()} for name in members}
-    (folder / "roster.json").write_text(json.dumps({"clients": entries}))
-    return str(folder / "roster.json")
+    files = Certificates(folder / "fed")
+    if not files.authority.exists():
+        make_server(files.folder, ["localhost"])
+    write_roster(files, Roster({name: name.encode() for name in members}))
+    return str(files.roster)
 
 
 def led(recipe: Recipe, grid: FakeGrid, roster: str, out: Path, **named: Any) -> list[Event]:

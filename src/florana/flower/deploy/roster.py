@@ -69,7 +69,7 @@ def approve(
     counts = roster.rows | ({} if rows is None else {given.name: rows})
     after = replace(roster, keys=roster.keys | {given.name: given.key}, rows=counts)
     if after != roster or not files.roster.exists():
-        _write(files, after, authority)
+        write_roster(files, after, authority)
     return given.name, rotated
 
 
@@ -90,7 +90,7 @@ def revoke(files: Certificates, name: str, authority: AuthorityKey | None = None
         fix = nearest(name, roster.keys) if roster.keys else ""
         raise RecipeError(f"'{name}' is not on the roster {files.roster}", fix=fix)
     keys = {client: key for client, key in roster.keys.items() if client != name}
-    _write(files, replace(roster, keys=keys), authority)
+    write_roster(files, replace(roster, keys=keys), authority)
 
 
 def read_roster(path: Path) -> Roster:
@@ -130,7 +130,17 @@ def _require_follows(given: PublicKey, before: bytes, public: Path) -> None:
         )
 
 
-def _write(files: Certificates, roster: Roster, authority: AuthorityKey | None) -> None:
+def write_roster(files: Certificates, roster: Roster, authority: AuthorityKey | None = None) -> None:
+    """Write the roster, with the next number and the authority's signature.
+
+    Args:
+        files: the operator's folder.
+        roster: who is approved.
+        authority: the authority's key; None for `ca.key` in the folder.
+
+    Raises:
+        InputError: the authority's key cannot be had.
+    """
     key = (authority or own_key(files)).read(files.authority)
     after = replace(roster, number=roster.number + 1)
     content = {**_content(after), "signature": sign(key, _signed(after))}
