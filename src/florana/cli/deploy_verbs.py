@@ -109,6 +109,12 @@ def join(
     class_counts: Annotated[
         bool, typer.Option("--class-counts", help="Tell the server how many rows of each class are here.")
     ] = False,
+    trainings_a_day: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="How often to train within 24 hours at most.; ten times the recipe's rounds without it."
+        ),
+    ] = None,
     assign: Assign = None,
 ) -> None:
     """Take part with this site's data until the run has ended; the data stay here, and the final adapter comes here.
@@ -124,7 +130,15 @@ def join(
     recipe = site_recipe(read, base, test, assign or [])
     done = _end_on_signal()
     take_part(
-        recipe, read, site, data, done=done, stay=stay, counts=class_counts, say=lambda text: say(displayable(text))
+        recipe,
+        read,
+        site,
+        data,
+        done=done,
+        stay=stay,
+        counts=class_counts,
+        most=trainings_a_day,
+        say=lambda text: say(displayable(text)),
     )
 
 

@@ -63,6 +63,7 @@ class Site:
         sealed: its part in secure sums, where its own recipe has them: it then sends nothing of an update but there.
         spent: epsilon of all that was released of its rows, where its own recipe has a budget.
         charged: the kind of frame with which something is released.
+        rounds: how many a run has by the site's own recipe; 0 for any number.
     """
 
     who: str
@@ -74,6 +75,7 @@ class Site:
     sealed: SealedClient | None = None
     spent: Callable[[], float] | None = None
     charged: str = "train"
+    rounds: int = 0
 
     def answer(self, frame: Frame) -> Frame:
         """The reply to one frame of the server. What goes wrong becomes a `failure` with its reason."""
@@ -98,6 +100,8 @@ class Site:
             return failure_frame(f"is '{self.who}', but was asked as '{brief.client[:80]}'")
         if frame.fields.get("card") != digest(self.card):  # it was started anew since, with something else
             return Frame("changed")
+        if self.rounds and not 1 <= brief.round <= self.rounds:
+            return failure_frame(f"is asked for round {brief.round}; by its own recipe a run has {self.rounds}")
         if brief.sealed != (self.sealed is not None):
             asked, own = ("sealed", "open") if brief.sealed else ("open", "sealed")
             return failure_frame(f"is asked for an update that is {asked}; by its own recipe they are {own}")
@@ -156,12 +160,13 @@ def site_of(
         sealed = sealed_at(recipe, signer, len(setup.clients[who].train), folder)
         if sealed is not None:  # not even its rows are told
             card = card.model_copy(update={"holds": Holds(train=None, test=0)})
+        rounds = recipe.federation.rounds
         fit = clients.fit if private is None else private.fit
         spent: Callable[[], float] | None = None if private is None else functools.partial(private.spent, who)
         charged = "train"
         if sealed is not None and sealed.hiding is not None:
             spent, charged = sealed.hiding.spent, "sealed"
-        return Site(who, fit, card, clients.first, folder, recipe.federation.uplink, sealed, spent, charged)
+        return Site(who, fit, card, clients.first, folder, recipe.federation.uplink, sealed, spent, charged, rounds)
 
 
 def starts_anywhere(strategy: Strategy) -> Strategy:

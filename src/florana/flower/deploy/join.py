@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from florana.atomic_files import explained
@@ -22,6 +23,7 @@ from florana.flower.deploy.invitation import Invitation
 from florana.flower.deploy.kept_update import remembered
 from florana.flower.deploy.keys import read_private
 from florana.flower.deploy.node import attend
+from florana.flower.deploy.quota import RUNS, Quota, limited
 from florana.flower.deploy.site_signatures import signer_of
 from florana.recipe import schema as r
 from florana.recipe.usage import usage_of
@@ -56,6 +58,7 @@ def join(
     done: threading.Event,
     stay: bool = False,
     counts: bool = False,
+    most: int | None = None,
     say: Callable[[str], None] = lambda text: None,
     step: Callable[[str], None] = lambda client: None,
 ) -> None:
@@ -69,6 +72,7 @@ def join(
         done: set by whoever wants to leave.
         stay: go on waiting after a run has ended, for the next one.
         counts: tell the server how many rows of each class there are here, and not only how many.
+        most: trainings within 24 hours; None for ten times the recipe's rounds.
         say: told of what happens.
         step: told of every optimizer step.
 
@@ -87,6 +91,8 @@ def join(
         setup = prepare_site(recipe, who, data)
         signer = signer_of(invitation, who, key) if recipe.privacy.secure_aggregation else None
         site = site_of(recipe, setup, who, keys / "kept", step, counts, signer)
+        quota = Quota(keys / "kept" / "trained.json", most or RUNS * recipe.federation.rounds)
+        site = replace(site, fit=limited(site.fit, quota))
         say(f"{who}: {site.card.introduced(None)}; connecting to {invitation.address}")
 
         def end(frame: Frame) -> Frame:

@@ -1,0 +1,80 @@
+"""What a server may ask of a site in a day, and in a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from florana.errors import FederationError, InputError
+from florana.federation.messages import Brief, pack
+from florana.flower.app.codec import brief_frame
+from florana.flower.app.site_card import digest
+from florana.flower.deploy.quota import DAY, Quota, limited
+from florana.recipe.load import check
+from tests.flower_sites import sites
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+@given(st.lists(st.floats(0, DAY), max_size=30), st.integers(1, 5))
+def test_no_window_of_a_day_has_more_trainings_than_may_be(
+    tmp_path_factory: pytest.TempPathFactory, pauses: list[float], most: int
+) -> None:
+    now, taken = 1e9, []
+    quota = Quota(tmp_path_factory.mktemp("q") / "kept" / "trained.json", most, lambda: now)
+    quota.path.parent.mkdir()
+    for pause in pauses:
+        now += pause
+        if sum(then > now - DAY for then in taken) < most:
+            quota.take()
+            taken.append(now)
+        else:
+            with pytest.raises(FederationError, match=f"its own limit is {most}"):
+                quota.take()
+    for end in taken:
+        assert sum(end - DAY < then <= end for then in taken) <= most
+
+
+def test_a_count_outlives_the_program_and_a_damaged_one_is_not_guessed(tmp_path: Path) -> None:
+    path = tmp_path / "trained.json"
+    Quota(path, 1, lambda: 5.0).take()
+    with pytest.raises(FederationError, match="has trained 1 times within 24 hours"):
+        Quota(path, 1, lambda: 6.0).take()
+    assert json.loads(path.read_text()) == [5.0]
+    for rubbish in ("[", '["x"]', "{}{}", "7"):
+        path.write_text(rubbish)
+        with pytest.raises(InputError, match="cannot be read"):
+            Quota(path, 9, lambda: 6.0).take()
+
+
+def test_a_server_that_asks_too_often_or_beyond_the_run_gets_no_training(
+    recipe_table: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe_table["federation"] = {"rounds": 2}
+    site = next(iter(sites(check(recipe_table, "t"), tmp_path / "kept").values()))
+    trained: list[int] = []
+
+    def fit(brief: Brief, memory: Any) -> Any:
+        trained.append(brief.round)
+        return site.fit(brief, memory)
+
+    held = replace(site, fit=limited(fit, Quota(tmp_path / "trained.json", 3)))
+    brief = Brief(1, site.who, 0, pack(site.start), False, ["A", "B"], ["A", "B"], site.start.scalings)
+
+    def ask(round_: int, run: str) -> str:
+        frame = brief_frame(replace(brief, round=round_), run, "nonce", digest(site.card))
+        answer = held.answer(frame)
+        return "" if answer.kind == "reply" else str(answer.fields["reason"])
+
+    assert [ask(1, "a"), ask(2, "a")] == ["", ""]
+    for beyond in (0, 3, -1, 10**9):
+        assert "by its own recipe a run has 2" in ask(beyond, "a")
+    assert ask(1, "made-up") == ""
+    assert "its own limit is 3" in ask(1, "another")
+    assert trained == [1, 2, 1]
