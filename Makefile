@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: setup demo test check format lint types docs sbom lock chaos bench clean help
 
@@ -25,7 +25,7 @@ demo: setup  ## train four strategies on real text, offline, and write a report
 	$(BIN)/florana demo --out demo-runs --replace
 
 test: setup  ## all tests, the import rule among them
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: format lint types docs sbom test  ## formatting, lint, types, the documentation site, the bill of materials, and all tests
 

@@ -10,16 +10,6 @@ from dataclasses import dataclass
 
 import datasets
 import numpy as np
-from flwr_datasets.partitioner import (
-    DirichletPartitioner,
-    ExponentialPartitioner,
-    IidPartitioner,
-    LinearPartitioner,
-    NaturalIdPartitioner,
-    Partitioner,
-    PathologicalPartitioner,
-    SquarePartitioner,
-)
 
 from florana.errors import InputError
 from florana.federation.sampling import derive
@@ -56,6 +46,8 @@ def deal(
         holders = list(table[SITE])
         owned = {client: [row for row, holder in enumerate(holders) if holder == client] for client in set(holders)}
         return {client: _share(owned[client], settings, client, seed) for client in sorted(owned)}
+    from florana.train.data.partitioners import partitioner_of  # brings a library for plots; a site needs neither
+
     keys = datasets.Dataset.from_dict({"row": list(range(len(table)))})
     by = settings.by or label
     if settings.kind in ("dirichlet", "pathological", "column"):
@@ -72,7 +64,7 @@ def deal(
         bins[order] = np.arange(len(order)) * settings.clients // len(order)
         keys = keys.add_column("key", [f"{value:06d}" for value in bins])
     keys = keys.shuffle(seed=derive(seed, "deal") % 2**32)  # some partitioners cut in the order they find
-    partitioner = _partitioner(settings, derive(seed, "partition") % 2**31)
+    partitioner = partitioner_of(settings, derive(seed, "partition") % 2**31)
     partitioner.dataset = keys
     try:
         with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():  # a bar over a loop of milliseconds
@@ -135,37 +127,3 @@ def _share(rows: list[int], settings: r.Partition, client: str, seed: int) -> Sh
         train=tuple(sorted(int(row) for row in order[own_test:])),
         test=tuple(sorted(int(row) for row in order[:own_test])),
     )
-
-
-def _partitioner(settings: r.Partition, seed: int) -> Partitioner:
-    clients = settings.clients or 1
-    match settings.kind:
-        case "iid":
-            return IidPartitioner(num_partitions=clients)
-        case "dirichlet":
-            return DirichletPartitioner(
-                num_partitions=clients,
-                partition_by="key",
-                alpha=settings.alpha,
-                min_partition_size=settings.smallest,
-                self_balancing=False,
-                shuffle=True,
-                seed=seed,
-            )
-        case "pathological":
-            return PathologicalPartitioner(
-                num_partitions=clients,
-                partition_by="key",
-                num_classes_per_partition=settings.classes,
-                class_assignment_mode="deterministic",
-                shuffle=True,
-                seed=seed,
-            )
-        case "column" | "length":
-            return NaturalIdPartitioner(partition_by="key")
-        case "linear":
-            return LinearPartitioner(num_partitions=clients)
-        case "square":
-            return SquarePartitioner(num_partitions=clients)
-        case "exponential":
-            return ExponentialPartitioner(num_partitions=clients)
