@@ -184,6 +184,15 @@ def test_a_sites_new_key_takes_the_place_of_the_one_that_signed_it(tmp_path: Pat
     assert approve(files, public) == ("a", True)
 
 
+def test_a_key_of_another_name_is_not_put_in_a_sites_place(tmp_path: Path) -> None:
+    private, public = make_site(tmp_path, "a")
+    before = private.read_bytes(), public.read_bytes()
+    with pytest.raises(InputError, match="holds the key of 'a'"):
+        rotate_site(tmp_path, "b")
+    assert (private.read_bytes(), public.read_bytes()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.key", "a.pub"]
+
+
 def _stranger(folder: Path) -> Path:
     return make_site(folder / "stranger", "a")[1]
 
