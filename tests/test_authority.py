@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from typer.testing import CliRunner
 
 from florana.cli.main import app
@@ -17,7 +19,7 @@ from florana.errors import FloranaError, InputError, RecipeError
 from florana.flower.deploy.audit_log import read_log
 from florana.flower.deploy.authority import AuthorityKey, make_server, own_key, renew
 from florana.flower.deploy.invitation import hosts_of
-from florana.flower.deploy.keys import Certificates, make_site, read_certificate, read_private, rotate_site
+from florana.flower.deploy.keys import Certificates, make_site, read_certificate, read_private, read_public, rotate_site
 from florana.flower.deploy.live_roster import LiveRoster
 from florana.flower.deploy.roster import approve, read_roster, revoke
 from florana.flower.deploy.serve import check_certificates
@@ -191,6 +193,26 @@ def test_a_key_of_another_name_is_not_put_in_a_sites_place(tmp_path: Path) -> No
         rotate_site(tmp_path, "b")
     assert (private.read_bytes(), public.read_bytes()) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.key", "a.pub"]
+
+
+def test_keys_of_another_kind_or_with_another_sort_of_name_are_none(tmp_path: Path) -> None:
+    """Flower signs with elliptic curves alone, and a name goes into paths."""
+    other = ed25519.Ed25519PrivateKey.generate()
+    public = tmp_path / "a.pub"
+    openssh = other.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    public.write_bytes(openssh + b" a\n")
+    with pytest.raises(InputError, match="is no public key of a site"):
+        read_public(public)
+    true = make_site(tmp_path / "site", "a")[1].read_bytes()
+    for name in (b" ../b\n", b" a/b\n", b" .a\n", b" " + b"a" * 65 + b"\n", b"\n", b" \xff\n"):
+        public.write_bytes(true.replace(b" a\n", name))
+        with pytest.raises(InputError, match="is no public key of a site"):
+            read_public(public)
+    private = tmp_path / "a.key"
+    private.write_bytes(other.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    private.chmod(0o600)
+    with pytest.raises(InputError, match="is no private key of a site"):
+        read_private(tmp_path)
 
 
 def _stranger(folder: Path) -> Path:
