@@ -26,37 +26,37 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SEALED = "test_secure test_sealed test_secure_sites"
-SITES = "test_flower test_flower_roll test_flower_rounds test_farewell test_flower_faults"
-LINK = "test_flower_gateway test_flower_link test_flower_serve"
+SEALED = "test_sealed test_secure test_secure_sites"
+KEYS = "test_authority test_flower"
 # file -> the tests that must notice, the likeliest first
 FILES = {
-    "federation/gate.py": "test_loop test_wire test_partial test_heads test_sums test_weighing test_methods",
-    "federation/gather.py": "test_loop test_sums test_limits",
+    "federation/gate.py": "test_loop test_sums",
+    "federation/gather.py": "test_sums test_limits",
     "federation/sealed_client.py": SEALED,
     "federation/sealed_sums.py": SEALED,
     "federation/sealed_question.py": SEALED,
     "secure/member.py": SEALED,
     "secure/opening.py": SEALED,
     "secure/wire.py": SEALED,
-    "flower/app/codec.py": f"{SITES} test_secure_sites",
-    "flower/app/registration.py": SITES,
-    "flower/app/flower_engine.py": SITES,
-    "flower/app/site.py": f"{SITES} test_secure_sites test_sealed",
-    "flower/app/sealed_site.py": SEALED,
-    "flower/app/frames.py": SITES,
-    "flower/app/flower_records.py": f"{SITES} test_flower_arrays",
-    "flower/deploy/gateway.py": LINK,
-    "flower/deploy/fleet.py": LINK,
-    "flower/deploy/signature.py": LINK,
-    "flower/deploy/node.py": LINK,
-    "flower/deploy/live_roster.py": "test_authority test_flower",
-    "flower/deploy/roster.py": "test_authority test_flower",
-    "flower/deploy/authority.py": "test_authority test_flower test_flower_serve",
-    "flower/deploy/keys.py": "test_authority test_flower test_flower_serve",
-    "flower/deploy/site_signatures.py": SEALED,
+    "flower/app/codec.py": "test_flower test_flower_rounds",
+    "flower/app/registration.py": "test_flower_roll",
+    "flower/app/flower_engine.py": "test_flower_rounds test_flower_roll",
+    "flower/app/site.py": "test_quota test_farewell test_flower_rounds test_secure_sites",
+    "flower/app/sealed_site.py": "test_secure_sites",
+    "flower/app/frames.py": "test_flower",
+    "flower/app/flower_records.py": "test_flower test_flower_arrays",
+    "flower/deploy/gateway.py": "test_flower_gateway test_flower_link",
+    "flower/deploy/fleet.py": "test_flower_link",
+    "flower/deploy/signature.py": "test_flower_gateway",
+    "flower/deploy/node.py": "test_flower_link test_flower_gateway",
+    "flower/deploy/quota.py": "test_quota",
+    "flower/deploy/live_roster.py": KEYS,
+    "flower/deploy/roster.py": KEYS,
+    "flower/deploy/authority.py": KEYS,
+    "flower/deploy/keys.py": KEYS,
+    "flower/deploy/site_signatures.py": "test_secure_sites",
     "train/private_clients.py": "test_private",
-    "bounded.py": "test_bombs test_recipe",
+    "bounded.py": "test_bombs",
 }
 
 BROUGHT = [
