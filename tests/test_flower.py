@@ -15,9 +15,18 @@ from flwr.app import Context, Message, MessageType, RecordDict
 
 from florana.errors import FloranaError, InputError, RecipeError
 from florana.federation.client_state import keep, recall
-from florana.federation.messages import Brief, Failure, Reply
+from florana.federation.messages import Brief, Failure, Reply, Step
 from florana.flower.app.client_app import app
-from florana.flower.app.codec import brief_frame, read_brief, read_reply, reply_frame
+from florana.flower.app.codec import (
+    brief_frame,
+    failure_frame,
+    read_brief,
+    read_reply,
+    read_sealed,
+    reply_frame,
+    sealed_frame,
+    step_in,
+)
 from florana.flower.app.flower_records import from_record, to_record
 from florana.flower.app.frames import Frame, from_head
 from florana.flower.app.settings import Settings, from_config, to_config
@@ -26,6 +35,7 @@ from florana.flower.deploy.keys import Certificates, make_site, read_private
 from florana.flower.deploy.live_roster import LiveRoster
 from florana.flower.deploy.roster import approve, read_roster, revoke
 from florana.recipe.load import check
+from florana.secure.session_keys import Refused
 from florana.strategy.base import Pruning
 from tests.flower_fake import identify
 
@@ -135,6 +145,46 @@ def test_a_reply_that_is_none_becomes_a_failure(change: dict[str, Any], says: st
     answer = read_reply(Frame(change.get("kind", frame.kind), fields, frame.payload), "b", "word")
     assert isinstance(answer, Failure)
     assert says in answer.reason
+
+
+@pytest.mark.parametrize(
+    ("frame", "says", "spent"),
+    [
+        (failure_frame("no disk"), "no disk", False),
+        (failure_frame("no budget", spent=True), "no budget", True),
+        (Frame("failure", {"reason": "x" * 2000, "spent": "yes"}), "x" * 1000, False),
+        (Frame("failure"), "failed without a reason", False),
+        (Frame("changed"), "is not as it was at registration", False),
+    ],
+    ids=["failure", "spent", "long", "bare", "changed"],
+)
+@pytest.mark.parametrize("read", [read_reply, read_sealed])
+def test_a_client_that_could_not_answer_is_told_with_its_reason(
+    read: Callable[..., Any], frame: Frame, says: str, spent: bool
+) -> None:
+    answer = read(frame, "b", "word")
+    assert isinstance(answer, Failure)
+    assert (answer.client, answer.spent) == ("b", spent)
+    assert answer.reason.startswith(says)
+    assert len(answer.reason) <= 1000
+
+
+def test_an_answer_to_a_step_of_a_secure_sum_is_one_to_just_this_step() -> None:
+    step = Step({"keys": "k"}, b"tensors")
+    assert read_sealed(sealed_frame(step, "run", "word"), "b", "word") == step
+    for frame, says in (
+        (sealed_frame(step, "run", "old"), "another step"),
+        (Frame("sealed", {"nonce": "word"}, b""), "another step"),
+        (Frame("sealed", {"nonce": "word", "step": [1]}, b""), "another step"),
+        (reply_frame(REPLY, "word"), "unasked"),
+        (Frame("hello", {"nonce": "word"}), "kind 'hello'"),
+    ):
+        answer = read_sealed(frame, "b", "word")
+        assert isinstance(answer, Failure)
+        assert says in answer.reason
+    for fields in ({}, {"step": "shares"}, {"step": None}):
+        with pytest.raises(Refused, match="a step of a secure sum that is none"):
+            step_in(Frame("sealed", fields))
 
 
 def test_what_a_client_keeps_is_found_by_run_and_round(tmp_path: Path) -> None:
