@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from florana.errors import FederationError, InputError
+from florana.errors import FederationError, InputError, RecipeError
 from florana.federation.messages import Brief, pack
 from florana.flower.app.codec import brief_frame
+from florana.flower.app.site import site_of
 from florana.flower.app.site_card import digest
 from florana.flower.deploy.quota import DAY, Quota, limited
 from florana.recipe.load import check
+from florana.runs.prepared import prepare
 from tests.flower_sites import sites
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -78,3 +80,19 @@ def test_a_server_that_asks_too_often_or_beyond_the_run_gets_no_training(
     assert ask(1, "made-up") == ""
     assert "its own limit is 3" in ask(1, "another")
     assert trained == [1, 2, 1]
+
+
+def test_a_request_for_what_a_site_no_longer_is_trains_nothing(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    """The card is what it said of itself at registration: with another one it has been started anew."""
+    site = next(iter(sites(check(recipe_table, "t"), tmp_path / "kept").values()))
+    trained: list[int] = []
+    held = replace(site, fit=lambda brief, memory: trained.append(brief.round))
+    brief = Brief(1, site.who, 0, pack(site.start), False, ["A", "B"], ["A", "B"], site.start.scalings)
+    assert held.answer(brief_frame(brief, "run", "nonce", "of another")).kind == "changed"
+    assert trained == []
+
+
+def test_a_site_is_one_of_its_own_data(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe = check(recipe_table, "t")
+    with pytest.raises(RecipeError, match="there is no client 'nobody'"):
+        site_of(recipe, prepare(recipe), "nobody", tmp_path)
