@@ -9,7 +9,6 @@ So who may approve sites (has the authority's key) and who may run the server (h
 
 from __future__ import annotations
 
-import base64
 import datetime as dt
 import ipaddress
 import re
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -39,7 +38,6 @@ DAYS = 365
 """How long a server's certificate is valid."""
 AUTHORITY_DAYS = 3650
 """How long an authority is: server certificates are renewed below it, and invitations stay as they are."""
-_HOW = ec.ECDSA(hashes.SHA384())
 
 
 @dataclass(frozen=True)
@@ -163,22 +161,6 @@ def renew(
     before = read_certificate(files.certificate).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     more = [_alternative(host) for host in also]
     return _certify(files, key, own, list(dict.fromkeys([*before, *more])), begin, days)
-
-
-def sign(key: ec.EllipticCurvePrivateKey, content: bytes) -> str:
-    """The key's signature of some bytes, ECDSA with SHA-384, in base64."""
-    return base64.b64encode(key.sign(content, _HOW)).decode()
-
-
-def signed_by(public: object, content: bytes, signature: object) -> bool:
-    """Whether `signature` (base64) is one of these bytes by the key `public`."""
-    if not isinstance(public, ec.EllipticCurvePublicKey) or not isinstance(signature, str):
-        return False
-    try:
-        public.verify(base64.b64decode(signature, validate=True), content, _HOW)
-    except (InvalidSignature, ValueError):
-        return False
-    return True
 
 
 def _certify(

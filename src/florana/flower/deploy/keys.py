@@ -19,7 +19,6 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -33,6 +32,7 @@ from cryptography.hazmat.primitives.serialization import (
 from florana.atomic_files import replace_file
 from florana.bounded import read_bytes
 from florana.errors import InputError, RecipeError
+from florana.flower.deploy.signing import sign
 
 BEFORE = "signed-by-the-key-before "
 """How the second line of a .pub file begins, whose key takes another one's place."""
@@ -75,13 +75,13 @@ class PublicKey:
         name: the site's.
         key: the key (PEM).
         line: the file's first line: name and key.
-        before: of a key that takes another one's place, that one's signature of the line (base64); empty otherwise.
+        before: of a key that takes another one's place, that one's signature of the line; empty otherwise.
     """
 
     name: str
     key: bytes
     line: bytes
-    before: str = ""
+    before: bytes = b""
 
 
 def make_site(folder: Path, name: str) -> tuple[Path, Path]:
@@ -133,7 +133,7 @@ def rotate_site(folder: Path, name: str) -> tuple[Path, Path]:
     old = load_ssh_private_key(private.read_bytes(), None)
     assert isinstance(old, ec.EllipticCurvePrivateKey)
     content, line = _pair(name)
-    proof = base64.b64encode(old.sign(line.strip(), ec.ECDSA(hashes.SHA384())))
+    proof = base64.b64encode(sign(old, line.strip()))
     fresh = folder / f".{name}.new"
     fresh.unlink(missing_ok=True)
     write_private(fresh, content)
@@ -149,12 +149,13 @@ def read_public(path: Path) -> PublicKey:
         line, _, rest = read_bytes(path, PUBLIC_BYTES).strip().partition(b"\n")
         key = load_ssh_public_key(line)
         name, second = line.split()[2].decode(), rest.decode("ascii").strip()
+        before = base64.b64decode(second.removeprefix(BEFORE), validate=True) if second.startswith(BEFORE) else b""
     except (OSError, ValueError, IndexError, UnsupportedAlgorithm) as error:
         raise InputError(f"{path} is no public key of a site", why=str(error), fix=_MAKE) from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not _NAME.fullmatch(name):
         raise InputError(f"{path} is no public key of a site", why="not an EC key with a name", fix=_MAKE)
     pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    return PublicKey(name, pem, line.strip(), second.removeprefix(BEFORE) if second.startswith(BEFORE) else "")
+    return PublicKey(name, pem, line.strip(), before)
 
 
 def read_private(folder: Path) -> tuple[str, Path]:

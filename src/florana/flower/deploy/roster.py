@@ -19,8 +19,9 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from florana.atomic_files import replace_file
 from florana.bounded import read_json
 from florana.errors import InputError, RecipeError, nearest
-from florana.flower.deploy.authority import AuthorityKey, own_key, sign, signed_by
+from florana.flower.deploy.authority import AuthorityKey, own_key
 from florana.flower.deploy.keys import Certificates, PublicKey, read_certificate, read_public
+from florana.flower.deploy.signing import sign, signed_by
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,11 @@ def read_roster(path: Path) -> Roster:
         keys = {str(client): base64.b64decode(entry["key"]) for client, entry in clients.items()}
         rows = {str(client): int(entry["rows"]) for client, entry in clients.items() if "rows" in entry}
         roster = Roster(keys, rows, int(content.get("number", 0)))
+        signature = base64.b64decode(str(content.get("signature", "")), validate=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"the roster {path} cannot be read", why=f"{type(error).__name__}: {error}") from None
     authority = path.with_name("ca.crt")
-    if not signed_by(read_certificate(authority).public_key(), _signed(roster), content.get("signature")):
+    if not signed_by(read_certificate(authority).public_key(), _signed(roster), signature):
         raise InputError(
             f"the roster {path} is not signed by the authority {authority}",
             why="it was changed without the authority's key, or is of a florana before signed rosters",
@@ -143,7 +145,7 @@ def write_roster(files: Certificates, roster: Roster, authority: AuthorityKey | 
     """
     key = (authority or own_key(files)).read(files.authority)
     after = replace(roster, number=roster.number + 1)
-    content = {**_content(after), "signature": sign(key, _signed(after))}
+    content = {**_content(after), "signature": base64.b64encode(sign(key, _signed(after))).decode()}
     replace_file(files.roster, (json.dumps(content, indent=1) + "\n").encode())
 
 

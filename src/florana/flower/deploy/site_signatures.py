@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key, load_ssh_private_key
 
 from florana.errors import InputError
 from florana.flower.deploy.invitation import ROSTER, Invitation
 from florana.flower.deploy.roster import read_roster
+from florana.flower.deploy.signing import sign, signed_by
 from florana.secure.identities import Signer
-
-_HOW = ec.ECDSA(hashes.SHA384())
 
 
 def signer_of(invitation: Invitation, who: str, key: Path) -> Signer:
@@ -41,13 +38,6 @@ def signer_of(invitation: Invitation, who: str, key: Path) -> Signer:
         )
 
     def verify(name: str, content: bytes, signature: bytes) -> bool:
-        public = publics.get(name)
-        if not isinstance(public, ec.EllipticCurvePublicKey):
-            return False
-        try:
-            public.verify(signature, content, _HOW)
-        except InvalidSignature:
-            return False
-        return True
+        return signed_by(publics.get(name), content, signature)
 
-    return Signer(who, lambda content: private.sign(content, _HOW), verify)
+    return Signer(who, lambda content: sign(private, content), verify)
