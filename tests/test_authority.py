@@ -23,6 +23,7 @@ from florana.flower.deploy.keys import Certificates, make_site, read_certificate
 from florana.flower.deploy.live_roster import LiveRoster
 from florana.flower.deploy.roster import approve, read_roster, revoke
 from florana.flower.deploy.serve import check_certificates
+from florana.recipe.load import check
 
 WORDS = b"correct horse"
 
@@ -295,3 +296,18 @@ def test_the_commands_of_an_operator_whose_authority_is_apart(tmp_path: Path, mo
     assert "for the operator" in refused("keys b --out b --passphrase-file words")
     assert "is for a site's key" in refused("keys x --server --out y --rotate")
     assert own_key(Certificates(Path("fed"))).path == Path("fed/ca.key")
+
+
+def test_the_doctor_says_a_month_before_that_a_certificate_comes_to_its_end(
+    recipe_table: dict[str, Any], tmp_path: Path
+) -> None:
+    from florana.flower.deploy.doctor import at_server
+
+    def found(days: int) -> tuple[bool, str]:
+        files = make_server(tmp_path / str(days), ["x"], days=days)
+        findings = at_server(check(recipe_table, "t"), files, tmp_path, "127.0.0.1", 0, base=False)
+        finding = next(finding for finding in findings if finding.what == "certificates")
+        return finding.fine, finding.fix
+
+    assert found(32)[0]
+    assert found(29) == (False, f"'florana flower renew {tmp_path / '29'}'")
