@@ -171,7 +171,7 @@ def test_without_noise_and_clip_it_is_plain_training(recipe_table: dict[str, Any
     adapter = started(setup.bench, 1)
     noise, trains = Noise(1e9, 0.0, bytes(32)), ("A", "B", "extra")
     setup.bench.load(adapter)
-    own = train_privately(setup.bench, adapter, rows, settings, trains, noise, 0, place=(2, 3))
+    own = train_privately(setup.bench, adapter, rows, settings, trains, noise, place=(2, 3))
     plain = alone(setup.bench, Member(adapter, rows, 0), settings, trains)
     for name, tensor in plain.items():
         assert float((own[name] - tensor).abs().max()) < 1e-9, name
@@ -186,13 +186,31 @@ def test_noise_is_as_wide_as_said_and_falls_on_all_that_is_trained(recipe_table:
     for key in range(40):
         setup.bench.load(adapter)
         noise = Noise(1e-3, 2000.0, key.to_bytes(32, "big"))
-        own = train_privately(setup.bench, adapter, rows, settings, ("A", "B", "extra"), noise, 0)
+        own = train_privately(setup.bench, adapter, rows, settings, ("A", "B", "extra"), noise)
         before = adapter.tensors()
         moved.append(torch.cat([(own[name] - before[name]).flatten() for name in sorted(before)]))
     drawn = torch.stack(moved).double().numpy() * 5 / 2.0  # L = 5, sigma C = 2
     assert stats.kstest(drawn.ravel()[:20000], "norm").pvalue > 1e-3
     assert np.abs(drawn.std(0).mean() - 1) < 0.02
     assert np.abs(np.corrcoef(drawn[:20])[np.triu_indices(20, 1)]).max() < 5 / math.sqrt(drawn.shape[1])
+
+
+def test_dropout_comes_from_the_secret_key(recipe_table: dict[str, Any]) -> None:
+    """Every row in each step and no noise: what differs is which numbers were dropped, row by row."""
+    setup = prepare(made(recipe_table))
+    rows, adapter = setup.clients["client-0"].bins, setup.bench.adapter()
+    settings = Train(steps=1, batch_size=len(rows), optimizer="sgd", momentum=0.0, learning_rate=1.0)
+
+    def moved(key: int) -> torch.Tensor:
+        setup.bench.load(adapter)
+        noise = Noise(1e9, 0.0, key.to_bytes(32, "big"))
+        own = train_privately(setup.bench, adapter, rows, settings, ("A", "B", "extra"), noise)
+        return torch.cat([own[name].flatten() for name in sorted(own)])
+
+    assert torch.equal(moved(1), moved(1))
+    assert not torch.allclose(moved(1), moved(2))
+    without_dropout(setup.bench)
+    assert torch.equal(moved(1), moved(2))
 
 
 def test_rows_are_sampled_each_on_its_own() -> None:

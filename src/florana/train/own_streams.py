@@ -42,7 +42,7 @@ class OwnStreams(TorchFunctionMode):
         """Whether anything was drawn yet."""
 
     def of(self, clients: Sequence[int]) -> None:
-        """Whose rows the next batch holds, in their order and of each equally many."""
+        """Whose rows the next batch holds, in their order and of each equally many; of one alone, drawn at once."""
         self._here = list(clients)
 
     @contextlib.contextmanager
@@ -61,8 +61,8 @@ class OwnStreams(TorchFunctionMode):
         if func not in PLACES or not _rate(func, args, kwargs):
             return func(*args, **kwargs)
         self.drawn = True
-        if self._alone is not None:
-            return self._from(self._alone, func, args, kwargs)
+        if self._alone is not None or len(set(self._here)) == 1:
+            return self._from(self._here[0] if self._alone is None else self._alone, func, args, kwargs)
         first = args[0] if args else kwargs["input" if func is not ATTENTION else "query"]
         rows, count = len(first), len(self._here)
 

@@ -91,7 +91,6 @@ class PrivateClients:
                 self.clients.train,
                 brief.trains,
                 Noise(self.clip, once.noise_multiplier, release.key),
-                brief.seed,
                 blocks=brief.blocks,
                 pruning=brief.pruning,
                 stepped=lambda: self.clients.step(brief.client),

@@ -6,7 +6,8 @@ with g_i the gradient of one row's own loss in all that is trained, and L the ex
 the schedule, `max_grad_norm` and terms that look at no row come after: they cost nothing.
 
 Each row is one client of a cohort (`train.stacked`): its factors are an own copy, so that one backward pass gives every
-row's gradient.
+row's gradient. Dropout comes from the secret key too: which row gets which mask depends on the rows beside it, so
+whoever knew the masks would learn more than the noise allows for.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Noise:
     Args:
         clip: C, above 0.
         multiplier: sigma; 0 adds none, and hides nothing.
-        key: 32 bytes, from which rows are sampled and noise is drawn: secret, and new for each training.
+        key: 32 bytes, from which rows are sampled, dropout and noise are drawn: secret, and new for each training.
     """
 
     clip: float
@@ -58,7 +59,6 @@ def train_privately(
     settings: Train,
     trains: Collection[str],
     noise: Noise,
-    seed: int,
     *,
     blocks: Collection[int] | None = None,
     pruning: Pruning | None = None,
@@ -74,7 +74,6 @@ def train_privately(
         settings: the recipe's section; a step takes `batch_size` rows at once, and as many steps as anywhere.
         trains: the kinds of tensors that are trained.
         noise: how rows are hidden.
-        seed: of dropout.
         blocks: of its cores those that it trains; None for all.
         pruning: the permission to prune, if any.
         stepped: called after each optimizer step.
@@ -86,14 +85,15 @@ def train_privately(
     require_rows(examples)
     bench.model.train()
     most, expected = min(settings.batch_size, len(examples), AT_ONCE), rows_per_step(settings, len(examples))
-    streams = OwnStreams([seed + row for row in range(most)], bench.device)
+    draws = Draws(noise.key)
+    streams = OwnStreams([draws.seed()], bench.device)
     present = Present(torch.arange(most, device=bench.device), True, streams)
     own = Stack(bench, [adapter], trains, [blocks], present)  # what the optimizer moves
     rows = Stack(bench, [adapter] * most, trains, [blocks] * most, present)
     parameters = own.trainable
     optimizer = optimizer_of(settings, parameters, own.second)
     rates = [group["lr"] for group in optimizer.param_groups]
-    steps, draws = steps_per_round(settings, len(examples)), Draws(noise.key)
+    steps = steps_per_round(settings, len(examples))
     factor = curve(settings, steps, *place)
     terms = [penalty_of(own.factors(0), pruning)] if pruning is not None else []
     if settings.proximal_mu:
@@ -159,7 +159,7 @@ def clipped_rows(
         piece = taken[start : start + most]
         present.clients = torch.arange(len(piece), device=bench.device)
         present.all = len(piece) == most
-        present.streams.of(range(len(piece)))
+        present.streams.of([0] * len(piece))
         for parameter in parameters:
             parameter.grad = None
         losses(bench, [([row], 1.0) for row in piece], settings)[1].sum().backward()  # type: ignore[no-untyped-call]
