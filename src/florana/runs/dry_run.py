@@ -24,6 +24,9 @@ from florana.train.client import steps_per_round, train_locally
 from florana.train.evaluate import evaluate
 from florana.train.generate import cut_prompts, generate
 
+SLOW = 5.0
+"""Seconds of a first step, or of a batch's first token, beyond which it is not measured again."""
+
 
 @dataclass(frozen=True)
 class Writing:
@@ -102,16 +105,23 @@ class Plan:
 
 
 def plan(recipe: r.Recipe, setup: Setup, *, timed_steps: int = 3) -> Plan:
-    """Measure a few steps of the largest client and one batch of scoring; the adapter is put back as it was."""
+    """Measure a few steps of the largest client and one batch of scoring; the adapter is put back as it was.
+
+    Where a first step takes long, as a GPU's recipe does on processors, it is the measurement.
+    """
     rows = {client: len(data.train) for client, data in setup.clients.items()}
     per_round = recipe.federation.clients_per_round or len(rows)
     largest = setup.clients[max(rows, key=lambda client: (rows[client], client))].bins
-    once = recipe.train.model_copy(update={"steps": 1, "epochs": None})
-    train_locally(setup.bench, largest, once, 0, lambda: None)  # warm-up: allocations, kernels
-    few = recipe.train.model_copy(update={"steps": timed_steps, "epochs": None})
-    started = time.perf_counter()
-    train_locally(setup.bench, largest, few, 0, lambda: None)
-    per_step = (time.perf_counter() - started) / timed_steps
+
+    def timed(steps: int) -> float:
+        few = recipe.train.model_copy(update={"steps": steps, "epochs": None})
+        started = time.perf_counter()
+        train_locally(setup.bench, largest, few, 0, lambda: None)
+        return (time.perf_counter() - started) / steps
+
+    per_step = timed(1)  # warm-up: allocations, kernels
+    if per_step < SLOW:
+        per_step = timed(timed_steps)
     sample = setup.common[: recipe.evaluate.batch_size]
     started = time.perf_counter()
     evaluate(setup.bench, sample, recipe.evaluate.batch_size)
@@ -177,8 +187,11 @@ def _writing(recipe: r.Recipe, setup: Setup, measured: int = 4) -> Writing | Non
         )
         return time.perf_counter() - started
 
-    timed(1)  # warm-up
-    first = timed(1)
+    first = timed(1)  # warm-up
+    if first < SLOW:
+        first = timed(1)
+    else:
+        measured = 1
     per_token = max(0.0, timed(1 + measured) - first) / measured if own.max_new_tokens > measured else first
     batches = -(-len(benchmark.prompts) * own.samples // own.batch_size)
     return Writing(
