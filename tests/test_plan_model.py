@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoModel
 
 from florana.errors import InputError, RecipeError
 from florana.federation.messages import pack
-from florana.lora.factors import Adapter, LoraFactors
+from florana.lora.factors import Adapter, Contribution, LoraFactors
 from florana.runs.cost_model import FULL, plan_model
 from florana.strategy import STRATEGIES
 from florana.train.shapes import PRESETS, shapes_of
@@ -65,7 +66,9 @@ def test_the_counts_are_those_of_packed_messages(name: str, tiny_bert: Path) -> 
     assert shapes.parameters == sum(p.numel() for p in model.parameters())
     if name == "ravan":  # its default heads do not fit this model
         return
-    (line, _) = plan_model("m", shapes.modules, shapes.parameters, rank=2, clients=3, methods=[name]).lines
+    (line, _) = plan_model(
+        "m", shapes.modules, shapes.parameters, rank=2, clients=3, methods={name: {"name": name}}
+    ).lines
     start = Adapter({n: LoraFactors(torch.zeros(o, 2), torch.randn(2, i), 1.0) for n, (o, i) in shapes.modules.items()})
     payload = STRATEGIES[name]().brief(STRATEGIES[name]().init(start), "c")
     if (sums := STRATEGIES[name]().sums) is not None:
@@ -82,12 +85,46 @@ def test_the_counts_are_those_of_packed_messages(name: str, tiny_bert: Path) -> 
     assert line.down_late >= line.down
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"name": "best-rank", "broadcast_rank": 4},
+        {"name": "best-rank", "broadcast_rank": 9},
+        {"name": "fedex-lora", "residual_rank": 3},
+        {"name": "flora", "residual_rank": 5},
+        {"name": "frlora", "residual_rank": 3},
+    ],
+    ids=lambda table: "-".join(map(str, table.values())),
+)
+def test_options_are_counted(table: dict[str, Any]) -> None:
+    """What is really broadcast in round 2 has as many numbers; nothing is allowed for that the option keeps back."""
+    shapes = {"q": (12, 10), "v": (14, 11)}
+    (line, _) = plan_model("m", shapes, 32, rank=2, clients=3, methods={"it": table}).lines
+    strategy = STRATEGIES[table["name"]](**{key: value for key, value in table.items() if key != "name"})
+    torch.manual_seed(0)
+
+    def pair(out: int, into: int) -> LoraFactors:
+        return LoraFactors(torch.randn(out, 2), torch.randn(2, into), 1.0)
+
+    state = strategy.init(Adapter({name: pair(*shape) for name, shape in shapes.items()}))
+    parts = [
+        Contribution(c, Adapter({name: pair(*shape) for name, shape in shapes.items()}), 1 / 3, state.residual)
+        for c in "abc"
+    ]
+    payload = strategy.brief(strategy.step(state, parts).state, "a")
+    sent = sum(t.numel() for t in load(pack(payload.adapter, payload.work.down, payload.residual)).values())
+    assert line.down == sent
+    assert line.down_late >= line.down
+
+
 def test_what_is_wrong_is_named() -> None:
     shapes = {"q": (8, 4)}
     for options, message in (
         ({"rank": 5}, "above the smaller side of module 'q', 4"),
         ({"rank": 0}, "must be at least 1"),
-        ({"rank": 2, "methods": ["fedt"]}, "no strategy 'fedt'"),
+        ({"rank": 2, "methods": {"fedt": {"name": "fedt"}}}, "no strategy 'fedt'"),
+        ({"rank": 2, "methods": {"x": {"name": "best-rank", "skech": 3}}}, "unknown key 'strategy.skech'"),
+        ({"rank": 2, "methods": {"ravan": {"name": "ravan"}}}, "ravan: its rank 64 is above"),
     ):
         with pytest.raises(RecipeError, match=message):
             plan_model("m", shapes, 32, clients=2, **options)  # type: ignore[arg-type]

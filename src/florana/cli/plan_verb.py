@@ -19,7 +19,7 @@ def plan(
     task: Annotated[
         str | None, typer.Option(help="sequence-classification or causal-lm. Default: the first that the model has.")
     ] = None,
-    methods: Annotated[str | None, typer.Option(help="Like fedit,flora-na. Default: all.")] = None,
+    methods: Annotated[str | None, typer.Option(help=r"Like fedit,best-rank\[source=sums]. Default: all.")] = None,
     base_bits: Annotated[int, typer.Option(help="Bits per parameter of the frozen base: 32, 16, 8, 4.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
 ) -> None:
@@ -27,9 +27,18 @@ def plan(
 
     Example: florana plan llama-2-7b --rank 16 --clients 10
     """
+    from florana.errors import RecipeError
     from florana.runs.cost_model import plan_model
+    from florana.study.named_methods import method_of, split_methods
     from florana.train.shapes import shapes_of
 
+    asked = [method_of(text) for text in split_methods(methods or "")]
+    for method in asked:
+        if method.settings:
+            raise RecipeError(
+                f"--methods {method.label}: {', '.join(method.settings)} is of a recipe, and is not counted here",
+                fix="name the method with options of its own alone; florana run --dry-run counts a whole recipe",
+            )
     shapes = shapes_of(model, _words(targets), task)
     result = plan_model(
         shapes.model,
@@ -37,7 +46,7 @@ def plan(
         shapes.parameters,
         rank=rank,
         clients=clients,
-        methods=_words(methods),
+        methods={method.label: method.strategy for method in asked},
         base_bits=base_bits,
     )
     from florana.cli.console import console_of

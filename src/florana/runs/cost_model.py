@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from florana.errors import RecipeError
-from florana.other_names import method_hint
-from florana.strategy import STRATEGIES
+from florana.recipe.strategy_options import check_strategy
+from florana.strategy import STRATEGIES, builder
 from florana.strategy.base import Strategy
 from florana.strategy.facts import Size
 
@@ -70,7 +70,7 @@ def plan_model(
     *,
     rank: int,
     clients: int,
-    methods: Sequence[str] = (),
+    methods: Mapping[str, Mapping[str, Any]] = {},
     base_bits: int = 16,
 ) -> ModelPlan:
     """Count for every method, full fine-tuning as the last line.
@@ -81,27 +81,35 @@ def plan_model(
         parameters: how many parameters the base model has.
         rank: r of the LoRA factors.
         clients: clients per round.
-        methods: names; all where empty.
+        methods: label -> a recipe's [strategy]: its name, and options beside it; every method where empty.
         base_bits: bits per parameter of the frozen base.
 
     Raises:
-        RecipeError: an unknown method, a rank above a module's sides, or senseless numbers.
+        RecipeError: an unknown method or option, a rank above a module's sides, or senseless numbers.
     """
-    names = list(methods) or list(STRATEGIES)
-    for name in names:
-        if name not in STRATEGIES:
-            raise RecipeError(f"there is no strategy '{name}'", fix=method_hint(name, STRATEGIES))
+    strategies = {label: _built(label, table) for label, table in methods.items()}
+    strategies = strategies or {name: build() for name, build in STRATEGIES.items()}
     if rank < 1 or clients < 1:
         raise RecipeError(f"--rank {rank} and --clients {clients} must be at least 1")
     narrow = min((min(shape), name) for name, shape in shapes.items())
     if rank > narrow[0]:
         raise RecipeError(f"--rank {rank} is above the smaller side of module '{narrow[1]}', {narrow[0]}")
+    for label in methods:
+        if (own := strategies[label].facts.shape(rank)[0]) > narrow[0]:
+            raise RecipeError(f"{label}: its rank {own} is above the smaller side of module '{narrow[1]}', {narrow[0]}")
     base = parameters * base_bits // 8
     fedit = 2 * sum(rank * (out + into) for out, into in shapes.values())
-    lines = [_line(name, STRATEGIES[name](), shapes, rank, clients, base, fedit) for name in names]
+    lines = [_line(label, one, shapes, rank, clients, base, fedit) for label, one in strategies.items()]
     full = Line(FULL, parameters, parameters, parameters, ADAM * FLOAT * parameters, (clients + 1) * FLOAT * parameters,
                 2 * parameters / fedit)  # fmt: skip
     return ModelPlan(model, parameters, len(shapes), rank, clients, base, [*lines, full])
+
+
+def _built(label: str, table: Mapping[str, Any]) -> Strategy:
+    check_strategy(table, f"--methods {label}")
+    build = builder(table["name"])
+    assert build is not None
+    return build(**{key: value for key, value in table.items() if key != "name"})
 
 
 def _line(

@@ -51,6 +51,7 @@ WIDE = replace(
     exact="the optimum of rank r + k",
     base="a frozen part beside the LoRA factors, new in every round",
     mixed_ranks="the best adapter of its own rank; the components beyond it frozen beside it",
+    residual=lambda clients, rank, rounds: (clients * rounds - 1) * rank,
 )
 FACTORIZATIONS: dict[str, Factorization] = {"balanced": balanced, "orthonormal": orthonormal, "aligned": aligned}
 _MEMORY = "kept/"
@@ -87,8 +88,15 @@ def build(
         return _from_sums(step, sketch)
     if sketch is not None:
         raise RecipeError("strategy.sketch is of strategy.source = 'sums'", fix="set the source, or leave it out")
-    made_of, cut = (FACTS, best_terms) if wide is None else (WIDE, best_and_rest)
+    made_of, cut = (FACTS, best_terms) if wide is None else (_widened(broadcast_rank), best_and_rest)
     return Strategy("best-rank", "Eckart-Young 1936; arXiv 2402.11505", made_of, start, broadcast, step, cut=cut)
+
+
+def _widened(terms: int | None) -> facts.Facts:
+    """What a broadcast of so many terms is; None: of as many as an error or a budget allows."""
+    if terms is None:
+        return WIDE
+    return replace(WIDE, residual=lambda clients, rank, rounds: max(0, min(terms, clients * rounds * rank) - rank))
 
 
 def _from_sums(step: _Step, sketch: int | None) -> Strategy:

@@ -7,7 +7,7 @@ them against the messages really sent.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -132,3 +132,16 @@ class Facts:
     one_model: bool = True
     optimizer: tuple[Literal["products", "factors"], ...] = ()
     aims_at_sum: bool = False
+
+
+def bounded(facts: Facts, most: int | None) -> Facts:
+    """The same, with at most so many singular components in the frozen part; as it is where None.
+
+    Args:
+        facts: of a method that sends a frozen part.
+        most: what an option bounds it to.
+    """
+    whole = facts.residual
+    if most is None:
+        return facts
+    return replace(facts, residual=lambda clients, rank, rounds: min(most, whole(clients, rank, rounds)))

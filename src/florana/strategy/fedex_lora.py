@@ -39,7 +39,8 @@ def build(residual_rank: int | None = None) -> Strategy:
         residual_rank: the most components of the remainder that are kept; all of them where not given.
     """
     check_residual_rank(residual_rank)
-    return Strategy("fedex-lora", "arXiv 2410.09432", FACTS, start, broadcast, _Step(residual_rank))
+    made_of = facts.bounded(FACTS, residual_rank)
+    return Strategy("fedex-lora", "arXiv 2410.09432", made_of, start, broadcast, _Step(residual_rank))
 
 
 @dataclass(frozen=True)

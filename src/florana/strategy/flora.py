@@ -52,7 +52,8 @@ def build(residual_rank: int | None = None) -> Strategy:
         residual_rank: the most components of the residual that are kept; all of them where not given.
     """
     check_residual_rank(residual_rank)
-    return Strategy("flora", "arXiv 2409.05976", FACTS, _init, sending(WORK), _Step(residual_rank), cut=first_terms)
+    made_of = facts.bounded(FACTS, residual_rank)
+    return Strategy("flora", "arXiv 2409.05976", made_of, _init, sending(WORK), _Step(residual_rank), cut=first_terms)
 
 
 def _init(adapter: Adapter) -> State:

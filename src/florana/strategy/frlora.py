@@ -41,7 +41,8 @@ def build(residual_rank: int | None = None) -> Strategy:
         residual_rank: the most components of the residual that are kept; all of them where not given.
     """
     check_residual_rank(residual_rank)
-    return Strategy("frlora", "ICLR 2025", FACTS, _init, sending(WORK), _Step(residual_rank), begin="principal")
+    made_of = facts.bounded(FACTS, residual_rank)
+    return Strategy("frlora", "ICLR 2025", made_of, _init, sending(WORK), _Step(residual_rank), begin="principal")
 
 
 def _init(adapter: Adapter) -> State:

@@ -101,6 +101,9 @@ rounds = 5
 
 [strategy]
 name = "best-rank"    # the nearest adapter of that rank; docs: which method?
+
+# [server]
+# optimizer = "momentum"    # sooner where it was measured, and not always safer; docs: what the server does
 """
 
 
