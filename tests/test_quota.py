@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from florana.errors import FederationError, InputError, RecipeError
 from florana.federation.messages import Brief, pack
 from florana.flower.app.codec import brief_frame
+from florana.flower.app.frames import Frame
 from florana.flower.app.site import site_of
 from florana.flower.app.site_card import digest
 from florana.flower.deploy.quota import DAY, Quota, limited
@@ -96,3 +98,41 @@ def test_a_site_is_one_of_its_own_data(recipe_table: dict[str, Any], tmp_path: P
     recipe = check(recipe_table, "t")
     with pytest.raises(RecipeError, match="there is no client 'nobody'"):
         site_of(recipe, prepare(recipe), "nobody", tmp_path)
+
+
+def test_a_start_from_all_clients_gradients_is_refused_at_a_site(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe_table["strategy"] = {"name": "fed-sb", "begin": "gradient"}
+    recipe_table["model"]["rank"] = 4
+    recipe = check(recipe_table, "t")
+    with pytest.raises(RecipeError, match="in a simulation of one process only"):
+        site_of(recipe, prepare(recipe), "client-0", tmp_path)
+
+
+def test_a_request_that_its_own_recipe_does_not_have_trains_nothing(
+    recipe_table: dict[str, Any], tmp_path: Path
+) -> None:
+    """As another site, sealed where updates are open, in another format, with a memory that no format asks for."""
+    site = next(iter(sites(check(recipe_table, "t"), tmp_path / "kept").values()))
+    trained: list[int] = []
+    held = replace(site, fit=lambda brief, memory: trained.append(brief.round))
+    brief = Brief(1, site.who, 0, pack(site.start), False, ["A", "B"], ["A", "B"], site.start.scalings)
+    for change, reason in (
+        ({"client": "another"}, f"is '{site.who}', but was asked as 'another'"),
+        ({"sealed": True}, "an update that is sealed; by its own recipe they are open"),
+        ({"uplink": "int8"}, "asked to answer in int8; its own recipe says float32"),
+        ({"feedback": True}, "asked to answer in float32; its own recipe says float32"),
+    ):
+        answer = held.answer(brief_frame(replace(brief, **change), "run", "nonce", digest(site.card)))
+        assert (answer.kind, reason in answer.fields["reason"]) == ("failure", True), answer.fields
+    assert trained == []
+
+
+def test_a_step_of_a_secure_sum_is_answered_by_who_has_such_sums_and_is_still_the_same(
+    recipe_table: dict[str, Any], tmp_path: Path
+) -> None:
+    site = next(iter(sites(check(recipe_table, "t"), tmp_path / "kept").values()))
+    fields = {"run": "run", "nonce": "nonce", "step": "keys"}
+    told = site.answer(Frame("sealed", {**fields, "card": digest(site.card)}))
+    assert (told.kind, told.fields["reason"]) == ("failure", "is asked for a secure sum; its own recipe has none")
+    anew = replace(site, sealed=SimpleNamespace(answer=lambda *given: pytest.fail("it answered")))
+    assert anew.answer(Frame("sealed", {**fields, "card": "of another"})).kind == "changed"
