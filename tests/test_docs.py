@@ -93,3 +93,9 @@ def test_a_whole_recipe_on_a_page_is_one(name: str) -> None:
     recipe = re.search(r"```toml\n(.*?)```", (DOCS / name).read_text(), flags=re.DOTALL)
     assert recipe is not None
     check(tomllib.loads(recipe[1]), name)
+
+
+def test_every_recipe_is_in_the_table_of_recipes() -> None:
+    table = (DOCS / "tasks.md").read_text().partition("## Recipes to begin with")[2]
+    for path in (ROOT / "recipes").glob("*.toml"):
+        assert f"`{path.stem}`" in table, path.stem
