@@ -66,6 +66,12 @@ def test_the_reference_pages_are_what_the_code_says() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_studys_tables_are_what_its_files_say() -> None:
+    command = [sys.executable, "scripts/study_table.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_every_key_of_a_recipe_has_a_meaning() -> None:
     rows = re.findall(r"^\| `(\w+)` \|.*\|(.*)\|$", (DOCS / "recipe.md").read_text(), flags=re.MULTILINE)
     assert len(rows) > 80
