@@ -1,4 +1,4 @@
-"""The tables of docs/study.md from finished runs: nothing is trained here.
+"""The tables of docs/first-study.md from finished runs: nothing is trained here.
 
     python benchmarks/findings.py STUDY [--rows ROWS.json ...]
 

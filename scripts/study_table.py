@@ -1,4 +1,4 @@
-"""The tables of docs/server-study.md, from the figures under docs/study/.
+"""The tables of docs/study.md, from the figures under docs/study/.
 
     python scripts/study_table.py [--check]
 
@@ -103,8 +103,8 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    pages = [ROOT / "docs" / name for name in ("study.md", "server-study.md")]
-    settle({path: filled(path.read_text()) for path in pages})
+    page = ROOT / "docs" / "study.md"
+    settle({page: filled(page.read_text())})
 
 
 if __name__ == "__main__":

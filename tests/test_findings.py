@@ -1,4 +1,4 @@
-"""docs/study.md: what it names is there, and the script that prints its tables says what the runs say."""
+"""docs/first-study.md: what it names is there, and the script that prints its tables says what the runs say."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def findings() -> ModuleType:
 
 
 def test_what_the_study_names_exists() -> None:
-    page = (ROOT / "docs" / "study.md").read_text()
+    page = (ROOT / "docs" / "first-study.md").read_text()
     named = set(re.findall(r"(?:recipes|benchmarks)/[\w/-]+\.(?:toml|py)", page))
     assert {"recipes/study-findings.toml", "benchmarks/distance.py", "benchmarks/findings.py"} <= named
     assert all((ROOT / path).exists() for path in named), named

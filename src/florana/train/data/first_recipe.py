@@ -103,7 +103,7 @@ rounds = 5
 name = "best-rank"    # the nearest adapter of that rank; docs: which method?
 
 # [server]
-# optimizer = "momentum"    # sooner where it was measured, and not always safer; docs: what the server does
+# optimizer = "momentum"    # sooner where it was measured, and not always safer; docs: the study
 """
 
 
