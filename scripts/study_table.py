@@ -27,7 +27,18 @@ def told(found: Mapping[str, Any] | Estimate | None, sign: str = "") -> str:
     if found is None:
         return ""
     mean, half = (found.mean, found.half) if isinstance(found, Estimate) else (found["mean"], found["half"])
-    return f"{mean:{sign}.3f} ± {half:.3f}"
+    return f"{mean:{sign}.3f}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{half:.3f}"
+
+
+def short(method: str) -> str:
+    """A method by its name and what its options are set to.
+
+    Examples:
+        >>> short("best-rank[factorization=balanced, server.optimizer=momentum]")
+        'best-rank, balanced, momentum'
+    """
+    name, _, options = method.rstrip("]").partition("[")
+    return ", ".join([name, *(option.partition("=")[2] for option in options.split(", ") if option)])
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -41,16 +52,15 @@ def rows(found: Mapping[str, Any]) -> str:
     chosen = {one["method"]: one["chosen"] for one in found["tuning"]}
     loss = {one["method"]: one["value"] for one in found["others"] if one["figure"] == "loss"}
     return table(
-        ["method", "rate", found["metric"], "loss", "error, mean of rounds", "minus FedIT", "seeds"],
+        ["method", "rate", found["metric"], "loss", "error", "minus FedIT"],
         [
             [
-                f"`{row['method']}`",
+                short(row["method"]),
                 ", ".join(f"{value:g}" for value in chosen[row["method"]].values()),
                 told(row["scores"]["global"]),
                 told(loss[row["method"]]),
                 told(row["error"]),
                 told(row["difference"], "+"),
-                str(row["seeds"]),
             ]
             for row in found["rows"]
         ],
@@ -63,7 +73,7 @@ def declared(found: Mapping[str, Any]) -> str:
         ["declared comparison", found["metric"], "p", "p, Holm"],
         [
             [
-                f"`{one['first']}` minus `{one['second']}`",
+                f"{short(one['first'])} minus {short(one['second'])}",
                 told(one["difference"], "+"),
                 f"{one['p_value']:.1g}",
                 f"{one['adjusted']:.1g}",
@@ -86,7 +96,7 @@ def later(found: Mapping[str, Any]) -> str:
         ]
         for round_, one in figures.items()
     ]
-    return table(["after round", "`fedit`", "momentum", "difference, accuracy", "p", "difference, loss"], lines)
+    return table(["after round", "fedit", "momentum", "difference, accuracy", "p", "difference, loss"], lines)
 
 
 KINDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {"rows": rows, "declared": declared, "later": later}
