@@ -30,7 +30,7 @@ SEALED = "test_sealed test_secure test_secure_sites"
 KEYS = "test_authority test_flower"
 # file -> the tests that must notice, the likeliest first
 FILES = {
-    "federation/gate.py": "test_loop test_sums",
+    "federation/gate.py": "test_wire test_weighing test_loop test_sums",
     "federation/gather.py": "test_sums test_limits",
     "federation/sealed_client.py": SEALED,
     "federation/sealed_sums.py": SEALED,

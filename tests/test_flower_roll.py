@@ -125,6 +125,23 @@ def test_a_node_whose_key_is_not_approved_is_not_even_asked(pooled: Recipe, tmp_
     assert refusals(events) == {"node 9": "its key is none of the approved ones"}
 
 
+def test_of_two_nodes_of_one_name_the_first_takes_part(pooled: Recipe, tmp_path: Path) -> None:
+    """In a simulation, which has no keys: nobody's rows count twice, and nobody is put in another's place."""
+    members = sites(pooled, tmp_path / "kept")
+    asked: list[str] = []
+
+    def second(frame: Frame) -> Frame:
+        asked.append(frame.kind)
+        return members["client-0"].answer(frame)
+
+    grid = grid_of(members)
+    grid.nodes = {**grid.nodes, 3: (b"", second)}
+    events = led(pooled, grid, "", tmp_path / "run")
+    assert refusals(events)["client-0"] == "two nodes call themselves 'client-0'"
+    assert "train" not in asked
+    assert read_records(tmp_path / "run" / "rounds.jsonl")[0].clients == ["client-0", "client-1"]
+
+
 def test_a_site_that_joins_late_is_held_to_the_rows_it_said(pooled: Recipe, tmp_path: Path) -> None:
     members = sites(pooled, tmp_path / "kept")
     late: set[int] = set()
