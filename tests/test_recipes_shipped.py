@@ -137,7 +137,7 @@ def test_the_recipes_of_a_real_chat_model_are_whole_but_for_the_weights(
     path, small = (ROOT / "recipes" / f"{name}-smollm2{size}.toml" for size in ("", "-small"))
     local = {"model.base": json.dumps(str(folder)), "model.device": '"cpu"'}
     local |= {"train.steps": 1, "train.batch_size": 2, "federation.rounds": 1, "federation.clients_per_round": 1}
-    local |= {"data.test_limit": 4, "data.max_length": 256}
+    local |= {"data.train_limit": 1500, "data.test_limit": 4, "data.max_length": 256}
     for one in (path, small):
         recipe = read_recipe(one, [])
         assert (recipe.data.template, recipe.model.base) == (
