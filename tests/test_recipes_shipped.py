@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from florana.cli.display import figures_table, plan_table
 from florana.cli.main import app
-from florana.recipe.load import read_recipe
+from florana.recipe.load import check, read_recipe
 from florana.report.page import write_report
 from florana.report.views import view
+from florana.runs import dry_run
 from florana.runs.dry_run import plan
 from florana.runs.prepared import prepare
 from florana.runs.setup import execute
@@ -221,3 +222,20 @@ def test_the_screen_shows_what_was_written(tmp_path: Path) -> None:
     planned = CliRunner().invoke(app, ["run", recipe, "--dry-run", "--json", *short])
     writing = json.loads(planned.output)["writing"]
     assert (writing["task"], writing["problems"], writing["times"]) == ("gsm8k", 2, 1)
+
+
+def test_a_plan_does_not_measure_slow_steps_again(
+    recipe_table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = check(recipe_table, "t")
+    setup, steps = prepare(recipe), list[int]()
+
+    def trained(bench: Any, rows: Any, settings: Any, *given: Any) -> None:
+        steps.append(settings.steps)
+
+    monkeypatch.setattr(dry_run, "train_locally", trained)
+    for slow, wanted in ((0.0, [1]), (1e9, [1, 3])):
+        monkeypatch.setattr(dry_run, "SLOW", slow)
+        plan(recipe, setup)
+        assert steps == wanted
+        steps.clear()

@@ -51,4 +51,5 @@ def test_a_killed_site_never_counts_too_little(
     count: int, recipe_table: dict[str, Any], tmp_path: Path, tally: Tally
 ) -> None:
     more = [killed(recipe_table, tmp_path / str(number), 1 + 8 * number % STEPS) for number in range(count)]
+    assert max(more) <= 1
     tally("SIGKILL of a site that spends a privacy budget", count, f"none counted less than left it, {sum(more)} more")

@@ -19,7 +19,7 @@ from florana.recipe.server_schema import Server
 from florana.recipe.study_schema import Study
 from florana.recipe.train_schema import Engine, Train
 from florana.score.glue import GLUE
-from florana.strategy import builder
+from florana.strategy import built
 from florana.strategy.base import Strategy
 
 __all__ = [
@@ -284,11 +284,7 @@ class Recipe(Section):
 
     def build_strategy(self) -> Strategy:
         """The strategy with its options, and with what `[server]` puts around it."""
-        build = builder(self.strategy["name"])
-        if build is None:
-            raise ValueError(f"there is no strategy '{self.strategy['name']}'")
-        strategy = build(**{name: value for name, value in self.strategy.items() if name != "name"})
-        return self.server.around(strategy)
+        return self.server.around(built(self.strategy))
 
     def to_toml(self) -> str:
         """The recipe with every value in place; None values are left out."""

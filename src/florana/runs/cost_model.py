@@ -13,7 +13,7 @@ from typing import Any
 
 from florana.errors import RecipeError
 from florana.recipe.strategy_options import check_strategy
-from florana.strategy import STRATEGIES, builder
+from florana.strategy import STRATEGIES, built
 from florana.strategy.base import Strategy
 from florana.strategy.facts import Size
 
@@ -107,9 +107,7 @@ def plan_model(
 
 def _built(label: str, table: Mapping[str, Any]) -> Strategy:
     check_strategy(table, f"--methods {label}")
-    build = builder(table["name"])
-    assert build is not None
-    return build(**{key: value for key, value in table.items() if key != "name"})
+    return built(table)
 
 
 def _line(

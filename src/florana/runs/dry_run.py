@@ -25,7 +25,7 @@ from florana.train.evaluate import evaluate
 from florana.train.generate import cut_prompts, generate
 
 SLOW = 5.0
-"""Seconds of a first step, or of a batch's first token, beyond which it is not measured again."""
+"""Seconds of a first step beyond which no others are measured."""
 
 
 @dataclass(frozen=True)
@@ -187,11 +187,8 @@ def _writing(recipe: r.Recipe, setup: Setup, measured: int = 4) -> Writing | Non
         )
         return time.perf_counter() - started
 
-    first = timed(1)  # warm-up
-    if first < SLOW:
-        first = timed(1)
-    else:
-        measured = 1
+    timed(1)  # warm-up
+    first = timed(1)
     per_token = max(0.0, timed(1 + measured) - first) / measured if own.max_new_tokens > measured else first
     batches = -(-len(benchmark.prompts) * own.samples // own.batch_size)
     return Writing(

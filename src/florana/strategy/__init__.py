@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from florana.strategy import (
     best_rank,
@@ -62,3 +63,19 @@ def builder(name: str) -> Callable[..., Strategy] | None:
     if is_own(name):
         return functools.partial(build_own, name)
     return (STRATEGIES | CONTROLS).get(name)
+
+
+def built(table: Mapping[str, Any]) -> Strategy:
+    """The strategy of a recipe's table: its name, and its own options beside it.
+
+    Examples:
+        >>> built({"name": "flora", "residual_rank": 8}).name
+        'flora'
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    build = builder(table["name"])
+    if build is None:
+        raise ValueError(f"there is no strategy '{table['name']}'")
+    return build(**{key: value for key, value in table.items() if key != "name"})

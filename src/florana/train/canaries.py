@@ -99,7 +99,7 @@ def watch(
         clip: C.
     """
     most = min(settings.batch_size, len(own.rows))
-    present = Present(torch.arange(most, device=bench.device), True, OwnStreams([0] * most, bench.device))
+    present = Present(torch.arange(most, device=bench.device), True, OwnStreams([0], bench.device))
     stack = Stack(bench, [received] * most, trains, [None] * most, present)
     before = received.tensors()
     moved = torch.cat([(before[name] - released[name]).flatten() for name in stack.trained_names])
