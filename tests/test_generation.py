@@ -218,13 +218,14 @@ def test_evaluate_scores_a_finished_adapter_as_its_run_did(table: dict[str, Any]
     run = execute(check(table, "r"), tmp_path / "run")
     own = table["generation"]
     command = ["evaluate", "run", "--data", own["file"], "--benchmark", "gsm8k", "--completions", "c.jsonl", "--json"]
-    command += ["--seed", "5", "--set", f"generation.examples='{table['data']['train']}'"]
+    command += ["--starting", "--seed", "5", "--set", f"generation.examples='{table['data']['train']}'"]
     for key in ("limit", "max_new_tokens", "shots", "samples", "temperature"):
         command += ["--set", f"{key}={own[key]}"]
     done = florana(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures.pop("problems") == 3
+    assert figures.pop("starting").keys() == figures.keys()
     assert figures == {name: run.records[-1].eval["global"][name] for name in figures}
     assert len(figures) == 4
     kept = tmp_path / "run" / "completions" / "round-1.jsonl"

@@ -52,21 +52,23 @@ def last_figures(run: Path) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["classes", "score", "language", "dora", "moved base"])
+@pytest.mark.parametrize("kind", ["classes", "score", "language", "language, moved base", "dora", "moved base"])
 def test_a_finished_adapter_gives_the_figures_of_its_run(
     kind: str, recipe_table: dict[str, Any], tiny_llama: Path, sentences: Path, tmp_path: Path
 ) -> None:
     """Loaded by PEFT alone, from the folder alone, on the run's own test rows."""
     file = rows_of(sentences, tmp_path / "rows.csv")
     recipe_table["data"] = {"train": str(file), "test": str(file), "text": "text", "label": "label", "max_length": 16}
+    language = {
+        "task": "causal-lm",
+        "model": {"base": str(tiny_llama), "target_modules": "all-linear"},
+        "partition": {"kind": "iid"},
+    }
     changes: dict[str, Any] = {
         "classes": {},
         "score": {"task": "sequence-regression", "data": {"label": "score"}, "partition": {"kind": "iid"}},
-        "language": {
-            "task": "causal-lm",
-            "model": {"base": str(tiny_llama), "target_modules": "all-linear"},
-            "partition": {"kind": "iid"},
-        },
+        "language": language,
+        "language, moved base": {**language, "strategy": {"name": "fedex-lora"}},
         "dora": {"model": {"variant": "dora"}},
         "moved base": {"strategy": {"name": "fedex-lora"}},
     }[kind]
@@ -75,6 +77,14 @@ def test_a_finished_adapter_gives_the_figures_of_its_run(
     found = evaluate(model, rows_with_answers(model, file, None, None), 16)
     assert found == pytest.approx(last_figures(run), abs=1e-4)
     assert open_finished(run / "adapter", device="cpu").usage == model.usage
+    if model.drawn:  # a head that was drawn for the run
+        with pytest.raises(InputError, match=r"the base has no classifier.* of its own"), model.starting():
+            pass
+        return
+    with model.starting():
+        before = evaluate(model, rows_with_answers(model, file, None, None), 16)
+    assert before == pytest.approx(json.loads((run / "setup.json").read_text())["start"], abs=1e-4)
+    assert evaluate(model, rows_with_answers(model, file, None, None), 16) == found
 
 
 def test_classes_have_their_names_and_probabilities(
@@ -279,6 +289,7 @@ def test_on_the_command_line(recipe_table: dict[str, Any], sentences: Path, tmp_
         (("predict", str(run), "--file", str(tmp_path / "none.csv")), 3, "does not exist"),
         (("predict", str(run), "--file", str(sentences), "--text", "txt"), 3, "'txt'"),
         (("evaluate", str(run), "--data", str(sentences), "--label", "lbl"), 3, "'lbl'"),
+        (("evaluate", str(run), "--data", str(sentences), "--starting"), 3, "leave --starting out"),
     ):
         done = florana(*arguments)
         assert done.returncode == code, (arguments, done.stderr)

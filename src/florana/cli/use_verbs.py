@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from florana.errors import InputError, RecipeError
 if TYPE_CHECKING:
     from florana.recipe.data_schema import Generation
     from florana.recipe.usage import Usage
+    from florana.train.generation_eval import Keep
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 Adapter = Annotated[Path, typer.Argument(help="A run folder, a merged folder, any PEFT LoRA folder, or a hub name.")]
@@ -92,6 +94,9 @@ def evaluate(
     completions: Annotated[
         Path | None, typer.Option(help="A new jsonl file for what it wrote, with the verdicts.")
     ] = None,
+    starting: Annotated[
+        bool, typer.Option("--starting", help="Measure the base model too, as it was before training.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the benchmark's samples and worked examples.")] = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -115,19 +120,32 @@ def evaluate(
             raise InputError(
                 f"{adapter} does not write text: it is a model for {model.usage.task}", fix="leave --benchmark out"
             )
-        problems, written = read_benchmark(asked, model, seed), list[Mapping[str, Any]]()
-        figures: dict[str, float] = {"problems": len(problems.rows), **problems.run(model, written.extend)}
-        if completions is not None:
-            write_lines(completions, written)
+        problems = read_benchmark(asked, model, seed)
+        counted = {"problems": len(problems.rows)}
+        score: Callable[[Keep], dict[str, float]] = partial(problems.run, model)
     else:
         rows = rows_with_answers(model, data, _columns(text), label)
-        figures = {"rows": len(rows), **measured(model, rows, batch_size)}
+        counted = {"rows": len(rows)}
+
+        def score(keep: Keep) -> dict[str, float]:
+            return measured(model, rows, batch_size)
+
+    before, written = dict[str, float](), list[Mapping[str, Any]]()
+    if starting:  # first: it may be refused
+        with model.starting():
+            before = score(lambda texts: None)
+    figures = score(written.extend)
+    if completions is not None:
+        write_lines(completions, written)
     console = console_of(as_json)
     if as_json:
-        typer.echo(json.dumps(figures, indent=1))
+        typer.echo(json.dumps(counted | figures | ({"starting": before} if starting else {}), indent=1))
     elif console:
+        for name, count in counted.items():
+            console.print(f"{name}: {count}", highlight=False)
         for name, value in figures.items():
-            console.print(f"{name}: {value if isinstance(value, int) else format(value, '.4f')}", highlight=False)
+            was = f" (before training {before[name]:.4f})" if starting else ""
+            console.print(f"{name}: {value:.4f}{was}", highlight=False)
 
 
 def _benchmark(name: str | None, data: Path, assign: list[str], completions: Path | None) -> Generation | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Finished:
         device: of the model.
         usage: how it was trained to be asked.
         padding: the side on which rows are padded; None where rows of unlike length must not stand together.
+        drawn: the layers that the base lacks, which were drawn for the training.
     """
 
     model: Any
@@ -45,6 +47,7 @@ class Finished:
     device: torch.device
     usage: Usage
     padding: str | None = None
+    drawn: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._inputs = {"labels", *inspect.signature(self.model.get_base_model().forward).parameters}
@@ -60,6 +63,25 @@ class Finished:
     def forward(self, batch: Mapping[str, Tensor]) -> Any:
         """The model's output for a batch."""
         return self.model(**self.accepted(batch))
+
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Within it the model is the base as it was before training.
+
+        Raises:
+            InputError: the base alone is no model for the task, or the adapter holds its biases, which stay.
+        """
+        bias = [str(config.bias) for config in self.model.peft_config.values() if config.bias != "none"]
+        if self.drawn or bias:
+            raise InputError(
+                "the starting model cannot be had from this adapter",
+                why=f"its bias is '{bias[0]}', and the base's own biases are not kept beside it"
+                if bias
+                else f"the base has no {', '.join(self.drawn[:4])} of its own",
+                fix="leave --starting out; a run's report and setup.json say how its starting model scored",
+            )
+        with self.model.disable_adapter():
+            yield
 
 
 def adapter_in(folder: Path) -> Path:
@@ -96,13 +118,14 @@ def open_finished(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     chosen = pick_device(device)
-    model = _model(where, named, place, usage).to(chosen).eval()
+    model, drawn = _model(where, named, place, usage)
+    model = model.to(chosen).eval()
     for own in (model.config, model.config.get_text_config()):
         own.pad_token_id = tokenizer.pad_token_id
     if usage.task == "sequence-classification" and not usage.labels:
         names = model.config.id2label
         usage = usage.model_copy(update={"labels": [str(names[index]) for index in range(len(names))]})
-    finished = Finished(model, tokenizer, chosen, usage)
+    finished = Finished(model, tokenizer, chosen, usage, drawn=drawn)
     finished.padding = padding_side(finished, usage.task)
     return finished
 
@@ -144,7 +167,8 @@ def _task(config: Mapping[str, Any], place: Path) -> Any:
     return TASKS[given]
 
 
-def _model(where: str, named: str, place: Path, usage: Usage) -> Any:
+def _model(where: str, named: str, place: Path, usage: Usage) -> tuple[Any, tuple[str, ...]]:
+    """Base and adapter, and what the adapter brings that the base lacks."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": getattr(torch, usage.dtype)}
@@ -165,8 +189,9 @@ def _model(where: str, named: str, place: Path, usage: Usage) -> Any:
     except Exception as error:
         raise not_loaded("model", named, error) from None
     random = sorted(set(told["missing_keys"]) | {key for key, *_ in told["mismatched_keys"]})
-    random = [name for name in random if name not in stored and name in dict(base.named_parameters())]
-    if random:
+    random = [name for name in random if name in dict(base.named_parameters())]
+    drawn = tuple(name for name in random if name in stored)
+    if random := [name for name in random if name not in stored]:
         raise InputError(
             f"{place} does not hold {', '.join(random[:4])}, which the base model '{named}' lacks too",
             why="such layers would be drawn at random: the adapter was saved without its head, or the head stayed with "
@@ -186,7 +211,7 @@ def _model(where: str, named: str, place: Path, usage: Usage) -> Any:
     lost = [str(note.message) for note in noted if "missing adapter keys" in str(note.message)]
     if lost:
         raise InputError(f"{place} does not hold all that its configuration promises", why=lost[0][:300])
-    return model
+    return model, drawn
 
 
 def _classes(stored: Mapping[str, Sequence[int]]) -> int | None:
