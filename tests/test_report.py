@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from florana.recipe.load import check
 from florana.report.figures import not_too_close
 from florana.report.page import write_report
 from florana.report.views import summary, views
+from florana.report.weights import weight_rows
 from florana.runs.prepared import prepare
 from florana.runs.setup import execute
 from tests.conftest import ROOT
@@ -153,3 +155,26 @@ def test_a_scale_of_scores_is_a_tenth_at_least() -> None:
     loss.plot([0, 1], [0.50, 0.51])
     not_too_close(loss, "loss")
     assert loss.get_ylim()[1] - loss.get_ylim()[0] < 0.1
+
+
+def test_the_page_says_who_counted_for_less(folders: list[Path], tmp_path: Path) -> None:
+    plain = views(folders[:1])[0]
+    records = [replace(record, notes={}) for record in plain.records]
+    assert dict(weight_rows(replace(plain, records=records))) == {
+        "Weights": "by number of examples, one client at most 0.5"
+    }
+    notes: list[dict[str, Any]] = [
+        {"capped": {"b": 0.8}},
+        {"capped": {"b": 0.9}, "robust": {"rule": "trimmed", "counts": {"a": 0.25, "b": 1.0, "c": 1.25}}},
+    ]
+    held = replace(plain, records=[replace(r, notes=n) for r, n in zip(records, notes, strict=True)])
+    assert dict(weight_rows(held))["At the cap"] == "b in 2 of 2 rounds (asked for up to 0.9)"
+    ruled = replace(held, recipe={**held.recipe, "robust": {"rule": "trimmed"}})
+    rows = dict(weight_rows(ruled))
+    assert rows["Weights"] == "by number of examples, one client at most 0.4"
+    assert rows["Robust rule"] == "trimmed: a in 1 of 2 rounds (left down to 0.25)"
+    free = {**held.recipe["federation"], "max_weight": 1.0, "weighting": "uniform"}
+    assert dict(weight_rows(replace(plain, records=records, recipe={**held.recipe, "federation": free}))) == {
+        "Weights": "uniform"
+    }
+    assert "one client at most 0.5" in write_report(folders, tmp_path / "r.html").read_text()

@@ -18,6 +18,7 @@ from florana.federation.best import LOWER_IS_BETTER
 from florana.report import figures
 from florana.report.seen import privacy_rows, seen_by_server
 from florana.report.views import RunView, rows_note, summary, views
+from florana.report.weights import weight_rows
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def _settings(run: RunView) -> list[tuple[str, str]]:
         ("Partition", parts["kind"] + (f", alpha {parts['alpha']:g}" if parts["kind"] == "dirichlet" else "")),
         ("Local training", f"{length} of {train['batch_size']} rows, learning rate {train['learning_rate']:g}"),
         *([("Kept", f"the best round by {asked['by']} on the validation rows")] if asked.get("keep") == "best" else []),
-        ("Weights", "by number of examples" if rounds["weighting"] == "examples" else "uniform"),
+        *weight_rows(run),
         *privacy_rows(run),
         *([("Uplink", rounds["uplink"])] if rounds.get("uplink", "float32") != "float32" else []),
         *([("Written", _written(recipe["generation"]))] if "generation" in recipe else []),
