@@ -50,6 +50,7 @@ FILES = {
     "flower/deploy/signature.py": "test_flower_gateway",
     "flower/deploy/node.py": "test_flower_link test_flower_gateway",
     "flower/deploy/quota.py": "test_quota",
+    "flower/deploy/one_run.py": "test_flower_serve",
     "flower/deploy/live_roster.py": KEYS,
     "flower/deploy/roster.py": KEYS,
     "flower/deploy/authority.py": KEYS,

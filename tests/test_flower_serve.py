@@ -16,11 +16,13 @@ import pytest
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
+import florana.flower.deploy.join as joining
 import florana.flower.deploy.serve as serving
 from florana.errors import FederationError, InputError
 from florana.federation.event import Event
-from florana.federation.messages import Brief, Reply
+from florana.federation.messages import Brief, Reply, pack
 from florana.flower.app.codec import brief_frame
+from florana.flower.app.farewell import ended_frame
 from florana.flower.app.frames import Frame
 from florana.flower.app.settings import Settings
 from florana.flower.app.site import Site, site_of
@@ -224,3 +226,47 @@ def test_a_site_with_other_data_than_at_the_roll_call_gives_no_kept_answer(
     other = site.card.model_copy(update={"torch": "another"})
     assert ask(replace(never, card=other), "c").kind == "changed"
     assert said == ["client-0: round 1"] * 3
+
+
+@pytest.mark.parametrize("stay", [False, True])
+def test_a_site_works_for_one_run_until_it_is_started_again(
+    stay: bool, recipe: Recipe, fed: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run's request and its last word are refused and written down; `--stay` answers all."""
+    make_site(tmp_path / "site", "client-0")
+    answers = list[tuple[str, str, str]]()
+
+    def line(invitation: Invitation, key: Any, asked: Any, done: Any, say: Any, ends: frozenset[str]) -> None:
+        card = site_of(recipe, prepare(recipe), "client-0", tmp_path / "other", counts=False).card
+        brief = Brief(1, "client-0", 1, pack(first), False, ["A", "B"], ["A", "B"], first.scalings)
+        for kind, run in [
+            ("other", "early"),
+            ("train", "a"),
+            ("train", "b"),
+            ("end", "b"),
+            ("train", "a"),
+            ("end", "a"),
+        ]:
+            named = digest(card) if kind == "train" else "of another"
+            frame = ended_frame(run, 1, None) if kind == "end" else brief_frame(brief, run, kind, named)
+            made = asked(frame)
+            answers.append((kind, run, made.kind))
+
+    first = site_of(recipe, prepare(recipe), "client-0", tmp_path / "first").start
+    monkeypatch.setattr(joining, "attend", line)
+    said = list[str]()
+    there = Invitation(tmp_path, "127.0.0.1", 1, fed.authority, tmp_path / "recipe.toml")
+    join(recipe, there, tmp_path / "site", None, done=threading.Event(), stay=stay, say=said.append)
+    b = "reply" if stay else "failure"
+    assert answers == [
+        ("other", "early", "changed"),
+        ("train", "a", "reply"),
+        ("train", "b", b),
+        ("end", "b", "ended" if stay else "failure"),
+        ("train", "a", "reply"),
+        ("end", "a", "ended"),
+    ]
+    refused = [line for line in said if "takes part in the run a, and was asked by the run b" in line]
+    assert len(refused) == (0 if stay else 2)
+    log = (tmp_path / "site" / "audit.jsonl").read_text()
+    assert log.count("was asked by the run b") == len(refused)

@@ -105,7 +105,10 @@ def join(
     data: Annotated[Path | None, typer.Option(help="This site's rows.")] = None,
     base: Annotated[str | None, typer.Option(help="Where this site has the base model.")] = None,
     test: Annotated[Path | None, typer.Option(help="A common test set, where the operator gave one.")] = None,
-    stay: Annotated[bool, typer.Option("--stay", help="Wait for the next run when this one has ended.")] = False,
+    stay: Annotated[
+        bool,
+        typer.Option("--stay", help="Answer any run, and wait for the next one when one has ended. Default: one run."),
+    ] = False,
     class_counts: Annotated[
         bool, typer.Option("--class-counts", help="Tell the server how many rows of each class are here.")
     ] = False,

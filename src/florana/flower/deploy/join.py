@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +24,7 @@ from florana.flower.deploy.invitation import Invitation
 from florana.flower.deploy.kept_update import remembered
 from florana.flower.deploy.keys import read_private
 from florana.flower.deploy.node import attend
+from florana.flower.deploy.one_run import one_run
 from florana.flower.deploy.quota import RUNS, Quota, limited
 from florana.flower.deploy.site_signatures import signer_of
 from florana.recipe import schema as r
@@ -70,7 +72,7 @@ def join(
         keys: the site's folder, with its private key; the client state is written below it.
         data: this site's rows; None where the recipe deals out one data set to all.
         done: set by whoever wants to leave.
-        stay: go on waiting after a run has ended, for the next one.
+        stay: answer any run, and go on waiting after one has ended; else one run, the first that it works for.
         counts: tell the server how many rows of each class there are here, and not only how many.
         most: trainings within 24 hours; None for ten times the recipe's rounds.
         say: told of what happens.
@@ -106,13 +108,18 @@ def join(
             return Frame(ENDED)
 
         audit = AuditLog(keys / NAME)
+        answered: Callable[[Frame], Frame] = functools.partial(
+            told, site, kept=keys / "kept" / "answer", say=say, end=end
+        )
+        if not stay:
+            answered = one_run(answered, lambda reason: say(f"{who}: {reason}"))
 
         def asked(frame: Frame) -> Frame:
             """The answer to a request, both written down before it is sent."""
             facts = {"kind": frame.kind, "run": str(frame.fields.get("run", "")), "round": _round_of(frame)}
             facts |= _step_of(frame)
             audit.add("asked", **{n: f for n, f in facts.items() if f}, **size_and_digest(frame.payload))
-            made = told(site, frame, keys / "kept" / "answer", say, end)
+            made = answered(frame)
             why = str(made.fields.get("reason", ""))
             facts = {"reason": why} if why else {}
             if site.spent is not None and frame.kind == site.charged:
