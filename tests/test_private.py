@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,26 @@ def test_a_ledger_counts_each_release_once_and_outlives_a_cut_line(tmp_path: Pat
         ledger.path.write_bytes(bad)
         with pytest.raises(InputError, match="restore the file"):
             ledger.charges()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_a_charge_is_whole_on_the_disk_or_refused(tmp_path: Path) -> None:
+    """A disk with room for a part of the line takes that part, and says so only when it is asked for the rest."""
+    import resource
+
+    ledger = Ledger(tmp_path / "privacy.jsonl")
+    ledger.begin()
+    first, second = (Charge("a", n, f"r{n}", 0.1, 1.0, 5) for n in (1, 2))
+    ledger.add(first)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (ledger.path.stat().st_size + 10, hard))
+    try:
+        with pytest.raises(FederationError, match="nothing leaves"):
+            ledger.add(second)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    ledger.add(second)
+    assert [charge.round for charge in ledger.charges()] == [1, 2]
 
 
 def events(recipe: Recipe, folder: Path, **named: Any) -> list[Event]:

@@ -66,19 +66,25 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def explained(folder: Path, what: str) -> Iterator[None]:
-    """Turn an error of the file system into one that says which folder, why, and what to do."""
+def explained(folder: Path, what: str, again: str = "run again with --resume") -> Iterator[None]:
+    """Turn an error of the file system into one that says which folder, why, and what to do.
+
+    Args:
+        folder: where it is written.
+        what: what could not be done, as the error begins.
+        again: how to go on when the disk is mended.
+    """
     try:
         yield
     except OSError as error:
         free = shutil.disk_usage(folder).free // 2**20 if folder.exists() else 0
         fixes = {
-            errno.ENOSPC: f"free some disk space ({free} MiB are left there) and run again with --resume",
-            errno.EROFS: "the disk is read-only: choose another --out",
-            errno.EACCES: "give yourself the right to write there, or choose another --out",
+            errno.ENOSPC: f"free some disk space ({free} MiB are left there) and {again}",
+            errno.EROFS: f"the disk is read-only: mount it for writing and {again}, or name another folder",
+            errno.EACCES: f"give yourself the right to write there and {again}, or name another folder",
         }
         raise FederationError(
             f"{what}: {error.filename or folder}",
             why=error.strerror or str(error),
-            fix=fixes.get(error.errno or 0, "mend the disk and run again with --resume; earlier rounds are whole"),
+            fix=fixes.get(error.errno or 0, f"mend the disk and {again}; what was written before is whole"),
         ) from None

@@ -73,9 +73,11 @@ class Ledger:
         if any(known.release == charge.release for known in self.charges(charge.client)):
             return
         with explained(self.path.parent, "what is spent could not be written down, so nothing leaves"):
+            without_torn_line(self.path)  # of a disk that was full: nothing left for it
             handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-            with os.fdopen(handle, "ab", buffering=0) as stream:
+            with os.fdopen(handle, "ab") as stream:  # a buffer writes all or raises; a bare write may write a part
                 stream.write(json.dumps(asdict(charge)).encode() + b"\n")
+                stream.flush()
                 os.fsync(stream.fileno())
 
     def charges(self, client: str | None = None) -> list[Charge]:

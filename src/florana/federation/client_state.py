@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from florana.atomic_files import replace_file
+from florana.atomic_files import explained, replace_file
 from florana.errors import InputError
 
 KEPT_ROUNDS = 2
@@ -61,6 +61,7 @@ def keep(folder: Path, run: str, client: str, round_: int, tensors: Mapping[str,
         tensors: what is kept.
 
     Raises:
+        FederationError: the disk refuses.
         InputError: the folder holds `KEPT_RUNS` other runs already.
     """
     if not tensors:
@@ -73,11 +74,12 @@ def keep(folder: Path, run: str, client: str, round_: int, tensors: Mapping[str,
             why="a server could fill the disk with runs that it makes up",
             fix="remove the folders of runs that are done with",
         )
-    place.mkdir(parents=True, exist_ok=True)
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-    replace_file(place / f"round-{round_:06d}.safetensors", content)
-    for path in _files(folder, run, client)[:-KEPT_ROUNDS]:
-        path.unlink()
+    with explained(folder, f"what client '{client}' keeps could not be written", "ask again"):
+        place.mkdir(parents=True, exist_ok=True)
+        replace_file(place / f"round-{round_:06d}.safetensors", content)
+        for path in _files(folder, run, client)[:-KEPT_ROUNDS]:
+            path.unlink()
 
 
 def _place(folder: Path, run: str, client: str) -> Path:

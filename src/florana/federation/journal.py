@@ -114,15 +114,17 @@ class Journal:
             The round, or None when none was committed, and what had to be repaired, in words.
         """
         repaired: list[str] = []
-        for leftover in sorted((self.folder / "checkpoint").glob("*.tmp")):
-            shutil.rmtree(leftover)
+        with explained(self.folder, "the run could not be brought in order"):
+            for leftover in sorted((self.folder / "checkpoint").glob("*.tmp")):
+                shutil.rmtree(leftover)
         for round_ in reversed(self._rounds()):
             try:
                 last = _read_checkpoint(self._checkpoint(round_))
             except InputError as error:
                 repaired.append(f"the checkpoint of round {round_} is damaged and was set aside: {error.why}")
                 damaged = self._checkpoint(round_)
-                damaged.replace(damaged.with_name(damaged.name + ".damaged"))
+                with explained(self.folder, "the run could not be brought in order"):
+                    damaged.replace(damaged.with_name(damaged.name + ".damaged"))
                 continue
             with explained(self.folder, "the run could not be brought in order"):
                 repaired += self._mend_rounds(last.record)

@@ -121,10 +121,10 @@ def execute_rounds(
                 _write(folder / "setup.json", facts())
             # last: its presence says the rest is there; a recipe that asks for more rounds counts from here on
             replace_file(folder / "recipe.toml", recipe.to_toml().encode())
-        if last is None:
-            journal.export(begun)
         usage = usage_of(recipe, labels)
         with explained(folder, "the adapter folder could not be written"):
+            if last is None:
+                journal.export(begun)
             write_usage(folder / "adapter", usage)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder / "adapter")

@@ -20,7 +20,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
-from florana.atomic_files import explained, replace_file
+from florana.atomic_files import explained, replace_file, without_torn_line
 from florana.displayable import log
 from florana.errors import FloranaError, InputError, RecipeError
 from florana.federation.event import Event
@@ -226,6 +226,9 @@ def _run_name(folder: Path) -> str:
 
 def noted(folder: Path, show: Show = lambda event: None) -> Show:
     """A line of RUN/progress.jsonl for each event, before it is shown."""
+
+    with explained(folder, "the run folder could not be written"):
+        without_torn_line(folder / PROGRESS)
 
     def note(event: Event) -> None:
         line = {

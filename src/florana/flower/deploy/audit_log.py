@@ -62,7 +62,8 @@ class AuditLog:
             FederationError: the disk refuses.
             InputError: the file is no log, or its last line was changed.
         """
-        with explained(self.path.parent, "the audit log could not be written"), self._alone():
+        what = "the audit log could not be written, so nothing goes on"
+        with explained(self.path.parent, what, "start it again"), self._alone():
             number, before, torn = _end(self.path)
             ended, lines = (b"\n" if torn else b""), []
             if torn and (whole := _follows(torn, before)) is not None:  # nothing but its end is missing

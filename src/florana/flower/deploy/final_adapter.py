@@ -71,7 +71,7 @@ def written(adapter: Adapter, card: AdapterCard, usage: Usage, site: Path) -> Pa
         FederationError: the disk refuses.
     """
     place, fresh, before = site / "adapter", site / "adapter.tmp", site / "adapter-before"
-    with explained(site, "the final adapter could not be written"):
+    with explained(site, "the final adapter could not be written", "join again"):
         shutil.rmtree(fresh, ignore_errors=True)
         write_adapter(fresh, adapter, card)
         write_usage(fresh, usage)

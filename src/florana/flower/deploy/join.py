@@ -85,7 +85,7 @@ def join(
     who, key = read_private(keys)
     work = keys / "flower"
     taken = FederationError(f"another florana takes part from {keys}", fix="wait for it, or end it")
-    with explained(keys, "the site's folder could not be written"):
+    with explained(keys, "the site's folder could not be written", "join again"):
         for folder in (work, keys / "kept"):  # for this account alone
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o700)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from florana.atomic_files import replace_file
+from florana.atomic_files import explained, replace_file
 from florana.bounded import read_json
 from florana.errors import FederationError, InputError
 from florana.federation.local_engine import Fit, Memory
@@ -40,7 +40,7 @@ class Quota:
         """Note a training, before it begins.
 
         Raises:
-            FederationError: there were as many as may be.
+            FederationError: there were as many as may be, or the disk refuses to note another.
             InputError: the file cannot be read.
         """
         now = self.clock()
@@ -50,7 +50,9 @@ class Quota:
                 f"has trained {len(recent)} times within 24 hours, and its own limit is {self.most}",
                 fix="the site raises it with 'florana join --trainings-a-day N'",
             )
-        replace_file(self.path, json.dumps([*recent, now]).encode())
+        what = "the trainings of the day could not be counted, so nothing is trained"
+        with explained(self.path.parent, what, "ask again"):
+            replace_file(self.path, json.dumps([*recent, now]).encode())
 
     def _times(self) -> list[float]:
         if not self.path.exists():

@@ -67,7 +67,7 @@ def serve(
             fix="approve the sites' .pub files with 'florana flower approve'",
         )
     work = files.folder / "flower"
-    with explained(files.folder, "the operator's folder could not be written"):
+    with explained(files.folder, "the operator's folder could not be written", "serve again"):
         work.mkdir(parents=True, exist_ok=True)
         work.chmod(0o700)
     own = replace(settings, out=str(folder), roster=str(files.roster), resume=resume)
