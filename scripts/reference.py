@@ -45,7 +45,7 @@ Written by `scripts/reference.py` from the commands themselves.
 | 1 | a bug in florana; its traceback is in the log that the message names |
 | 2 | usage, or a recipe that cannot be run |
 | 3 | input that is unreadable or does not fit together |
-| 4 | the federation could not go on |
+| 4 | the federation could not go on, or a disk refused |
 | 130 | Ctrl-C: what was committed stands, and the last line says how to go on |
 
 Errors say what is wrong, where, why, and what to do about it, on standard error. `--json` prints one object on standard

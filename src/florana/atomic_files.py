@@ -65,26 +65,46 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+AGAIN = "start again (run and serve with --resume)"
+
+
+def refused(error: OSError, what: str, folder: Path | None = None, again: str = AGAIN) -> FederationError:
+    """An error of the file system as one that says which file, why, and what to do.
+
+    Args:
+        error: the system's.
+        what: what could not be done, as the message begins.
+        folder: where it was written, whose free space is told.
+        again: how to go on when the disk is mended.
+    """
+    free = shutil.disk_usage(folder).free // 2**20 if folder is not None and folder.exists() else 0
+    left = f" ({free} MiB are left there)" if folder is not None else ""
+    fixes = {
+        errno.ENOSPC: f"free some disk space{left} and {again}",
+        errno.EDQUOT: f"free some of your share of the disk and {again}",
+        errno.EROFS: f"the disk is read-only: mount it for writing and {again}, or name another folder",
+        errno.EACCES: f"give yourself the right to write there and {again}, or name another folder",
+    }
+    return FederationError(
+        f"{what}: {error.filename or folder}" if error.filename or folder else what,
+        why=error.strerror or str(error),
+        fix=fixes.get(error.errno or 0, f"mend the disk and {again}; what was written before is whole"),
+    )
+
+
 @contextmanager
-def explained(folder: Path, what: str, again: str = "run again with --resume") -> Iterator[None]:
-    """Turn an error of the file system into one that says which folder, why, and what to do.
+def explained(folder: Path, what: str, again: str = AGAIN) -> Iterator[None]:
+    """Turn an error of the file system into one that says which folder, why, and what to do (see `refused`).
 
     Args:
         folder: where it is written.
-        what: what could not be done, as the error begins.
+        what: what could not be done, as the message begins.
         again: how to go on when the disk is mended.
+
+    Raises:
+        FederationError: in the place of an OSError.
     """
     try:
         yield
     except OSError as error:
-        free = shutil.disk_usage(folder).free // 2**20 if folder.exists() else 0
-        fixes = {
-            errno.ENOSPC: f"free some disk space ({free} MiB are left there) and {again}",
-            errno.EROFS: f"the disk is read-only: mount it for writing and {again}, or name another folder",
-            errno.EACCES: f"give yourself the right to write there and {again}, or name another folder",
-        }
-        raise FederationError(
-            f"{what}: {error.filename or folder}",
-            why=error.strerror or str(error),
-            fix=fixes.get(error.errno or 0, f"mend the disk and {again}; what was written before is whole"),
-        ) from None
+        raise refused(error, what, folder, again) from None

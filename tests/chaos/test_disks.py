@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
@@ -24,13 +25,18 @@ from florana.flower.app.codec import brief_frame
 from florana.flower.app.frames import Frame
 from florana.flower.app.site_card import digest
 from florana.flower.deploy.audit_log import read_log
+from florana.flower.deploy.authority import make_server
 from florana.flower.deploy.invitation import Invitation
-from florana.flower.deploy.keys import make_site
+from florana.flower.deploy.keys import Certificates, make_site
+from florana.flower.deploy.roster import approve, read_roster
+from florana.flower.deploy.serve import check_certificates
 from florana.recipe.load import check
 from florana.recipe.schema import Recipe
+from florana.runs.setup import execute
 from tests.chaos.counts import Tally, often
 from tests.chaos.counts import digest as adapter_of
 from tests.flower_sites import grid_of, led, roster_of, sites
+from tests.program import florana
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
@@ -58,11 +64,11 @@ class Disk:
         self.opened += 1
         if self.opened == self._at:
             if self._how == "full":
-                self._fill()
+                self.fill()
             else:
                 self._close()
 
-    def _fill(self) -> None:
+    def fill(self) -> None:
         """By somebody else's file."""
         with self._filler.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
             while True:
@@ -208,3 +214,44 @@ def test_at_a_site_nothing_is_answered_that_is_not_written_down(
     assert ended + failed >= count * 2 // 3
     words = f"{ended} ended with advice, {failed} told the server why; started again, the same bytes"
     tally("a full or read-only disk at a site, a real one, at each write", count, words)
+
+
+def test_no_verb_takes_a_full_disk_for_a_bug(disk: Disk, table: dict[str, Any], tmp_path: Path) -> None:
+    recipe, rows = tmp_path / "recipe.toml", tmp_path / "rows.csv"
+    recipe.write_text(tomli_w.dumps({**table, "study": {"seeds": 1, "methods": ["fedit"], "controls": []}}))
+    rows.write_text("text,label\n" + "a good film,1\na dull plot,0\n" * 20)
+    execute(recipe_of(table), tmp_path / "whole")
+    adapter = str(tmp_path / "whole" / "adapter")
+    files = make_server(tmp_path / "fed", ["127.0.0.1"])
+    approve(files, make_site(tmp_path / "site", "client-0")[1])
+    invited = ("flower", "invite", str(recipe), "--fed", str(files.folder), "--no-base")
+    shutil.copytree(files.folder, disk.place / "fed")
+    disk.fill()
+    for name, arguments in {
+        "keys": ("flower", "keys", "a"),
+        "server": ("flower", "keys", "localhost", "--server"),
+        "invitation": invited,
+        "first.toml": ("init", str(rows)),
+        "run": ("run", str(recipe)),
+        "study": ("compare", str(recipe)),
+        "merged": ("merge", adapter, adapter),
+        "report.html": ("report", str(tmp_path / "whole")),
+    }.items():
+        done = florana(*arguments, "--out", str(disk.place / name), cwd=tmp_path)
+        assert done.returncode in (2, 4), (name, done.stdout, done.stderr)
+        assert "No space left" in done.stderr, (name, done.stderr)
+    make_site(tmp_path / "b", "b")
+    public = str(tmp_path / "b" / "b.pub")
+    there = str(disk.place / "fed")
+    for arguments in (
+        ("approve", there, public),
+        ("renew", there),
+        ("revoke", there, "client-0"),
+        ("export", str(disk.place / "app"), "--recipe", str(recipe)),
+    ):
+        done = florana("flower", *arguments, cwd=tmp_path)
+        assert done.returncode == 4, (arguments, done.stderr)
+        assert "No space left" in done.stderr, (arguments, done.stderr)
+    disk.mend()
+    check_certificates(Certificates(disk.place / "fed"))  # nothing of it is half new
+    assert list(read_roster(Certificates(disk.place / "fed").roster).keys) == ["client-0"]

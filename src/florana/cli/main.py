@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import json
@@ -15,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from florana.atomic_files import refused
 from florana.cli.adapter_verbs import inspect, merge
 from florana.cli.audit_verb import audit
 from florana.cli.compare_verb import compare
@@ -30,7 +32,7 @@ from florana.cli.use_verbs import evaluate, predict
 from florana.cli.verb import Verb, Verbs
 from florana.cli.watch_verb import watch
 from florana.displayable import displayable
-from florana.errors import FloranaError, InputError, RecipeError
+from florana.errors import FederationError, FloranaError, InputError, RecipeError
 
 app = typer.Typer(
     cls=Verbs,
@@ -136,6 +138,10 @@ for _verb in _VERBS:
 app.add_typer(flower, name="flower")
 
 
+DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+"""Of errors of the system, those that are a disk's, whatever was written when it refused."""
+
+
 def main() -> None:
     """The entry point: what a user can cause ends in a few lines and the promised code, never in a traceback."""
     for stream in (sys.stdout, sys.stderr):
@@ -158,6 +164,11 @@ def main() -> None:
             _bug(error)
         _complain(str(told))
         sys.exit(InputError.exit_code)
+    except OSError as error:
+        if error.errno not in DISKS:
+            _bug(error)
+        _complain(str(refused(error, "a file could not be written", again="try again")))
+        sys.exit(FederationError.exit_code)
     except Exception as error:
         _bug(error)
 

@@ -62,7 +62,7 @@ def init(
     if out.exists():
         raise RecipeError(f"{out} exists already", fix="name another file by --out")
     text = first_recipe(data, out, encoding)
-    with explained(out.parent, "the recipe could not be written"):
+    with explained(out.parent, "the recipe could not be written", "try again"):
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(out, text.encode())
     made = read_recipe(out)

@@ -94,7 +94,7 @@ def write_comparison(
         failures=sorted(failures.items()),
         pictures=[unique(picture, index) for index, picture in enumerate(pictures)],
     )
-    with explained(out.parent, "the report could not be written"):
+    with explained(out.parent, "the report could not be written", "try again"):
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(out, page.encode())
     return out

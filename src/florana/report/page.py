@@ -45,7 +45,7 @@ def write_report(folders: Sequence[Path | str], out: Path | str, title: str = ""
     out = Path(out)
     runs = views([Path(folder) for folder in folders])
     page = render(runs, title or str(runs[0].recipe.get("title") or "florana report"))
-    with explained(out.parent, "the report could not be written"):
+    with explained(out.parent, "the report could not be written", "try again"):
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(out, page.encode())
     return out
