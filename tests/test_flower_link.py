@@ -224,6 +224,26 @@ def test_a_broken_connection_costs_no_answer(place: Place, at: str, when: str, m
         assert broken == [at]
 
 
+def test_a_part_of_a_request_that_is_lost_is_fetched_again_and_no_other(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked, lost = node_of.FleetHttpClient.PullObject, list[str](), list[str]()
+
+    def breaking(client: Any, request: Any) -> Any:
+        asked.append(request.object_id)
+        if len(lost) < 3 and len(set(asked)) > 1:  # its second part, three times
+            lost.append(request.object_id)
+            raise Broken("the line broke")
+        return real(client, request)
+
+    monkeypatch.setattr(node_of.FleetHttpClient, "PullObject", breaking)
+    with place.server() as link, place.site(echo):
+        assert ask(link, ECHO) == Frame("reply", ECHO.fields, ECHO.payload)
+    assert len(lost) == 3
+    assert len(asked) == len(set(asked)) + 3
+    assert not any("not there" in said for said in place.said)
+
+
 def test_a_server_that_is_started_anew_finds_its_site_and_its_answer(place: Place) -> None:
     """The site finishes while no server is there; the new one asks the same again and gets the finished update."""
     began, go, made = threading.Event(), threading.Event(), []

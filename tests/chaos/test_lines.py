@@ -32,8 +32,8 @@ def trainings(folder: Path, name: str) -> int:
 
 @pytest.mark.parametrize(
     "line",
-    [Line(drops=0.1), Line(delay=0.15), Line(silent=0.004)],
-    ids=["one chunk in ten is dropped", "300 ms there and back", "connections fall silent"],
+    [Line(drops=0.05), Line(delay=0.15), Line(silent=0.004)],
+    ids=["one chunk in twenty is dropped", "300 ms there and back", "connections fall silent"],
 )
 def test_fifty_rounds_over_a_line_that_fails(
     line: Line, table: dict[str, Any], tmp_path: Path, tally: Tally, request: pytest.FixtureRequest

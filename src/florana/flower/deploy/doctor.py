@@ -20,7 +20,7 @@ from florana.flower.app.site import base_digest
 from florana.flower.deploy.invitation import Invitation
 from florana.flower.deploy.join import prepare_site
 from florana.flower.deploy.keys import Certificates, read_certificate, read_private
-from florana.flower.deploy.reachability import clock_difference
+from florana.flower.deploy.reachability import clock_difference, in_words
 from florana.flower.deploy.roster import read_roster
 from florana.flower.deploy.serve import check_certificates
 from florana.recipe import schema as r
@@ -141,7 +141,7 @@ def _server(invitation: Invitation) -> Iterator[Finding]:
     yield Finding(name, True, "reached, and its certificate is the invitation's")
     fine = abs(off) <= CLOCK_SECONDS
     fix = "" if fine else "set this machine's clock right"
-    yield Finding("clock", fine, f"{abs(off):.0f} s from the server's", fix)
+    yield Finding("clock", fine, in_words(off), fix)
 
 
 def _base(setup: Setup, expected: str) -> Finding:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -55,12 +56,17 @@ from florana.errors import FederationError
 from florana.flower.app.flower_records import from_record, to_record
 from florana.flower.app.frames import Frame
 from florana.flower.deploy.invitation import Invitation
-from florana.flower.deploy.reachability import clock_difference
+from florana.flower.deploy.reachability import clock_difference, in_words
+
+Asked = TypeVar("Asked")
+Told = TypeVar("Told")
 
 ASKS_AGAIN = 0.5
 """Seconds between two questions for work, at least; florana's server holds a question until there is some."""
 TRIES_AGAIN = 1.0
 LOOKS_AGAIN = 0.05
+BREAKS = 5
+"""So many broken connections one part of a request may cost before all of it is fetched anew."""
 BEATS = 10.0
 CLOCK_SECONDS = 240.0
 _SIGNATURE, _UNKNOWN, _TOO_LARGE = 401, 412, 413
@@ -134,7 +140,7 @@ def _judge(error: httpx.HTTPStatusError, invitation: Invitation) -> None:
         off = clock_difference(invitation)
         raise FederationError(
             "the server does not accept this site's signature",
-            why=f"this machine's clock is {off:.0f} seconds ahead of the server's" if abs(off) > CLOCK_SECONDS else "",
+            why=f"this machine's clock is {in_words(off)}" if abs(off) > CLOCK_SECONDS else "",
             fix="set the clock right (signatures hold for five minutes), and join again",
         )
 
@@ -178,7 +184,7 @@ def _attend(
     waiting = False
     while not done.is_set():
         got = line.client.PullMessages(PullMessagesRequest(node=line.node))
-        asked = _whole(line, got) if got.messages_list else None
+        asked = _whole(line, got, done.wait) if got.messages_list else None
         if asked is None:
             if not waiting:
                 say("connected; waiting for the server to ask (it begins when enough sites are there)")
@@ -201,11 +207,12 @@ def _attend(
             say("the server does not wait for this answer any more")
 
 
-def _whole(line: Line, got: PullMessagesResponse) -> Message | None:
+def _whole(line: Line, got: PullMessagesResponse, pause: Callable[[float], bool]) -> Message | None:
     """The request with all that belongs to it; None where the server has taken it back."""
     tree, run = got.message_object_trees[0], got.messages_list[0].metadata.run_id
-    pull = make_pull_object_fn_protobuf(line.client.PullObject, line.node, run)
-    confirm = make_confirm_message_received_fn_protobuf(line.client.ConfirmMessageReceived, line.node, run)
+    pull = make_pull_object_fn_protobuf(_persistent(line.client.PullObject, pause), line.node, run)
+    heard = _persistent(line.client.ConfirmMessageReceived, pause)
+    confirm = make_confirm_message_received_fn_protobuf(heard, line.node, run)
     try:
         message = pull_and_inflate_object_from_tree(
             tree, pull, confirm, return_type=Message, initial_backoff=LOOKS_AGAIN, max_time=60.0
@@ -215,6 +222,21 @@ def _whole(line: Line, got: PullMessagesResponse) -> Message | None:
         return None
     message.metadata.__dict__["_message_id"] = tree.object_id
     return message
+
+
+def _persistent(ask: Callable[[Asked], Told], pause: Callable[[float], bool]) -> Callable[[Asked], Told]:
+    """The same call, over a few broken connections: a request has many parts, and none is fetched twice."""
+
+    def asked(request: Asked) -> Told:
+        for _ in range(BREAKS):
+            try:
+                return ask(request)
+            except httpx.TransportError:
+                if pause(TRIES_AGAIN):
+                    raise
+        return ask(request)
+
+    return asked
 
 
 def _answered(asked: Message, answer: Callable[[Frame], Frame]) -> Frame:
