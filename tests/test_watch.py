@@ -19,7 +19,7 @@ from florana.recipe.load import check
 from florana.report.live import live_of
 from florana.report.live_study import live_study_of
 from florana.report.watch import page_of, watching
-from florana.runs.run_folder import PROGRESS
+from florana.runs.run_folder import PROGRESS, locked
 from florana.runs.setup import execute
 from florana.study.grid import plan_of
 from florana.study.runner import execute_study
@@ -70,11 +70,20 @@ def asked(port: int, path: str = "/", method: str = "GET", host: str | None = No
     return answer.status, answer.read().decode(), dict(answer.getheaders())
 
 
-def test_a_run_that_goes_on(done: Path, tmp_path: Path) -> None:
-    live = live_of(stage(done, tmp_path / "run", 2), 7)
+def test_a_run_that_goes_on_and_one_that_was_killed(done: Path, tmp_path: Path) -> None:
+    folder = stage(done, tmp_path / "run", 2)
+    with locked(folder):
+        live = live_of(folder, 7)
+        page = page_of(folder, 7)
     assert (live.round, live.rounds, live.running, list(live.answered)) == (2, 3, True, ["client-0", "client-1"])
     assert live.seconds_left == 40.0  # one round, at the pace of the last one
-    page = page_of(tmp_path / "run", 7)
+    assert not live.stopped
+    killed = page_of(folder, 7)
+    assert "Stopped after 2 of 3 rounds: no florana of this machine is at work in the folder" in killed
+    assert "with --resume" in killed
+    assert "is running" not in killed
+    assert live_of(folder, 7).seconds_left is None
+    assert not live_of(done, 7).stopped
     assert "Round 3 of 3 is running" in page
     assert "2 clients counted (client-0, client-1), none was refused or missing" in page
     assert '<meta http-equiv="refresh" content="7">' in page
@@ -84,7 +93,9 @@ def test_a_run_that_goes_on(done: Path, tmp_path: Path) -> None:
 
 def test_a_run_that_has_ended_and_one_that_begins(done: Path, tmp_path: Path) -> None:
     assert "The run has ended after 3 rounds" in page_of(done, 7)
-    page = page_of(stage(done, tmp_path / "run", 0), 7)
+    folder = stage(done, tmp_path / "run", 0)
+    with locked(folder):
+        page = page_of(folder, 7)
     assert "Round 1 of 3 is running" in page
     assert "No round is committed yet" in page
 
@@ -105,7 +116,9 @@ def test_a_federation_says_who_is_there_and_why_not(done: Path, tmp_path: Path) 
     fresh = tmp_path / "fresh"
     fresh.mkdir()
     (fresh / PROGRESS).write_text(json.dumps({"time": 1.0, **events[0]}) + "\n")
-    assert "Waiting for the sites" in page_of(fresh, 7)
+    with locked(fresh):
+        assert "Waiting for the sites" in page_of(fresh, 7)
+    assert "Stopped after 0 rounds" in page_of(fresh, 7)
 
 
 @pytest.mark.parametrize("text", STRINGS[:40])
@@ -119,10 +132,12 @@ def test_nothing_that_a_site_says_reaches_the_page_as_it_is(text: str, done: Pat
 
 def test_the_page_follows_the_run_and_the_folder_stays_as_it_is(done: Path, tmp_path: Path) -> None:
     folder = stage(done, tmp_path / "run", 1)
-    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
     with served(folder) as port:
-        assert "Round 2 of 3 is running" in asked(port)[1]
-        assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+        with locked(folder):
+            before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+            assert "Round 2 of 3 is running" in asked(port)[1]
+            assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+        assert "Stopped after 1 of 3 rounds" in asked(port)[1]
         (folder / "rounds.jsonl").write_bytes((done / "rounds.jsonl").read_bytes())
         assert "The run has ended" in asked(port)[1]
         shutil.move(folder / "recipe.toml", folder / "gone")

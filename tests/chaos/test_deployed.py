@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
@@ -114,3 +115,39 @@ def rounds_of(fed: Fed) -> int:
 
 def log_of(fed: Fed) -> str:
     return (fed.folder / "serve.log").read_text(errors="replace")[-3000:]
+
+
+@pytest.mark.chaos
+def test_programs_and_their_logs_stay_as_large_as_they_are(table: dict[str, Any], tmp_path: Path, tally: Tally) -> None:
+    """Five hundred rounds of three sites: what grows is a line in journals, progress and audit logs."""
+    rounds, names = 500, ["client-0", "client-1", "client-2"]
+    table["federation"] = {"rounds": rounds, "min_clients": 3}
+    with federation(table, tmp_path, names) as fed:
+        command = [*PROGRAM, *fed.serving("--wait", str(HANGS), "--deadline", str(HANGS), "--no-base")]
+        with (fed.folder / "serve.log").open("wb") as log:
+            server = subprocess.Popen(command, env=environment(fed.home), stdout=log, stderr=log)
+        programs = {"server": server, **fed.sites}
+        seen: dict[int, dict[str, int]] = {}
+        for at in (rounds // 5, rounds - 20):
+            assert wait_for(lambda at=at: lines_of(fed, '"committed"') >= at or server.poll() is not None, 3600)
+            assert server.poll() is None, log_of(fed)
+            seen[at] = {name: psutil.Process(one.pid).memory_info().rss for name, one in programs.items()}
+            seen[at] |= {str(path.relative_to(fed.folder)): path.stat().st_size for path in fed.folder.rglob("*.log")}
+        assert server.wait(HANGS) == 0, log_of(fed)
+        records = read_records(fed.out / "rounds.jsonl")
+        assert all(record.clients == names for record in records)
+        spooled = list((fed.out / "spool").rglob("*")) if (fed.out / "spool").exists() else []
+        kept = [path for name in names for path in (fed.folder / name / "kept").rglob("*") if path.is_file()]
+    first, last = seen.values()
+    hundreds = (rounds - 20 - rounds // 5) / 100
+    growth = {name: (last[name] - first[name]) / 2**20 / hundreds for name in programs}
+    assert max(growth.values()) <= 1.0, growth
+    logs = {name: last[name] - first[name] for name in first if name.endswith(".log")}
+    spoken = logs.pop("serve.log")  # a line for each round, for whoever watches
+    assert spoken <= 200 * hundreds * 100
+    assert all(more <= 300 * hundreds * 100 for more in logs.values()), logs
+    assert spooled == []
+    assert len(kept) <= 6 * len(names), kept
+    most = max(growth, key=lambda name: growth[name])
+    said = f"{growth[most]:+.2f} MiB per 100 rounds at most ({most}); {sum(logs.values()) / hundreds:.0f} bytes of logs"
+    tally("rounds of a server and three sites, each a program", rounds, said)

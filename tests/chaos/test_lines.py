@@ -63,7 +63,7 @@ def test_fifty_rounds_over_a_line_that_fails(
 
 def test_sites_that_stand_still_beyond_the_deadline(table: dict[str, Any], tmp_path: Path, tally: Tally) -> None:
     """SIGSTOP, and SIGCONT long after its round has ended: the others went on, and it takes part again."""
-    rounds, stops, deadline = 60, 50, 2
+    rounds, stops, deadline = 120, 50, 2
     table["federation"] = {"rounds": rounds, "min_clients": 2}
     rng, stopped = random.Random(0), 0
     with federation(table, tmp_path, NAMES, join=False) as fed:

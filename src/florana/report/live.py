@@ -12,7 +12,7 @@ from florana.errors import InputError
 from florana.federation.best import enough
 from florana.federation.round_record import RoundRecord
 from florana.report.views import shown
-from florana.runs.run_folder import PROGRESS, read_run
+from florana.runs.run_folder import PROGRESS, at_work, read_run
 
 TAIL_BYTES = 2**18
 """Of the end of progress.jsonl."""
@@ -27,6 +27,7 @@ class Live:
         round: the last committed round; 0 before the first.
         rounds: how many it will have.
         running: whether rounds are still to come.
+        stopped: whether they are, and nobody is at work on them.
         answered: the clients of the last committed round.
         refused: client -> why it did not count there.
         now: what came in since then, one line for each event; of a federation over the network alone.
@@ -38,6 +39,7 @@ class Live:
     round: int
     rounds: int
     running: bool
+    stopped: bool
     answered: Sequence[str]
     refused: Mapping[str, str]
     now: Sequence[str]
@@ -56,17 +58,20 @@ def live_of(folder: Path, every: int) -> Live:
         InputError: it is no run folder, or one that cannot be read.
     """
     if not (folder / "recipe.toml").exists() and (folder / PROGRESS).exists():
-        return Live("a federation", 0, 0, True, (), {}, _since_commit(folder), None, every)
+        stopped = at_work(folder) is False
+        return Live("a federation", 0, 0, True, stopped, (), {}, _since_commit(folder), None, every)
     recipe, _, records = shown(read_run(folder))
     rounds, last = int(recipe["federation"]["rounds"]), records[-1] if records else None
     over = ended(recipe, records)
     done = last.round if last else 0
-    pace = _pace(folder) if not over else None
+    stopped = not over and at_work(folder) is False
+    pace = _pace(folder) if not over and not stopped else None
     return Live(
         title=str(recipe.get("title") or folder.resolve().name),
         round=done,
         rounds=rounds,
         running=not over,
+        stopped=stopped,
         answered=last.clients if last else (),
         refused=last.refused if last else {},
         now=() if over else _since_commit(folder),

@@ -22,7 +22,7 @@ from florana.report.live import live_of
 from florana.report.live_study import live_study_of
 from florana.report.page import render, template
 from florana.report.views import views
-from florana.runs.run_folder import PROGRESS, STUDY
+from florana.runs.run_folder import PROGRESS, STUDY, at_work
 
 SECONDS = 10.0
 """For a request to come in whole."""
@@ -96,7 +96,7 @@ def watching(folder: Path, host: str, port: int, every: int) -> Iterator[tuple[T
             """Drawn anew where the folder has changed."""
             names = ("rounds.jsonl", PROGRESS, STUDY, "failures.json", "recipe.toml")
             looked_at = [folder / name for name in names] + sorted((folder / "runs").glob("*/*/*/rounds.jsonl"))
-            seen = [path.stat().st_mtime_ns for path in looked_at if path.exists()]
+            seen = [at_work(folder), *(path.stat().st_mtime_ns for path in looked_at if path.exists())]
             if kept.get("seen") != seen:
                 kept.update(page=page_of(folder, every), seen=seen)
             return str(kept["page"])

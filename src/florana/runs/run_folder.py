@@ -5,7 +5,10 @@ Light to import: no training library.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +27,9 @@ from florana.recipe.schema import Recipe
 
 OUTCOME, PROGRESS, RUN_NAME = "outcome.json", "progress.jsonl", "run.json"
 """Of a run over the network: how it ended, a line per event, and the name by which sites keep what stays with them."""
+
+LOCK = ".lock"
+"""Held by whoever works in the run folder; its holder's death frees it."""
 
 STUDY = "progress.json"
 """In a study's folder: its runs, and how far they were when it was begun or gone on with. For who watches it."""
@@ -120,10 +126,33 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[RoundRe
 def locked(folder: Path) -> Iterator[None]:
     """One florana at a time in a run folder."""
     with held(
-        folder / ".lock",
+        folder / LOCK,
         FederationError(f"another florana is working in {folder}", fix="wait for it, or name another folder"),
+        seconds=0.5,  # whoever looks whether somebody is at work holds it for a moment
     ):
         yield
+
+
+def at_work(folder: Path) -> bool | None:
+    """Whether a florana of this machine is working in a run folder; None where the system does not tell."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    with contextlib.closing(os.fdopen(handle, "rb")):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return None
+        return False
 
 
 @contextmanager
