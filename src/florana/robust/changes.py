@@ -101,14 +101,16 @@ def change(after: Adapter, before: Adapter, module: str) -> Stack:
 
 
 def _products(changes: Sequence[Stack]) -> Tensor:
-    """<D_u, D_v> of one module: sums over blocks of (L^T L) * (R R^T), a row of blocks at a time."""
+    """<D_u, D_v> of one module: sums over blocks of (L^T L) * (R R^T), a row of them at a time from the diagonal on."""
     left, right = torch.cat([c.left for c in changes], dim=1), torch.cat([c.right for c in changes], dim=0)
     owner = torch.cat([torch.full((c.left.shape[1],), u) for u, c in enumerate(changes)])
     result = torch.zeros(len(changes), len(changes), dtype=torch.float64)
+    begin = 0
     for u, own in enumerate(changes):
-        columns = ((own.left.T @ left) * (own.right @ right.T)).sum(dim=0)
-        result[u].index_add_(0, owner, columns)
-    return (result + result.T) / 2
+        columns = ((own.left.T @ left[:, begin:]) * (own.right @ right[begin:].T)).sum(dim=0)
+        result[u].index_add_(0, owner[begin:], columns)
+        begin += own.left.shape[1]
+    return result + result.triu(1).T
 
 
 def _plain(differences: Sequence[Tensor]) -> Tensor:
