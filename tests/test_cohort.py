@@ -231,7 +231,13 @@ def test_a_run_ends_where_one_client_after_the_other_ends(
         assert all(len(record.clients) == 3 for record in result.records)
     assert ends[0].keys() == ends[1].keys()
     for name, tensor in ends[0].items():
-        assert float((ends[1][name] - tensor).abs().max()) <= 1e-4 * max(1.0, float(tensor.abs().max())), name
+        if ends[1][name].shape == tensor.shape:
+            assert float((ends[1][name] - tensor).abs().max()) <= 1e-4 * max(1.0, float(tensor.abs().max())), name
+            continue
+        # the rank of a remainder is where its singular values reach rounding, so only its product is the same
+        assert method == "fedex-lora", name
+        one, other = (end[name.replace("lora_A", "lora_B")] @ end[name.replace("lora_B", "lora_A")] for end in ends)
+        assert float((one - other).abs().max()) <= 1e-4 * max(1.0, float(one.abs().max())), name
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
