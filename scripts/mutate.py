@@ -37,6 +37,7 @@ MUTATIONS = [
     ("dp/noise.py", "Draws.chosen", "< rate", "< rate * rate", "test_private"),
     ("dp/noise.py", "Draws.normal", "drawn.reshape(shape)", "1.1 * drawn.reshape(shape)", "test_private"),
     ("dp/ledger.py", "Ledger.add", "os.fsync(stream.fileno())", "pass", "test_private"),
+    ("dp/ledger.py", "Ledger.add", 'os.fdopen(handle, "ab")', 'os.fdopen(handle, "ab", buffering=0)', "test_private"),
     ("atomic_files.py", "without_torn_line", "stream.truncate(whole)", "pass", "test_private test_secure_sites"),
     ("train/private_steps.py", "clipped_rows", "clip / whole.clamp(min=clip)", "1.0 + 0 * whole", "test_private"),
     ("train/private_steps.py", "clipped_rows", "torch.linalg.vector_norm(norms, dim=0)", "norms[0]", "test_private"),
