@@ -48,7 +48,7 @@ lock:  ## requirements-dev.txt anew, with the digests of the versions that it na
 	grep -o '^[^ #]*==[^ ]*' requirements-dev.txt | uv pip compile - --quiet --no-deps --generate-hashes --universal \
 	  --python-version 3.11.5 --no-annotate --custom-compile-command 'make lock' -o requirements-dev.txt
 
-chaos: setup  ## kills, stragglers, bad and replayed updates, in their full counts (about half an hour)
+chaos: setup  ## kills, stragglers, bad and replayed updates, disks, lines and clocks, in their full counts (an hour and a half)
 	$(BIN)/python -m pytest -q -m chaos tests
 
 bench: setup  ## speed and memory as ratios
