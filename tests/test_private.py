@@ -263,6 +263,9 @@ def test_a_charge_is_whole_on_the_disk_or_refused(tmp_path: Path) -> None:
             ledger.add(second)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(FederationError, match="half a line"):
+        ledger.add(second)  # nothing leaves before a new start: workers share the file, so none of them mends it
+    ledger.begin()
     ledger.add(second)
     assert [charge.round for charge in ledger.charges()] == [1, 2]
 

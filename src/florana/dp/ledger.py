@@ -16,7 +16,7 @@ from pathlib import Path
 
 from florana.atomic_files import explained, sync_folder, without_torn_line
 from florana.dp.accounting import Budget, Mechanism, epsilon_of
-from florana.errors import InputError
+from florana.errors import FederationError, InputError
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,16 @@ class Ledger:
         """Write a charge and flush it to the disk; one that is there stays one.
 
         Raises:
-            FederationError: the disk refused.
+            FederationError: the disk refused, or refused a part of an earlier line; a new start (`begin`) mends that.
             InputError: the file is gone, or is no ledger.
         """
         if any(known.release == charge.release for known in self.charges(charge.client)):
             return
+        if not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size:  # workers share it: none mends it
+            raise FederationError(
+                f"{self.path} ends in half a line, so nothing leaves", fix="free the disk, start again"
+            )
         with explained(self.path.parent, "what is spent could not be written down, so nothing leaves"):
-            without_torn_line(self.path)  # of a disk that was full: nothing left for it
             handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
             with os.fdopen(handle, "ab") as stream:  # a buffer writes all or raises; a bare write may write a part
                 stream.write(json.dumps(asdict(charge)).encode() + b"\n")
