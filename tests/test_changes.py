@@ -86,6 +86,36 @@ def test_inner_products_are_those_of_the_dense_changes(
     assert own["A"] == pytest.approx(math.sqrt(change))
 
 
+@pytest.mark.parametrize("other", ["none", "A", "B", "rank", "core"])
+def test_more_clients_than_are_multiplied_at_once_and_one_that_began_elsewhere(other: str) -> None:
+    pairs = pairs_of(11, 19, 3, 0.2)
+    pairs = [
+        (Adapter({n: LoraFactors(p.B, p.A, 1.5 + u) for n, p in a.modules.items()}, a.extra), b)
+        for u, (a, b) in enumerate(pairs)
+    ]
+    pairs = [
+        (a, Adapter({n: LoraFactors(p.B, p.A, 1.5 + u) for n, p in b.modules.items()}, b.extra))
+        for u, (a, b) in enumerate(pairs)
+    ]
+    rng = np.random.default_rng(12)
+    after, before = pairs[7]
+    if other in ("A", "B"):
+        grown = {n: p.A + 1 if other == "A" else p.A for n, p in before.modules.items()}
+        wider = {n: p.B + 1 if other == "B" else p.B for n, p in before.modules.items()}
+        before = Adapter(
+            {n: LoraFactors(wider[n], grown[n], p.scaling) for n, p in before.modules.items()}, before.extra
+        )
+    elif other == "rank":
+        after = moved(rng, before, 0.2, 2)
+    elif other == "core":
+        cores = {n: torch.from_numpy(rng.normal(size=(1, 3, 3))).float() for n in before.modules}
+        after = Adapter(after.modules, after.extra, {n: 2 * core for n, core in cores.items()})
+        after, before = (Adapter(before.modules, one.extra, one.cores or cores) for one in (after, before))
+    pairs[7] = (after, before)
+    rows = np.stack([dense(pair) for pair in pairs])
+    np.testing.assert_allclose(grams(pairs, {"A"})["product"], rows @ rows.T, rtol=1e-7, atol=1e-7 * rows.max() ** 2)
+
+
 def test_cores_are_measured_between_their_factors() -> None:
     rng = np.random.default_rng(3)
     plain = adapter(rng, 4)
