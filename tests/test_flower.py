@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from florana.flower.app.codec import (
     sealed_frame,
     step_in,
 )
+from florana.flower.app.export import export
 from florana.flower.app.flower_records import from_record, to_record
 from florana.flower.app.frames import Frame, from_head
 from florana.flower.app.settings import Settings, from_config, to_config
@@ -99,6 +102,27 @@ def test_a_recipe_survives_flowers_run_configuration(recipe_table: dict[str, Any
 
 BRIEF = Brief(3, "b", 2**62 + 1, b"tensors", True, ["A", "B"], ["A"], {"m": 1 / 3}, [0, 2], Pruning(2, 0.1))
 REPLY = Reply("b", 3, 17, {"train_loss": 0.1}, b"tensors", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [
+        ("", "flora-na-on-sentences-csv"),
+        ("florana demo: topics of the Python standard library", "florana-demo-topics-of-the"),
+        ("3 hospitals, eight rounds", "florana-3-hospitals-eight-rounds"),
+        ("Krankenhäuser", "krankenh-user"),
+        ("???", "app"),
+        ("x" * 40, "x" * 32),
+        ("9" * 40, "florana"),
+    ],
+)
+def test_an_exported_app_has_a_name_that_flower_takes(
+    title: str, name: str, recipe_table: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = check({**recipe_table, "title": title, "strategy": {"name": "flora-na"}}, "t")
+    project = tomllib.loads((export(recipe, tmp_path / "app") / "pyproject.toml").read_text())["project"]
+    assert project["name"] == name
+    assert re.fullmatch(r"[a-z][a-z0-9-]{0,31}", name)
 
 
 def test_frames_carry_briefs_and_replies_bit_for_bit() -> None:

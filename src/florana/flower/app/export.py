@@ -14,6 +14,9 @@ from florana.flower.app.settings import Settings, to_config
 from florana.recipe.schema import Recipe
 from florana.strategy.custom import plain_name
 
+LONGEST_NAME = 32
+"""Of an app; Flower refuses longer ones."""
+
 _README = """# {title}
 
 A Flower app that runs a florana recipe. It holds no weights and no data; florana must be installed where it runs.
@@ -56,7 +59,7 @@ def export(recipe: Recipe, folder: Path, settings: Settings | None = None) -> Pa
     project = {
         "build-system": {"requires": ["hatchling"], "build-backend": "hatchling.build"},
         "project": {
-            "name": re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "florana-app",
+            "name": app_name(title),
             "version": "1.0.0",
             "description": title,
             "license": "Apache-2.0",
@@ -85,6 +88,26 @@ def export(recipe: Recipe, folder: Path, settings: Settings | None = None) -> Pa
     for name, what in _MODULES.items():
         replace_file(folder / package / f"{name}.py", _MODULE.format(what=what, name=name).encode())
     return folder
+
+
+def app_name(title: str) -> str:
+    """A name that Flower takes for an app: a letter first, then letters, digits and hyphens, at most 32 in all.
+
+    Args:
+        title: of the recipe; as many of its words are kept as there is room for.
+
+    Examples:
+        >>> app_name("Topics of the Python standard library"), app_name("3 hospitals")
+        ('topics-of-the-python-standard', 'florana-3-hospitals')
+    """
+    words = re.findall(r"[a-z0-9]+", title.lower()) or ["app"]
+    words = words if words[0][0].isalpha() else ["florana", *words]
+    name, rest = str(words[0]), words[1:]
+    for word in rest:
+        if len(name) + 1 + len(word) > LONGEST_NAME:
+            break
+        name += f"-{word}"
+    return name[:LONGEST_NAME]
 
 
 def _nested(config: dict[str, str | int | float | bool]) -> dict[str, object]:
