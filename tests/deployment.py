@@ -6,8 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import tomli_w
 
 from florana.flower.deploy.keys import Certificates
 from tests.conftest import ROOT
-from tests.program import florana
+from tests.program import HANGS, florana, wait_for
 
 SWITCHED_OFF = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -26,8 +25,6 @@ SWITCHED_OFF = {
 }
 """What Flower's own programs and Ray would tell the world or fetch from it."""
 
-HANGS = 900.0
-"""Seconds after which a program is taken to hang, however busy the machine."""
 PROGRAM = [sys.executable, "-m", "florana"]
 
 
@@ -171,12 +168,3 @@ def end_all(folder: Path) -> list[int]:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return left
-
-
-def wait_for(what: Callable[[], bool], seconds: float = HANGS) -> bool:
-    end = time.monotonic() + seconds
-    while not what():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.1)
-    return True

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,6 +32,10 @@ _FORKS.set_forkserver_preload(
         "florana.flower.deploy.doctor",
     ]
 )
+
+
+HANGS = 900.0
+"""Seconds after which a program is taken to hang, however busy the machine."""
 
 
 def started(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -102,3 +107,13 @@ def _be_florana(
     if killed_at is not None:
         strike(str(killed_at[0]), killed_at[1], told)
     main()
+
+
+def wait_for(what: Callable[[], bool], seconds: float = HANGS) -> bool:
+    """Whether it came true within that time."""
+    end = time.monotonic() + seconds
+    while not what():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True

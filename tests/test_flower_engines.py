@@ -17,7 +17,8 @@ from florana.flower.app.settings import Settings
 from florana.recipe.load import check
 from florana.recipe.schema import Recipe
 from florana.runs.setup import execute
-from tests.deployment import HANGS, environment, federation, simulation, wait_for
+from tests.deployment import environment, federation, simulation
+from tests.program import HANGS, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 

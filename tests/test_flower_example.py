@@ -24,8 +24,9 @@ from florana.flower.dropin.replies import fingerprint
 from florana.lora.factors import Contribution, Update
 from florana.strategy import STRATEGIES
 from tests.conftest import ROOT
-from tests.deployment import HANGS, environment, simulation
+from tests.deployment import environment, simulation
 from tests.flower_fake import FakeGrid, identify
+from tests.program import HANGS
 
 APP = ROOT / "examples" / "flower_app"
 SERVER = Path("lora_app") / "server_app.py"

@@ -31,7 +31,8 @@ from florana.flower.deploy.keys import Certificates, make_site, read_private
 from florana.flower.deploy.live_roster import LiveRoster
 from florana.flower.deploy.roster import approve, read_roster, revoke
 from tests.conftest import ROOT
-from tests.deployment import free_port, wait_for
+from tests.deployment import free_port
+from tests.program import wait_for
 
 LIMIT = 2**20
 PUSH, PULL, OBJECT = "/v1/fleet/push-messages", "/v1/fleet/pull-messages", "/v1/fleet/push-object"

@@ -48,7 +48,8 @@ from florana.flower.deploy.kept_update import remembered
 from florana.flower.deploy.keys import make_site, read_private
 from florana.flower.deploy.node import attend
 from florana.flower.deploy.roster import approve, read_roster
-from tests.deployment import free_port, wait_for
+from tests.deployment import free_port
+from tests.program import wait_for
 
 ECHO = Frame("hello", {"word": "x"}, b"tensors")
 

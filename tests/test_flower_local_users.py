@@ -18,7 +18,8 @@ import pytest
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 from florana.flower.deploy.audit_log import read_log
-from tests.deployment import Fed, environment, federation, wait_for
+from tests.deployment import Fed, environment, federation
+from tests.program import wait_for
 
 NOBODY = [
     *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),

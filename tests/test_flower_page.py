@@ -23,8 +23,8 @@ from florana.dp.accounting import Budget
 from florana.dp.ledger import Ledger, spent
 from florana.flower.deploy.audit_log import read_log
 from tests.conftest import ROOT
-from tests.deployment import HANGS, PROGRAM, end_all, environment, free_port, wait_for
-from tests.program import florana
+from tests.deployment import PROGRAM, end_all, environment, free_port
+from tests.program import HANGS, florana, wait_for
 
 pytestmark = pytest.mark.slow
 PAGES = {"sites.md": ("sites.md", "flower.md"), "privacy.md": ("privacy.md",)}

@@ -8,10 +8,13 @@ import io
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import rich.console
 from scipy import stats
@@ -22,15 +25,15 @@ from florana.federation.journal import read_records
 from florana.recipe.load import check
 from florana.report.views import view
 from florana.strategy.conformance import check_rule
-from florana.study import runner
+from florana.study import jobs, runner
 from florana.study.estimates import Estimate, estimate, paired
 from florana.study.formats import as_csv, latex, markdown, other_cells
 from florana.study.grid import Cell, Plan, Setting, plan_of, recipe_of
 from florana.study.named_methods import method_of, split_methods
 from florana.study.publish import publish
-from florana.study.runner import execute_study, folder_of, rounds_left, swap_file
+from florana.study.runner import alone_in, execute_study, folder_of, rounds_left, swap_file
 from florana.study.table import Comparison, Other, compare
-from tests.program import florana
+from tests.program import florana, wait_for
 
 OWN = """
 from florana import best_rank, mean
@@ -193,7 +196,7 @@ def test_a_study_takes_no_more_threads_than_it_was_given(
 ) -> None:
     """OMP_NUM_THREADS, which torch has read, is the most; a machine's cores shared by groups are the next."""
     asked: list[int] = []
-    monkeypatch.setattr(runner.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(jobs.os, "cpu_count", lambda: 8)
     monkeypatch.setattr("torch.get_num_threads", lambda: 3)
     monkeypatch.setattr("torch.set_num_threads", asked.append)
     small.pop("threads")
@@ -350,12 +353,49 @@ def test_compare_on_the_command_line(small: dict[str, Any], own: Path, tmp_path:
 
 
 def test_jobs_fit_the_cores_and_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner.os, "cpu_count", lambda: 8)
-    free = {"SC_AVPHYS_PAGES": 3 * runner.MEMORY_PER_JOB // 4096, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(runner.os, "sysconf", lambda name: free[name])
-    assert runner.default_jobs() == 3
+    monkeypatch.setattr(jobs.os, "cpu_count", lambda: 8)
+    free = {"SC_AVPHYS_PAGES": 3 * jobs.MEMORY_PER_JOB // 4096, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(jobs.os, "sysconf", lambda name: free[name])
+    assert jobs.default_jobs() == 3
     free["SC_AVPHYS_PAGES"] = 0
-    assert runner.default_jobs() == 1
+    assert jobs.default_jobs() == 1
+
+
+SLEEPERS = """
+import os, time
+from pathlib import Path
+from florana.study.jobs import in_jobs
+
+def sleep(folder, tell):
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    in_jobs(sleep, [{folder!r}] * 2, 2, print)
+"""
+
+
+def test_what_works_for_a_study_ends_with_it(tmp_path: Path) -> None:
+    (tmp_path / "pids").mkdir()
+    (tmp_path / "sleepers.py").write_text(SLEEPERS.format(folder=str(tmp_path / "pids")))
+    study = subprocess.Popen([sys.executable, str(tmp_path / "sleepers.py")])
+    assert wait_for(lambda: len(list((tmp_path / "pids").iterdir())) == 2)
+    children = psutil.Process(study.pid).children()
+    assert {int(path.name) for path in (tmp_path / "pids").iterdir()} < {child.pid for child in children}
+    study.kill()
+    study.wait()
+    assert wait_for(lambda: not any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children))
+
+
+def test_one_florana_at_a_time_in_a_study(small: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(check(small, "t").to_toml())
+    with alone_in(tmp_path / "s"):
+        with alone_in(tmp_path / "s"):
+            pass  # who has it may have it again
+        second = florana("compare", "recipe.toml", "--out", "s", cwd=tmp_path)
+    assert second.returncode == 4
+    assert "another florana is working in s" in second.stderr
+    assert not (tmp_path / "s" / "runs").exists()
 
 
 def test_a_study_compares_nothing_before_anything_is_finished(small: dict[str, Any], tmp_path: Path) -> None:

@@ -184,7 +184,9 @@ def study(done: Path, tmp_path: Path) -> Path:
 
 
 def test_a_study_shows_each_of_its_runs_and_the_time_left(study: Path) -> None:
-    live = live_study_of(study, 5, now=1060.0)
+    with locked(study):
+        live = live_study_of(study, 5, now=1060.0)
+    assert not live.stopped
     assert [(run.rounds, run.score is not None, bool(run.why)) for run in live.runs] == [
         (3, True, False), (1, True, False), (0, False, True), (0, False, False)
     ]  # fmt: skip
@@ -192,7 +194,9 @@ def test_a_study_shows_each_of_its_runs_and_the_time_left(study: Path) -> None:
     assert live.score == "accuracy"
     assert live.seconds_left == pytest.approx(60.0 / 4 * 5)  # four of nine rounds were made, five are left to do
     with served(study) as port:
-        page = asked(port)[1]
+        assert "<b>Stopped with 2 of 4 runs done: no florana" in asked(port)[1]
+        with locked(study):
+            page = asked(port)[1]
     assert "<b>2 of 4 runs are done</b>" in page
     assert "seed-0/mine_&lt;b&gt;.py" in page
     assert "failed: the &lt;i&gt;loss&lt;/i&gt;" in page

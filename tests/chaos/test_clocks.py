@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 from tests.chaos.counts import Tally
-from tests.deployment import HANGS, PROGRAM, Fed, environment, federation, listens, wait_for
+from tests.deployment import PROGRAM, Fed, environment, federation, listens
+from tests.program import HANGS, wait_for
 
 LIBRARY = str(next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), ""))
 pytestmark = [

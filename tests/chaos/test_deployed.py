@@ -18,7 +18,8 @@ from florana.recipe.load import check
 from florana.runs.setup import execute
 from tests import strikes
 from tests.chaos.counts import Tally, digest
-from tests.deployment import HANGS, PROGRAM, Fed, environment, federation, wait_for
+from tests.deployment import PROGRAM, Fed, environment, federation
+from tests.program import HANGS, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 

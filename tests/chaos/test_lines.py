@@ -18,7 +18,8 @@ from florana.federation.journal import read_records
 from florana.recipe.load import check
 from florana.runs.setup import execute
 from tests.chaos.counts import Tally, digest
-from tests.deployment import HANGS, PROGRAM, environment, federation, free_port, wait_for
+from tests.deployment import PROGRAM, environment, federation, free_port
+from tests.program import HANGS, wait_for
 from tests.proxy import Line, proxy
 
 pytestmark = [pytest.mark.chaos, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]

@@ -28,7 +28,8 @@ from florana.flower.deploy.keys import Certificates, make_site
 from florana.flower.deploy.roster import approve, read_roster
 from florana.flower.deploy.serve import check_certificates, serve
 from florana.recipe.load import read_recipe
-from tests.deployment import HANGS, PROGRAM, end_all, environment, free_port
+from tests.deployment import PROGRAM, end_all, environment, free_port
+from tests.program import HANGS
 
 pytestmark = [pytest.mark.chaos, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 

@@ -20,7 +20,8 @@ from florana.errors import FederationError
 from florana.secure import neighbours
 from florana.secure.masks import Numbers
 from tests.chaos.counts import Tally, often
-from tests.deployment import PROGRAM, environment, federation, wait_for
+from tests.deployment import PROGRAM, environment, federation
+from tests.program import wait_for
 from tests.secure_cases import STEPS, Session, summed, terms, vectors
 
 

@@ -56,7 +56,7 @@ def compare(
     from florana.cli.console import console_of
     from florana.cli.display_study import forecast_table, others_table, study_progress, study_table
     from florana.study.publish import publish
-    from florana.study.runner import execute_study, folder_of, rounds_left, threads_of, tune_study
+    from florana.study.runner import alone_in, execute_study, folder_of, rounds_left, threads_of, tune_study
     from florana.track.tracking import tracked_study
 
     console = console_of(as_json, width=200)
@@ -82,6 +82,7 @@ def compare(
         )
     runs = {cell.id: folder_of(folder, cell) for cell in plan.cells}
     with (
+        alone_in(folder),
         interruptible(lambda: f"{safe(list(runs.values()))}; go on with: the same command") as interrupted_before,
         study_progress(console, left + tuning) as told_of,
     ):

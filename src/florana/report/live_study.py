@@ -12,7 +12,7 @@ from florana.bounded import read_json
 from florana.errors import FloranaError, InputError
 from florana.report.live import ended
 from florana.report.views import shown, view
-from florana.runs.run_folder import STUDY
+from florana.runs.run_folder import STUDY, at_work
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class LiveStudy:
         score: what the scores are.
         seconds_left: at the pace since it was begun or gone on with; None where nobody knows.
         every: seconds after which the page looks again.
+        stopped: whether there is more to do, and no florana of this machine at work in the folder.
     """
 
     title: str
@@ -51,6 +52,7 @@ class LiveStudy:
     score: str
     seconds_left: float | None
     every: int
+    stopped: bool
 
     @property
     def done(self) -> int:
@@ -92,7 +94,8 @@ def live_study_of(folder: Path, every: int, now: float | None = None) -> LiveStu
     left = sum(max(rounds - run.rounds, 0) for run in runs if not run.why)
     made, passed = left_then - left, (time.time() if now is None else now) - since
     seconds = 0.0 if left == 0 else passed / made * left if made > 0 and passed > 0 else None
-    return LiveStudy(shown(folder.resolve().name), runs, rounds, score, seconds, every)
+    stopped = left > 0 and at_work(folder) is False
+    return LiveStudy(shown(folder.resolve().name), runs, rounds, score, None if stopped else seconds, every, stopped)
 
 
 def _table(path: Path) -> Mapping[str, Any]:

@@ -7,18 +7,15 @@ OUT/progress.json                       the cells, and how far they were at the 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from queue import Empty
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -29,14 +26,12 @@ from florana.federation.event import Event
 from florana.federation.journal import read_records
 from florana.federation.round_record import RoundRecord
 from florana.recipe import schema as r
-from florana.runs.run_folder import STUDY, recorded_threads
+from florana.runs.run_folder import STUDY, locked, recorded_threads
 from florana.runs.threads import threads
 from florana.study.grid import CENTRALISED, Cell, Plan, Setting, recipe_of
+from florana.study.jobs import default_jobs, in_jobs
 from florana.study.named_methods import Method
 from florana.study.tune import Tuning, jobs_of, tune
-
-MEMORY_PER_JOB = 2 * 2**30
-"""Bytes of free memory a group of cells should have before another one starts beside it."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +66,17 @@ def execute_study(
         cell id -> why it failed, for those that did. The rest of the study goes on.
     """
     failures = dict(failed or {})
-    _note(plan, out, failures)
-    groups = [
-        Group(plan.base, setting,
-              [cell for cell in plan.cells if cell.setting == setting and cell.id not in failures], out,
-              threads_of(plan, out, jobs), plan.fixed_updates_rounds)
-        for setting in plan.settings
-    ]  # fmt: skip
-    for found in side_by_side(work, groups, jobs, advance):
-        failures |= found
-    replace_file(out / "failures.json", (json.dumps(failures, indent=1) + "\n").encode())
+    with alone_in(out):
+        _note(plan, out, failures)
+        groups = [
+            Group(plan.base, setting,
+                  [cell for cell in plan.cells if cell.setting == setting and cell.id not in failures], out,
+                  threads_of(plan, out, jobs), plan.fixed_updates_rounds)
+            for setting in plan.settings
+        ]  # fmt: skip
+        for found in in_jobs(work, groups, jobs, advance):
+            failures |= found
+        replace_file(out / "failures.json", (json.dumps(failures, indent=1) + "\n").encode())
     return failures
 
 
@@ -98,9 +94,9 @@ def tune_study(
     Returns:
         The study with what was chosen, what was tried, and cell id -> why it cannot be run.
     """
-    _note(plan, out, {})
-    todo = jobs_of(plan, out, threads_of(plan, out, jobs))
-    found = side_by_side(tune, todo, jobs, advance)
+    with alone_in(out):
+        _note(plan, out, {})
+        found = in_jobs(tune, jobs_of(plan, out, threads_of(plan, out, jobs)), jobs, advance)
     chosen = {(one.setting, one.method): one.chosen for one in found if one.chosen is not None}
     lost = {(one.setting, one.method): one for one in found if one.chosen is None}
     failures = {
@@ -119,54 +115,24 @@ def _note(plan: Plan, out: Path, failures: Mapping[str, str]) -> None:
         "left": rounds_left(plan, out),
         "time": time.time(),
     }
-    with explained(out, "the study's folder could not be made"):
-        out.mkdir(parents=True, exist_ok=True)
-        replace_file(out / STUDY, (json.dumps(begun, indent=1) + "\n").encode())
-        replace_file(out / "failures.json", (json.dumps(failures, indent=1) + "\n").encode())
+    replace_file(out / STUDY, (json.dumps(begun, indent=1) + "\n").encode())
+    replace_file(out / "failures.json", (json.dumps(failures, indent=1) + "\n").encode())
 
 
-Item = TypeVar("Item")
-Done = TypeVar("Done")
-
-
-def side_by_side(
-    do: Callable[[Item, Callable[[str], Any]], Done],
-    items: Sequence[Item],
-    jobs: int | None,
-    advance: Callable[[int, str], None],
-) -> list[Done]:
-    """`do` for each item, in processes beside one another where there are several; the results in the items' order.
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """The study's folder, made where it is not there, for one florana at a time; who has it may have it again.
 
     Args:
-        do: given an item, and whom to tell of each committed round.
-        items: what is to be done.
-        jobs: how many at once; None: by cores and memory.
-        advance: told of committed rounds (how many, of what).
+        out: the study's folder.
+
+    Raises:
+        FederationError: another florana is at work in it, or it cannot be written.
     """
-    count = min(jobs or default_jobs(), len(items))
-    if count <= 1:
-        return [do(item, lambda name: advance(1, name)) for item in items]
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(count, mp_context=context) as pool:
-        events = manager.Queue()
-        futures = [pool.submit(do, item, events.put) for item in items]
-        while not all(future.done() for future in futures):
-            with contextlib.suppress(Empty):
-                advance(1, events.get(timeout=0.5))
-        while True:
-            try:
-                advance(1, events.get(block=False))
-            except Empty:
-                return [future.result() for future in futures]
-
-
-def default_jobs() -> int:
-    """As many groups at once as there are cores, and memory for."""
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 1
-    return max(1, min(os.cpu_count() or 1, free // MEMORY_PER_JOB))
+    with explained(out, "the study's folder could not be made"):
+        out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        yield
 
 
 def threads_of(plan: Plan, out: Path, jobs: int | None) -> int:
