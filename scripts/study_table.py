@@ -3,7 +3,8 @@
     python scripts/study_table.py [--check]
 
 Between `<!-- study: NAME KIND -->` and `<!-- end of study -->` stands what docs/study/NAME.json says: its methods
-(`rows`), its declared comparisons (`declared`), or momentum beside FedIT at rounds after the last (`later`).
+(`rows`), its declared comparisons (`declared`), or momentum beside FedIT at rounds after the last (`later`); of several
+names, with commas between them, the methods (`regimes`) or the declared comparisons (`declared-in`) side by side.
 """
 
 from __future__ import annotations
@@ -99,15 +100,47 @@ def later(found: Mapping[str, Any]) -> str:
     return table(["after round", "fedit", "momentum", "difference, accuracy", "p", "difference, loss"], lines)
 
 
+def regimes(studies: Mapping[str, Mapping[str, Any]]) -> str:
+    """The same methods in several studies: rate, score and difference from FedIT in each."""
+    heads, lines = ["method"], dict[str, list[str]]()
+    for name, found in studies.items():
+        heads += [f"{name.partition('-')[2]}: rate", found["metric"], "minus FedIT"]
+        chosen = {one["method"]: one["chosen"] for one in found["tuning"]}
+        for row in found["rows"]:
+            rate = ", ".join(f"{value:g}" for value in chosen[row["method"]].values())
+            own = [rate, told(row["scores"]["global"]), told(row["difference"], "+")]
+            lines.setdefault(row["method"], [short(row["method"])]).extend(own)
+    return table(heads, list(lines.values()))
+
+
+def declared_in(studies: Mapping[str, Mapping[str, Any]]) -> str:
+    """The declared comparisons of several studies, each corrected within its own."""
+    heads, lines = ["declared comparison"], dict[tuple[str, str], list[str]]()
+    for name, found in studies.items():
+        heads += [f"{name.partition('-')[2]}: {found['metric']}", "p, Holm"]
+        for one in found["declared"]:
+            pair = short(one["first"]), short(one["second"])
+            lines.setdefault(pair, [" minus ".join(pair)]).extend(
+                [told(one["difference"], "+"), f"{one['adjusted']:.1g}"]
+            )
+    return table(heads, list(lines.values()))
+
+
 KINDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {"rows": rows, "declared": declared, "later": later}
+SEVERAL: Mapping[str, Callable[[Mapping[str, Mapping[str, Any]]], str]] = {
+    "regimes": regimes,
+    "declared-in": declared_in,
+}
 
 
 def filled(text: str) -> str:
     """The page with its tables."""
 
     def written(mark: re.Match[str]) -> str:
-        found = json.loads((ROOT / "docs" / "study" / f"{mark[2]}.json").read_text())
-        return f"{mark[1]}\n{KINDS[mark[3]](found)}\n\n{mark[4]}"
+        names = mark[2].split(",")
+        found = {name: json.loads((ROOT / "docs" / "study" / f"{name}.json").read_text()) for name in names}
+        made = SEVERAL[mark[3]](found) if mark[3] in SEVERAL else KINDS[mark[3]](found[mark[2]])
+        return f"{mark[1]}\n{made}\n\n{mark[4]}"
 
     return MARK.sub(written, text)
 

@@ -7,9 +7,12 @@ import csv
 import io
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ import rich.console
 from scipy import stats
 
 from florana.cli.display_study import others_table
-from florana.errors import RecipeError
+from florana.errors import FederationError, RecipeError
 from florana.federation.journal import read_records
 from florana.recipe.load import check
 from florana.report.views import view
@@ -385,6 +388,17 @@ def test_what_works_for_a_study_ends_with_it(tmp_path: Path) -> None:
     study.kill()
     study.wait()
     assert wait_for(lambda: not any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children))
+
+
+def _dies(item: int, tell: Callable[[str], Any]) -> int:
+    if item:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def test_a_process_of_a_study_that_is_killed_is_named() -> None:
+    with pytest.raises(FederationError, match="a process of the study ended by itself"):
+        jobs.in_jobs(_dies, [0, 1, 0], 2, lambda count, name: None)
 
 
 def test_one_florana_at_a_time_in_a_study(small: dict[str, Any], tmp_path: Path) -> None:

@@ -12,10 +12,13 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from multiprocessing.managers import SyncManager
 from queue import Empty
 from typing import Any, TypeVar
+
+from florana.errors import FederationError
 
 MEMORY_PER_JOB = 2 * 2**30
 """Bytes of free memory a group of cells should have before another one starts beside it."""
@@ -37,6 +40,9 @@ def in_jobs(
         items: what is to be done.
         jobs: how many at once; None: by cores and memory.
         advance: told of committed rounds (how many, of what).
+
+    Raises:
+        FederationError: a process ended by itself, which happens where memory runs out.
     """
     count = min(jobs or default_jobs(), len(items))
     if count <= 1:
@@ -54,7 +60,15 @@ def in_jobs(
             try:
                 advance(1, events.get(block=False))
             except Empty:
-                return [future.result() for future in futures]
+                break
+        try:
+            return [future.result() for future in futures]
+        except BrokenProcessPool:
+            raise FederationError(
+                "a process of the study ended by itself",
+                why="somebody ended it, or there was no memory for so many at once",
+                fix="the same command with --jobs 1 goes on; what is finished is kept",
+            ) from None
 
 
 def default_jobs() -> int:
