@@ -27,10 +27,11 @@ def movement(strategies: Sequence[str], reach: bool) -> None:
     for clients, hostile in CROWDS:
         cells = []
         for rule in RULES:
-            if not offered(rule, clients, hostile):
+            some = [name for name in strategies if offered(name, rule, clients, hostile)]
+            if not some:
                 cells.append("not offered")
                 continue
-            found = max((*worst(Setting(s, clients, hostile, rule, reach), [*WITH_ROWS])[:2], s) for s in strategies)
+            found = max((*worst(Setting(s, clients, hostile, rule, reach), [*WITH_ROWS])[:2], s) for s in some)
             cells.append(f"{found[0]:.1f} ({found[2]}, {found[1]})")
         print(f"| {hostile} of {clients} | " + " | ".join(cells) + " |", flush=True)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from florana.aggregate.cores import folded
 from florana.aggregate.stack import combined
+from florana.federation import trip_memory
 from florana.federation.loop import run_rounds
 from florana.federation.messages import Brief, Failure, Reply, pack, unpack
 from florana.federation.step_bounds import reach_of
@@ -95,24 +96,37 @@ class Clients:
         self, strategy: Strategy, names: Sequence[str], hostile: int, attack: Attack | None, rows: int
     ) -> None:
         self.first, self.attack, self.rows = strategy.init(first_adapter()).adapter, attack, rows
+        self.sums, self.kept = strategy.sums, dict[str, dict[str, Tensor]]()
         self.hostile = list(names)[len(names) - hostile :]
         self.absent = attack is None
 
     def fit(self, briefs: Sequence[Brief]) -> Iterator[Reply | Failure]:
         for brief in briefs:
+            if brief.trip:  # it has trained, or lied
+                content = trip_memory.measured(brief, self.sums, self.kept[brief.client]).content
+                yield Reply(brief.client, brief.round, self.rows_of(brief), {}, content, 0.0)
+                continue
             begun, _ = unpack(brief.payload, self.first, {}, brief.scalings)
             before = load(pack(begun, brief.returns, blocks=brief.blocks))
             tensors = {n: honest(n, t, brief.client, brief.round) for n, t in before.items()}
-            rows = 50 + 5 * int(brief.client[1:])
             if brief.client in self.hostile:
                 if brief.round > CLEAN and self.absent:
                     yield Failure(brief.client, "away")
                     continue
-                rows = self.rows or rows
                 if brief.round > CLEAN and self.attack is not None:
                     index = self.hostile.index(brief.client)
                     tensors = {n: self.attack(n, before[n], t, index).float() for n, t in tensors.items()}
-            yield Reply(brief.client, brief.round, rows, {}, save({n: t.contiguous() for n, t in tensors.items()}), 0.0)
+            content = save({n: t.contiguous() for n, t in tensors.items()})
+            if brief.trip is not None:
+                trained, _ = unpack(content, begun, {}, brief.scalings)
+                self.kept[brief.client] = trip_memory.update_of(begun, trained)
+                content = trip_memory.measured(brief, self.sums, self.kept[brief.client]).content
+            yield Reply(brief.client, brief.round, self.rows_of(brief), {}, content, 0.0)
+
+    def rows_of(self, brief: Brief) -> int:
+        """What it claims to have trained on."""
+        claims = self.rows if brief.client in self.hostile else 0
+        return claims or 50 + 5 * int(brief.client[1:])
 
     def memories(self) -> Mapping[str, Mapping[str, Tensor]]:
         return {}
@@ -176,6 +190,11 @@ def _without(setting: Setting, rows: int) -> tuple[State, State]:
     """The state before the attack, and after the round without the hostile."""
     before = after(setting, None, CLEAN, times(1.0), rows)
     return before, after(setting, before, CLEAN + 1, None, rows)
+
+
+def require_clean(setting: Setting, rows: int = 0) -> None:
+    """Raises FederationError where the rounds fail without any attack: nothing would be examined."""
+    _without(dataclasses.replace(setting, rule="none"), rows)
 
 
 def movement(setting: Setting, attack: Attack, rows: int = 0) -> float:

@@ -5,7 +5,7 @@ python -m tests.attacks_on_text [--strategies fedit best-rank] [--seeds 1]
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from florana.runs.chosen_strategy import strategy_of
 from florana.runs.prepared import prepare
 from florana.runs.rounds import execute_rounds
 from florana.runs.setup import begin, clients_of, federation_of
+from florana.train.data.tokenize import Example
 from tests.attacks import rule_of
 from tests.conftest import ROOT
 
@@ -46,12 +47,12 @@ def accuracy(rule: str, hostile: int, factor: float, out: Path, strategy: str = 
     recipe = check(table, "attacks")
     setup = prepare(recipe)
     bad = sorted(setup.clients)[CLIENTS - hostile :]
+
+    def turn(rows: Sequence[Example]) -> tuple[Example, ...]:
+        return tuple(replace(row, labels=((int(row.labels[0]) + 1) % TOPICS,)) for row in rows)
+
     turned = {
-        name: replace(
-            data, train=tuple(replace(row, labels=((int(row.labels[0]) + 1) % TOPICS,)) for row in data.train)
-        )
-        if name in bad
-        else data
+        name: replace(data, train=turn(data.train), bins=turn(data.bins)) if name in bad else data
         for name, data in setup.clients.items()
     }
     setup = replace(setup, clients=turned)

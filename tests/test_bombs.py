@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -75,6 +76,24 @@ def test_texts_with_dots_and_brackets_are_no_bombs() -> None:
     dots = ".".join("a" * 200)
     assert bounded.toml(f'x = "{dots}" # {"[" * 200}\ny = """\n{"{" * 200}"""\nz = \'{dots}\'')["x"] == dots
     assert bounded.toml("a.b.c.d = [[1, 2], [3]]") == {"a": {"b": {"c": {"d": [[1, 2], [3]]}}}}
+
+
+def test_each_bound_refuses_by_itself(tmp_path: Path) -> None:
+    """What a parser behind a bound would refuse too, or read in time, is refused before it."""
+    (tmp_path / "eleven").write_bytes(bytes(11))
+    assert bounded.read_bytes(tmp_path / "eleven", 11) == bytes(11)
+    with pytest.raises(ValueError, match="more than 10 bytes"):
+        bounded.read_bytes(tmp_path / "eleven", 10)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="it is no file"):
+        bounded.read_bytes(tmp_path / "pipe", 10)
+    with pytest.raises(ValueError, match="characters"):
+        bounded.toml("x = 1 #" + "y" * bounded.TOML_BYTES)
+    with pytest.raises(ValueError, match="values"):
+        bounded.toml("x = [" + "1," * (bounded.MANY + 1) + "]")
+    assert bounded.unpacked(gzip.compress(bytes(10)), 10) == bytes(10)
+    with pytest.raises(ValueError, match="10 bytes when it is unpacked"):
+        bounded.unpacked(gzip.compress(bytes(11)), 10)
 
 
 LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 1}

@@ -107,8 +107,8 @@ def test_a_killed_server_goes_on_from_its_last_round(
             before = rounds_of(out)
             kills += struck(lead_with_trainers, led_by, tmp_path, rng.randint(1, 100), committing=False)
             assert rounds_of(out) >= before, "a committed round is never lost"
-            for path in (out / "spool").glob("round-*/*.json"):
-                finished.add((int(path.parent.name[-6:]), json.loads(path.read_text())["facts"]["client"]))
+            for path in (out / "spool").glob("round-*/trip-*/*.json"):
+                finished.add((int(path.parent.parent.name[-6:]), json.loads(path.read_text())["facts"]["client"]))
         lead_with_trainers(*led_by)
     assert kills == count
     assert [record.round for record in read_records(out / "rounds.jsonl")] == list(range(1, rounds + 1))

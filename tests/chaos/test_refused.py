@@ -142,7 +142,7 @@ def test_a_payload_bomb_is_cut_off(standing: Standing) -> None:
         url = f"https://127.0.0.1:{standing.port}/v1/fleet/push-object"
         try:
             answer = client.post(url, content=bomb(), headers={"flwr-public-key": "x"})
-            assert answer.status_code == 413
+            assert answer.status_code == 401, "whoever has no key is not read any further"
         except httpx.HTTPError:
             pass  # the door closed while the bomb was still going off
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
@@ -188,7 +188,7 @@ def test_a_full_disk_at_the_server_keeps_the_old_round(standing: Standing, tmp_p
                     except OSError:
                         pass
 
-        with pytest.raises(FederationError, match="could not be saved") as caught:
+        with pytest.raises(FederationError, match=r"could not be (saved|kept)") as caught:
             execute(recipe, small / "run", show=fill)
         assert "free some disk space" in caught.value.fix
         assert len(read_records(small / "run" / "rounds.jsonl")) == 2
