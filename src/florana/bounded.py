@@ -80,8 +80,23 @@ def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
         OSError: it cannot be read.
         ValueError: it is no JSON, or too large or too deep to be read safely.
     """
-    text = read_bytes(path, most).decode("utf-8")
-    _require_shallow(text)
+    return json_of(read_bytes(path, most).decode("utf-8"), pairs)
+
+
+def json_of(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """What a JSON text says: `json.loads`, which answers a deep one with a RecursionError that nobody expects.
+
+    Args:
+        text: one value. Brackets in its words do not count as depth.
+        pairs: makes a table of its keys and values; `dict` if None.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deep to be read safely.
+
+    Examples:
+        >>> json_of(b'{"a": [1]}')
+        {'a': [1]}
+    """
     try:
         return json.loads(text, object_pairs_hook=pairs)
     except RecursionError:

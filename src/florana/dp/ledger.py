@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from florana.atomic_files import explained, sync_folder, without_torn_line
+from florana.bounded import json_of
 from florana.dp.accounting import Budget, Mechanism, epsilon_of
 from florana.errors import FederationError, InputError
 
@@ -91,11 +92,11 @@ class Ledger:
         """
         try:
             lines = self.path.read_bytes().split(b"\n")[:-1]
-            rows = [Charge(**json.loads(line)) for line in lines]
+            rows = [Charge(**json_of(line)) for line in lines]
             for row in rows:
                 if not (0 < row.rate <= 1 and row.noise_multiplier > 0 and row.steps >= 0):
                     raise ValueError(f"a charge of {row}")
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise InputError(
                 f"{self.path}: what was spent of the privacy budget cannot be read",
                 why=f"{type(error).__name__}: {error}",

@@ -28,6 +28,7 @@ from torch import Tensor
 from florana.adapters.adapter_folder import AdapterCard, write_adapter
 from florana.aggregate.stack import combined
 from florana.atomic_files import explained, replace_file, sync_folder
+from florana.bounded import json_of
 from florana.errors import InputError
 from florana.federation.best import best_round
 from florana.federation.round_record import RoundRecord, record_from_json
@@ -186,7 +187,7 @@ def read_records(path: Path) -> list[RoundRecord]:
         if not line:
             continue
         try:
-            records.append(record_from_json(json.loads(line)))
+            records.append(record_from_json(json_of(line)))
         except (ValueError, TypeError) as error:
             if number >= len(lines) - 1:
                 break
@@ -228,7 +229,7 @@ def _write_checkpoint(folder: Path, round_: Committed) -> None:
 
 def _read_checkpoint(folder: Path) -> Committed:
     try:
-        facts = json.loads((folder / "state.json").read_bytes())
+        facts = json_of((folder / "state.json").read_bytes())
         own = facts["sha256"].pop("state.json")
         if hashlib.sha256(json.dumps(facts).encode()).hexdigest() != own:
             raise ValueError("state.json does not have the digest it was written with")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from florana.adapters.safetensors_io import map_tensors
 from florana.atomic_files import explained
+from florana.bounded import json_of
 from florana.federation.messages import Brief, Reply
 from florana.strategy.base import Named
 
@@ -107,7 +108,7 @@ class Spool:
         if not place.with_suffix(".json").exists():
             return None
         try:
-            told = json.loads(place.with_suffix(".json").read_bytes())
+            told = json_of(place.with_suffix(".json").read_bytes())
             facts: dict[str, Any] = told["facts"]
             contents = {ending: place.with_suffix(ending).read_bytes() for ending in facts["sha256"]}
             whole = all(

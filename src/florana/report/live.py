@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from florana.bounded import json_of
 from florana.errors import InputError
 from florana.federation.best import enough
 from florana.federation.round_record import RoundRecord
@@ -111,9 +111,9 @@ def _since_commit(folder: Path) -> list[str]:
     lines: list[str] = []
     for line in raw:
         try:
-            event = shown(json.loads(line))
+            event = shown(json_of(line))
             kind, client, detail = str(event["kind"]), str(event["client"]), str(event["detail"])
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError):
             continue  # the first may be half a line, the last not yet whole
         if kind == "committed":
             lines = []

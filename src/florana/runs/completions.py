@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from florana.atomic_files import explained, replace_file
+from florana.bounded import json_of
+from florana.errors import InputError
 
 FOLDER = "completions"
 
@@ -44,12 +46,16 @@ def last_completions(folder: Path, most: int) -> tuple[int, list[dict[str, Any]]
     Args:
         folder: the run's.
         most: how many completions are read.
+
+    Raises:
+        InputError: the file cannot be read.
     """
     files = {int(path.stem.removeprefix("round-")): path for path in (folder / FOLDER).glob("round-*.jsonl")}
     if not files:
         return 0, []
-    found = []
-    with files[max(files)].open(encoding="utf-8") as lines:
-        for _, line in zip(range(most), lines, strict=False):
-            found.append(json.loads(line))
-    return max(files), found
+    file = files[max(files)]
+    try:
+        with file.open(encoding="utf-8") as lines:
+            return max(files), [json_of(line) for _, line in zip(range(most), lines, strict=False)]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read", why=str(error), fix="remove it: the report is made without") from None

@@ -100,18 +100,34 @@ def read_environment(folder: Path) -> dict[str, Any]:
         InputError: it cannot be read.
     """
     path = folder / "environment.json"
+    return read_facts(path) if path.exists() else {}
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The table of named values that a file of a run folder holds.
+
+    Args:
+        path: setup.json, or another that florana wrote.
+
+    Raises:
+        InputError: it cannot be read, or is no table.
+    """
     try:
-        found = read_json(path) if path.exists() else {}
+        found = read_json(path, most=SETUP_BYTES)
+        if not isinstance(found, dict):
+            raise ValueError("it is no table of names and values")
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read", why=str(error)) from None
-    return found if isinstance(found, dict) else {}
+        raise InputError(
+            f"{path} cannot be read", why=str(error), fix="restore it from a copy; without it the run is not continued"
+        ) from None
+    return found
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[RoundRecord]]:
     """The recipe (as a table), setup.json and the committed rounds of a run folder. Raises InputError."""
     try:
         recipe = read_toml(folder / "recipe.toml")
-        setup = read_json(folder / "setup.json", most=SETUP_BYTES)
+        (folder / "setup.json").stat()
     except FileNotFoundError as error:
         raise InputError(
             f"{folder} is no run folder: {Path(str(error.filename)).name} is missing",
@@ -119,7 +135,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[RoundRe
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"the run folder {folder} cannot be read", why=str(error)) from None
-    return recipe, setup, read_records(folder / "rounds.jsonl")
+    return recipe, read_facts(folder / "setup.json"), read_records(folder / "rounds.jsonl")
 
 
 @contextmanager

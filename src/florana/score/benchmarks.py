@@ -6,7 +6,6 @@ can be laid beside published ones.
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -258,8 +257,8 @@ def read_all(name: str, path: Path) -> list[Row]:
         raise InputError(f"{path} cannot be read", why=str(error).splitlines()[0]) from None
     try:
         whole = text.lstrip().startswith("[")
-        rows = json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (ValueError, RecursionError) as error:
+        rows = bounded.json_of(text) if whole else [bounded.json_of(line) for line in text.splitlines() if line.strip()]
+    except ValueError as error:
         raise InputError(f"{path} is neither JSON nor JSON lines", why=str(error)) from None
     if not rows:
         raise InputError(f"{path} holds no rows")

@@ -14,6 +14,7 @@ import numpy as np
 from scipy import stats
 
 from florana.atomic_files import explained, replace_file
+from florana.bounded import json_of
 from florana.federation.best import LOWER_IS_BETTER
 from florana.report.comparison import Further, Series, write_comparison
 from florana.study.estimates import estimate, paired
@@ -100,7 +101,7 @@ def swap_rows(plan: Plan, out: Path) -> list[dict[str, Any]]:
     for setting in plan.settings:
         path = swap_file(out, setting)
         if path.exists():
-            for row in json.loads(path.read_text())["rows"]:
+            for row in json_of(path.read_bytes())["rows"]:
                 found.append({"setting": setting.name, "seed": setting.seed, **row})
     return found
 

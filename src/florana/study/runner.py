@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from florana.atomic_files import explained, replace_file
+from florana.bounded import json_of
 from florana.errors import FloranaError
 from florana.federation.best import enough
 from florana.federation.event import Event
@@ -256,4 +257,4 @@ def swap_asked(group: Group) -> str:
 
 def swapped(path: Path, asked: str) -> bool:
     """Whether the file holds the very ablation that is asked for."""
-    return path.exists() and json.loads(path.read_text()).get("asked") == asked
+    return path.exists() and json_of(path.read_bytes()).get("asked") == asked

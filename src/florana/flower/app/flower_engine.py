@@ -212,7 +212,7 @@ def _frame_of(message: Any) -> Frame | Failure:
         return Failure("", known or f"Flower reports error {message.error.code} for it: {reason[:300]}")
     try:
         return from_record(message.content)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         return Failure("", f"sent {error}" if isinstance(error, ValueError) else "sent a damaged message")
 
 

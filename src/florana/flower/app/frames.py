@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from florana.bounded import json_of
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -29,7 +31,7 @@ class Frame:
 
 def from_head(head: str, payload: bytes) -> Frame:
     """The frame whose `head` this is. Raises ValueError for anything else."""
-    content = json.loads(head)
+    content = json_of(head)
     if not isinstance(content, dict) or not isinstance(content.get("kind"), str):
         raise ValueError("a message without a kind")
     fields = content.get("fields")

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from florana.atomic_files import explained, without_torn_line
+from florana.bounded import json_of
 from florana.errors import InputError, RecipeError
 from florana.federation.sealed_client import SealedClient, Spent
 from florana.recipe import schema as r
@@ -74,7 +75,7 @@ def _known(path: Path) -> dict[tuple[str, tuple[int, int, int]], str]:
         return {}
     try:
         lines = path.read_bytes().split(b"\n")
-        rows = [json.loads(line) for line in lines[:-1] if line]  # one that was cut off opened nothing
+        rows = [json_of(line) for line in lines[:-1] if line]  # one that was cut off opened nothing
         return {(run, (round_, attempt, trip)): session for run, (round_, attempt, trip), session in rows}
     except (OSError, ValueError, TypeError) as error:
         raise InputError(

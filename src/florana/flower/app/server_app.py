@@ -41,7 +41,7 @@ from florana.runs.completions import write_completions
 from florana.runs.noisy_sums import noising_of
 from florana.runs.prepared import Setup, prepare
 from florana.runs.rounds import Show, execute_rounds, journal_of, settled
-from florana.runs.run_folder import OUTCOME, PROGRESS, RUN_NAME, check_folder, locked
+from florana.runs.run_folder import OUTCOME, PROGRESS, RUN_NAME, check_folder, locked, read_facts
 from florana.runs.setup import facts_of, federation_of, first_state
 from florana.strategy.base import State, Strategy
 
@@ -182,7 +182,7 @@ def _computed(folder: Path) -> Mapping[str, Mapping[str, Any]]:
     """With what the clients of the run in the folder began; of a new run nothing."""
     path = folder / "setup.json"
     begun = (folder / "rounds.jsonl").exists() and path.exists()
-    found = json.loads(path.read_text(encoding="utf-8")).get("computes", {}) if begun else {}
+    found = read_facts(path).get("computes", {}) if begun else {}
     return found if isinstance(found, dict) else {}
 
 
@@ -208,7 +208,7 @@ def _facts(recipe: r.Recipe, here: Setup | None, registration: Registration, beg
 def _rows_before(folder: Path) -> dict[str, int]:
     """Client -> the training rows it had when this run first counted it; empty for a new run."""
     path = folder / "setup.json"
-    clients = json.loads(path.read_text(encoding="utf-8"))["clients"] if path.exists() else {}
+    clients = read_facts(path)["clients"] if path.exists() else {}
     return first_rows(read_records(folder / "rounds.jsonl")) | {
         name: holds["train"] for name, holds in clients.items() if "train" in holds
     }
@@ -221,7 +221,7 @@ def _run_name(folder: Path) -> str:
         with explained(folder, "the run folder could not be made"):
             folder.mkdir(parents=True, exist_ok=True)
             replace_file(path, json.dumps({"run": secrets.token_hex(16)}).encode())
-    return str(json.loads(path.read_text(encoding="utf-8"))["run"])
+    return str(read_facts(path)["run"])
 
 
 def noted(folder: Path, show: Show = lambda event: None) -> Show:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from florana.bounded import json_of
 from florana.errors import RecipeError, nearest
 from florana.recipe.load import check
 from florana.recipe.schema import Recipe
@@ -69,7 +70,7 @@ def from_config(config: Mapping[str, Scalar]) -> tuple[Recipe, Settings]:
             own[name] = _typed(key, value, type(known[name]))
             continue
         if isinstance(value, str) and value.startswith(_JSON):
-            value = json.loads(value.removeprefix(_JSON))
+            value = json_of(value.removeprefix(_JSON))
         if value is None:
             continue
         section, dot, name = key.partition(".")

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from florana.bounded import json_of
 from florana.displayable import displayable
 from florana.errors import InputError
 
@@ -71,7 +72,7 @@ def line_of(number: int, time: str, event: str, facts: Mapping[str, Any], before
 
 def entry_of(line: bytes) -> Entry:
     """The entry in a line. Raises ValueError where it is not what `line_of` writes."""
-    table = json.loads(line)
+    table = json_of(line)
     if not isinstance(table, dict) or _canonical(table) != line:
         raise ValueError("it is not as florana writes it")
     number, time, event = table.pop("n", None), table.pop("time", None), table.pop("event", None)
@@ -99,7 +100,7 @@ def verified(content: bytes, head: str | None = None) -> tuple[list[Entry], byte
     for place, line in enumerate(lines, start=1):
         try:
             entry = entry_of(line)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             if left is None and place < len(lines):  # it may be what a kill left, if the next line says so
                 left = line
                 continue

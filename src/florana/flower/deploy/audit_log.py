@@ -121,7 +121,7 @@ def _follows(line: bytes, before: str) -> Entry | None:
     """The entry in a line, if it is one that follows the line with that digest."""
     try:
         entry = entry_of(line)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
     return entry if entry.facts["before"] == before else None
 
@@ -133,7 +133,7 @@ def _end(path: Path) -> tuple[int, str, bytes]:
         return 0, FIRST, torn
     try:
         last = entry_of(line)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(
             f"the last line of the audit log {path} is not as it was written",
             why=str(error),

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from florana.atomic_files import replace_file
+from florana.bounded import json_of
 from florana.displayable import log
 from florana.flower.app.frames import Frame
 
@@ -61,10 +62,10 @@ def remembered(answer: Callable[[Frame], Frame], frame: Frame, kept: Path) -> Fr
 def _read(kept: Path, asked: str) -> Frame | None:
     try:
         head, _, payload = kept.read_bytes().partition(b"\n")
-        said = json.loads(head)
+        said = json_of(head)
         if said["asked"] == asked and said["made"] == _digest(said["fields"], payload):
             return Frame("reply", said["fields"], payload)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         pass
     return None
 

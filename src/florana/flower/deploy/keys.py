@@ -36,6 +36,7 @@ from florana.flower.deploy.signing import sign
 
 BEFORE = "signed-by-the-key-before "
 """How the second line of a .pub file begins, whose key takes another one's place."""
+CERTIFICATE_BYTES = 2**20
 PUBLIC_BYTES = 2**14
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -183,7 +184,7 @@ def read_private(folder: Path) -> tuple[str, Path]:
 def read_certificate(path: Path) -> x509.Certificate:
     """A certificate of an operator's folder or an invitation. Raises InputError."""
     try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
+        return x509.load_pem_x509_certificate(read_bytes(path, CERTIFICATE_BYTES))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is no certificate", why=str(error)) from None
 

@@ -242,7 +242,7 @@ def _persistent(ask: Callable[[Asked], Told], pause: Callable[[float], bool]) ->
 def _answered(asked: Message, answer: Callable[[Frame], Frame]) -> Frame:
     try:
         frame = from_record(asked.content)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         return Frame("failure", {"reason": f"could not read the request: {error}"})
     return answer(frame)
 

@@ -20,6 +20,7 @@ import datasets
 import pandas as pd
 import pyarrow as pa
 
+from florana.bounded import json_of
 from florana.errors import InputError
 from florana.train.data.bounds import read_parquet, require_bounded, require_few_columns
 
@@ -176,8 +177,8 @@ def _read_lines(path: Path, encoding: str) -> pd.DataFrame:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                row = json_of(line)
+            except ValueError as error:
                 raise InputError(
                     f"{path}, line {number}: it is not a JSON object", why=str(error), fix="mend or remove the line"
                 ) from None
@@ -193,7 +194,7 @@ def _read_lines(path: Path, encoding: str) -> pd.DataFrame:
 def _read_json(path: Path, encoding: str) -> pd.DataFrame:
     """A list of objects, or an object of objects keyed by an id (which is dropped), or an object of columns."""
     with _opened(path, encoding) as file:
-        whole = json.load(file)
+        whole = json_of(file.read())
     if isinstance(whole, dict) and whole and all(isinstance(inner, dict) for inner in whole.values()):
         whole = _of_objects(whole)
     if isinstance(whole, dict) and all(isinstance(column, list) for column in whole.values()):
