@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
-from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 
 from florana.errors import FloranaError, InputError, RecipeError
 from florana.federation.client_state import keep, recall
@@ -123,6 +123,30 @@ def test_an_exported_app_has_a_name_that_flower_takes(
     project = tomllib.loads((export(recipe, tmp_path / "app") / "pyproject.toml").read_text())["project"]
     assert project["name"] == name
     assert re.fullmatch(r"[a-z][a-z0-9-]{0,31}", name)
+
+
+def test_what_florana_did_not_write_is_no_frame() -> None:
+    """Each part that a message must have, missing or another's."""
+    whole = to_record(Frame("hello", {"word": "x"}, b"tensors"))
+    config, arrays = whole["florana"], whole["tensors"]
+    assert isinstance(arrays, ArrayRecord)
+    payload = arrays["payload"]
+    foreign = Array(dtype="uint8", shape=(7,), stype="numpy.ndarray", data=b"tensors")
+    other = "that florana did not write"
+    for parts, message in (
+        ({"tensors": arrays}, other),
+        ({"florana": config}, other),
+        ({"florana": ConfigRecord({"head": 3}), "tensors": arrays}, other),
+        ({"florana": ConfigRecord({}), "tensors": arrays}, other),
+        ({"florana": config, "tensors": ArrayRecord({"payload": payload, "more": payload})}, "other arrays"),
+        ({"florana": config, "tensors": ArrayRecord({})}, "other arrays"),
+        ({"florana": config, "tensors": ArrayRecord({"payload": foreign})}, "other arrays"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_record(RecordDict(dict(parts)))
+    for head in ("[]", "{}", '{"kind": 3, "fields": {}}', '{"kind": "hello"}', '{"kind": "hello", "fields": []}', "{"):
+        with pytest.raises(ValueError, match=r"a message w|Expecting"):
+            from_record(RecordDict({"florana": ConfigRecord({"head": head}), "tensors": arrays}))
 
 
 def test_frames_carry_briefs_and_replies_bit_for_bit() -> None:

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 
+from florana.errors import FederationError
 from florana.flower.deploy import connections, gateway
 from florana.flower.deploy.authority import make_server
 from florana.flower.deploy.gateway import Door, Receive, Scope, Send, open_door
@@ -237,13 +238,15 @@ def test_a_connection_that_showed_a_key_is_kept(place: Place) -> None:
 
 @pytest.mark.parametrize("ending", ["closed", "silent"])
 def test_a_body_that_ends_too_soon_reaches_nothing(ending: str, place: Place) -> None:
-    before, held = len(place.inside.bodies), place.door.traffic.held["a"]
+    before, held, up = len(place.inside.bodies), place.door.traffic.held["a"], place.door.traffic.up["a"]
     with place.connect() as line:
         line.settimeout(10)
         line.sendall(head(OBJECT, signed(place.key), 1000) + b"x" * 500)
         if ending == "silent":
             assert b" 408 " in line.recv(4096)
+        assert wait_for(lambda: place.door.traffic.up["a"] == up + 500)
     assert wait_for(lambda: place.door.traffic.held["a"] == held)
+    assert wait_for(lambda: place.door.traffic.requests["a"] == 0)
     assert len(place.inside.bodies) == before
     assert place.served()
 
@@ -264,6 +267,40 @@ def test_a_sites_bodies_are_bounded_one_by_one_and_together(place: Place, monkey
         line.close()
     assert wait_for(lambda: place.door.traffic.held["a"] == 0)
     place.request(head(PUSH, signed(place.key), 0))
+    assert place.served()
+
+
+def test_each_bound_of_bodies_holds_by_itself(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small request beyond its size; an answer in parts, one after the other; two at once, of two answers."""
+    monkeypatch.setattr(gateway, "SILENCE", 60.0)
+    monkeypatch.setattr(gateway, "_SMALL", 1000)
+    part = (LIMIT + 2**20) * 2 // 3
+    begin = head(PUSH, signed(place.key), 0)
+    assert b" 413 " in place.request(head(PULL, signed(place.key), 1001), b"x" * 1001)
+    place.request(begin)
+    assert b" 200 " in place.request(head(OBJECT, signed(place.key), part), b"x" * part)
+    assert b" 413 " in place.request(head(OBJECT, signed(place.key), part), b"x" * part)
+    place.request(begin)
+    with place.connect() as line:
+        line.sendall(head(OBJECT, signed(place.key), part + 1) + b"x" * part)  # unfinished
+        assert wait_for(lambda: place.door.traffic.held["a"] == part)
+        place.request(begin)
+        assert b" 413 " in place.request(head(OBJECT, signed(place.key), part), b"x" * part)
+    assert wait_for(lambda: place.door.traffic.held["a"] == 0)
+    place.request(begin)
+    assert place.served()
+
+
+def test_a_packed_body_is_not_taken_from_a_site_either(place: Place) -> None:
+    before = len(place.inside.bodies)
+    packed = {**signed(place.key), "Content-Encoding": "gzip"}
+    assert b" 415 " in place.request(head(PULL, packed, 2), b"hi")
+    assert len(place.inside.bodies) == before
+
+
+def test_a_port_that_is_taken_is_said(place: Place) -> None:
+    with pytest.raises(FederationError, match=f"port {place.port} of 127.0.0.1 cannot be served"):
+        open_door(place.door, "127.0.0.1", place.port, place.files.certificate, place.files.key)
     assert place.served()
 
 

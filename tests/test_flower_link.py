@@ -284,6 +284,48 @@ def test_an_answer_that_is_too_large_ends_as_a_failure_of_that_site(place: Place
         assert "too large: an answer may have 1000 bytes" in answer.fields["reason"]
 
 
+def test_an_error_of_the_server_is_not_called_an_answer_too_large(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, refused = node_of.FleetHttpClient.PushMessages, []
+
+    def failing(client: Any, request: Any) -> Any:
+        if not refused:
+            refused.append(request)
+            asked = httpx.Request("POST", "https://127.0.0.1/v1/fleet/push-messages")
+            raise httpx.HTTPStatusError("broken", request=asked, response=httpx.Response(500, request=asked))
+        return real(client, request)
+
+    monkeypatch.setattr(node_of.FleetHttpClient, "PushMessages", failing)
+    with place.server() as link, place.site(echo):
+        assert ask(link, ECHO) == Frame("reply", ECHO.fields, ECHO.payload)
+    assert len(refused) == 1
+
+
+def test_a_site_that_is_told_to_end_tries_no_further() -> None:
+    tried = []
+
+    def broken(request: str) -> str:
+        tried.append(request)
+        raise Broken("the line broke")
+
+    with pytest.raises(Broken):
+        node_of._persistent(broken, lambda seconds: True)("x")
+    assert tried == ["x"]
+    tried.clear()
+    with pytest.raises(Broken):
+        node_of._persistent(broken, lambda seconds: False)("x")
+    assert tried == ["x"] * (node_of.BREAKS + 1)
+
+
+def test_parts_that_make_no_message_are_no_answer(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = link_of.inflate_object_from_contents
+    monkeypatch.setattr(link_of, "inflate_object_from_contents", lambda *parts: real(*parts).content)
+    with place.server() as link, place.site(echo):
+        answer = ask(link, ECHO)
+    assert isinstance(answer, Failure)
+
+
 def test_a_site_that_leaves_and_comes_back_soon_gets_what_it_was_asked(place: Place) -> None:
     answers: list[Frame | Failure] = []
     with place.server() as link:

@@ -15,9 +15,12 @@ from safetensors.torch import load_file
 from florana.errors import FederationError, FloranaError, RecipeError
 from florana.federation.entrywise import entrywise
 from florana.federation.event import Event
+from florana.federation.hidden_part import Hiding
 from florana.federation.local_engine import LocalEngine
-from florana.federation.messages import Failure, Step
+from florana.federation.messages import Failure, Step, pack_question
 from florana.federation.sealed_client import SealedClient, in_memory
+from florana.federation.sealed_question import Question
+from florana.federation.sealed_sums import gather_sealed
 from florana.federation.terms import Sealing
 from florana.federation.trip_memory import update_of
 from florana.lora.factors import Contribution
@@ -33,6 +36,7 @@ from florana.secure.session import Terms
 from florana.secure.session_keys import Refused
 from florana.strategy import STRATEGIES
 from tests.federation import built, first_adapter
+from tests.federation import federation as federation_of
 from tests.method_cases import start_of, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -387,6 +391,62 @@ def test_an_update_is_summed_up_once_whatever_a_server_calls_it() -> None:
         clients["a"].answer(Step(head), lambda run, round_: memory)
 
 
+def test_what_a_server_asks_after_the_keys_is_looked_at_again() -> None:
+    """The update is gone; a part that noise would not cover; another program of the site opened the update since."""
+    who, first = made_up(["a", "b", "c"]), first_adapter()
+    whole = update_of(first, first, 0.5, (4, 0))
+    spent = in_memory()
+    hiding = Hiding(1.0, 1.0, lambda *which: np.random.default_rng(0), lambda parts: None, lambda: 0.0)
+
+    def begun() -> tuple[dict[str, SealedClient], Callable[..., Step]]:
+        """The clients after the second step, and what asks one of them for its vector."""
+        clients = {
+            n: SealedClient(who[n], Sealing(20, 100, 3), None, 5, spent if n == "a" else in_memory()) for n in who
+        }
+        shared = shared_by(clients)
+        head = {"step": "masked", "session": "s", "trip": 0, "present": sorted(clients), "returns": ["A", "B"]}
+        head |= {"scalings": first.scalings, "bounds": dict.fromkeys([*first.tensors(), "loss"], 100.0)}
+
+        def ask(name: str = "a", memory: Mapping[str, torch.Tensor] = whole, **more: Any) -> Step:
+            own = {o: parts[name] for o, parts in shared.items() if o != name}
+            return clients[name].answer(Step({**head, "sealed": own, **more}, pack_question({})), lambda *which: memory)
+
+        return clients, ask
+
+    _, ask = begun()
+    with pytest.raises(FloranaError, match="keeps no update of round 4"):
+        ask(memory={name: tensor for name, tensor in whole.items() if not name.startswith("received/")})
+    clients, ask = begun()
+    clients["a"].hiding = hiding
+    with pytest.raises(Refused, match="a part that is no change"):
+        ask(absolute=True)
+    clients, ask = begun()
+    signed = {}
+    for name, client in clients.items():
+        assert ask(name).payload
+        left = Step({"step": "survivors", "session": "s", "trip": 0, "names": sorted(clients)})
+        signed[name] = client.answer(left, NOTHING).head["signature"]
+    reveal = Step({"step": "reveal", "session": "s", "trip": 0, "signatures": signed})
+    assert clients["b"].answer(reveal, NOTHING).head["shares"]
+    spent("r", (4, 0, 0), "another")
+    with pytest.raises(Refused, match="summed up in another session"):
+        clients["a"].answer(reveal, NOTHING)
+
+
+def test_a_method_of_some_heads_or_an_unknown_reach_has_no_secure_sums() -> None:
+    """Recipes say so first; what is put together by hand is told here."""
+    sealing, fixed = Sealing(20, 100, 3), federation_of(1)
+    some, plain = built("ravan one head"), built("fedit")
+    begin = some.init(first_adapter())
+    with pytest.raises(RecipeError, match="some heads per client does not go with secure sums"):
+        gather_sealed(some, sealing, begin, fixed.clients, None, fixed, lambda event: None)  # type: ignore[arg-type]
+    state = plain.init(first_adapter())
+    payloads = {client: plain.brief(state, client) for client in fixed.clients}
+    sums = entrywise(payloads[fixed.clients[0]].work.up)
+    with pytest.raises(RecipeError, match="how far training can move a number"):
+        Question(sums, 0, payloads, state, [], fixed, sealing)
+
+
 def test_a_bound_of_other_tensors_is_refused_and_a_large_change_never_sent(recipe_table: dict[str, Any]) -> None:
     who = made_up(["a", "b", "c"])
     clients = {n: SealedClient(who[n], Sealing(20, 100, 3), None, 5, in_memory()) for n in who}
@@ -407,7 +467,6 @@ def test_a_bound_of_other_tensors_is_refused_and_a_large_change_never_sent(recip
         "returns": ["A", "B"],
         "absolute": False,
     }
-    from florana.federation.messages import pack_question
 
     def ask(bounds: Mapping[str, float]) -> Step:
         step = Step({**head, "bounds": dict(bounds)}, pack_question({}))

@@ -59,6 +59,28 @@ def test_above_the_threshold_there_is_no_sum(step: str) -> None:
         one.trip(0, vectors(one.names, 5), {step: one.names[:3]})
 
 
+def test_the_server_itself_opens_nothing_below_the_minimum_or_the_threshold() -> None:
+    """By its own count, whatever the clients signed: of six, five are the fewest and four shares open a secret."""
+    one = session(6, minimum=5)
+    one.begin()
+    given = vectors(one.names, 5)
+    masked = {}
+    for name in one.names:
+        one.members[name], masked[name] = secure.masked(one.members[name], 0, given[name])
+    four = {name: masked[name] for name in one.names[:4]}
+    with pytest.raises(FederationError, match=r"^4 clients are left, and 5 are the fewest"):
+        opening.opened(one.terms, one.roster, 0, one.present, four, {})
+    with pytest.raises(FederationError, match=r"^0 of the 6 clients with shares of 'site-000' answered"):
+        opening.opened(one.terms, one.roster, 0, one.present, masked, {})
+
+
+def test_a_member_masks_nothing_that_too_few_neighbours_could_open() -> None:
+    """Of six with a minimum of two: three are enough for a list, and too few for the four shares of a secret."""
+    with pytest.raises(Refused, match="too few neighbours take part"):
+        session(6, minimum=2).begin({"shares": ["site-003", "site-004", "site-005"]})
+    session(6, minimum=2).begin({"shares": ["site-004", "site-005"]})
+
+
 def test_many_clients_mask_with_some_of_the_others_only() -> None:
     one = session(60, minimum=30)
     one.begin()
@@ -398,6 +420,10 @@ def test_messages_come_back_as_they_were_and_damaged_ones_are_refused() -> None:
     for number in (-1, 1.0, "x", True, 10**6, None):
         with pytest.raises(Refused):
             wire.number(number)
+    assert len(wire.word("00" * 2**15)) == 2**15
+    for word in ("00" * (2**15 + 1), "0", "zz", 3, None):
+        with pytest.raises(Refused):
+            wire.word(word)
 
 
 def test_a_public_key_that_gives_everybody_the_same_is_refused() -> None:

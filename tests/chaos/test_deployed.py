@@ -81,7 +81,7 @@ def test_every_site_is_back_after_a_server_died_with_answers_pending(
     table: dict[str, Any], tmp_path: Path, tally: Tally
 ) -> None:
     """Killed in a round, at any moment from the requests to the commit: the resumed server has all sites in step."""
-    kills, rng, names = 20, random.Random(5), ["client-0", "client-1", "client-2"]
+    kills, rng, names = 100, random.Random(5), ["client-0", "client-1", "client-2"]
     table["train"]["steps"] = 3
     table["federation"] = {"rounds": kills + 2, "min_clients": 3}
     options = ("--resume", "--wait", "120", "--deadline", "60", "--no-base")
