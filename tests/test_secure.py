@@ -234,6 +234,10 @@ def test_both_secrets_of_a_client_are_never_told() -> None:
     assert parts == {owner: pairs[0][0 if owner in here else 1] for owner, pairs in held.items()}
     assert "site-004" in parts
     assert again.present == tuple(here)
+    sign = one.who["site-000"].sign
+    assert secure.agreed_on(after, 0, here, sign)[1]  # and of the lists, ever after, the one that was signed
+    with pytest.raises(Refused, match="two lists"):
+        secure.agreed_on(after, 0, here[:3], sign)
 
 
 def test_a_second_vector_under_the_same_masks_is_refused() -> None:
@@ -245,8 +249,10 @@ def test_a_second_vector_under_the_same_masks_is_refused() -> None:
         secure.masked(member, 0, np.ones(3, dtype=np.uint32))
     with pytest.raises(Refused, match="before the ones before"):
         secure.masked(member, 1, np.ones(3, dtype=np.uint32))
-    with pytest.raises(Refused, match="none that this session"):
-        secure.masked(member, 2, np.ones(3, dtype=np.uint32))
+    early = dataclasses.replace(one.members["site-000"], present=())  # before it was told who takes part
+    for asked, trip in ((member, 2), (early, 0)):
+        with pytest.raises(Refused, match="none that this session"):
+            secure.masked(asked, trip, np.ones(3, dtype=np.uint32))
 
 
 def test_a_sealed_share_that_was_changed_or_moved_is_refused() -> None:
