@@ -17,6 +17,7 @@ import importlib
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -72,6 +73,8 @@ BROUGHT = [
     "flwr_datasets.partitioner",
 ]
 """Imported once, before a trial is forked."""
+HANGS = 400.0
+"""Seconds after which tests are taken to hang: the longest files take a third of that."""
 QUIET = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
 
 # (file, the condition): why taking it out changes nothing that anyone could see
@@ -189,15 +192,19 @@ def whole(file: str) -> list[str]:
 
 
 def passes(source: Path, tests: list[str]) -> bool:
-    """Whether tests pass on that source."""
+    """Whether tests pass on that source; those that wait for ever, because nobody refuses, do not."""
     process = multiprocessing.get_context("fork").Process(target=tried, args=(source, tests))
     process.start()
-    process.join()
+    process.join(HANGS)
+    if process.is_alive() and process.pid is not None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
     return process.exitcode == 0
 
 
 def tried(source: Path, tests: list[str]) -> None:
     """Run the tests on another source, in a process that was forked for it; ends with pytest's code."""
+    os.setsid()  # what a test starts ends with it
     os.chdir(ROOT)
     os.environ |= {"PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True

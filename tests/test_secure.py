@@ -18,7 +18,8 @@ from florana.secure import member as secure
 from florana.secure import neighbours, opening, session_keys, shares, wire
 from florana.secure.fixed_point import Grid, count, decoded, encoded
 from florana.secure.masks import mask, packed, packed_size, unpacked
-from florana.secure.session import Public, survivors_statement
+from florana.secure.member import Member
+from florana.secure.session import Public, share_purpose, survivors_statement
 from florana.secure.session_keys import Refused
 from tests.secure_cases import BITS, STEPS, Session, summed, terms, vectors
 
@@ -218,6 +219,9 @@ def test_both_secrets_of_a_client_are_never_told() -> None:
     for name in here:
         one.members[name], signed[name] = secure.agreed_on(one.members[name], 0, here, one.who[name].sign)
     first, verify = one.members["site-000"], one.who["site-000"].verify
+    unsigned = dataclasses.replace(first, signed={})
+    with pytest.raises(Refused, match="before a list of survivors was signed"):
+        secure.revealed(unsigned, 0, signed, verify)
     forged = {name: one.who[name].sign(survivors_statement(first.digest, 0, one.names)) for name in one.names}
     for wrong, why in (
         ({}, "0 clients signed"),
@@ -255,6 +259,12 @@ def test_a_second_vector_under_the_same_masks_is_refused() -> None:
             secure.masked(asked, trip, np.ones(3, dtype=np.uint32))
 
 
+def short(owner: Member) -> bytes:
+    """A share for site-000, sealed as it should be, and cut off."""
+    key = secure._sealing_key(owner, owner.name, "site-000", "site-000")
+    return session_keys.sealed(key, b"short", share_purpose(owner.digest, owner.name, "site-000"))
+
+
 def test_a_sealed_share_that_was_changed_or_moved_is_refused() -> None:
     one = session(4)
     for name in one.names:
@@ -269,6 +279,7 @@ def test_a_sealed_share_that_was_changed_or_moved_is_refused() -> None:
         ({**routed, "site-001": flipped}, "changed on the way"),
         ({**routed, "site-001": routed["site-002"]}, "changed on the way"),
         ({n: s for n, s in routed.items() if n != "site-001"}, "is missing"),
+        ({**routed, "site-001": short(one.members["site-001"])}, "has another size"),
     ):
         with pytest.raises(Refused, match=match):
             secure.received(one.members["site-000"], wrong, one.names)
