@@ -58,4 +58,6 @@ def last_completions(folder: Path, most: int) -> tuple[int, list[dict[str, Any]]
         with file.open(encoding="utf-8") as lines:
             return max(files), [json_of(line) for _, line in zip(range(most), lines, strict=False)]
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read", why=str(error), fix="remove it: the report is made without") from None
+        raise InputError(
+            f"{file} cannot be read", why=str(error), fix="remove it: the report is made without"
+        ) from None
