@@ -324,6 +324,7 @@ def test_parts_that_make_no_message_are_no_answer(place: Place, monkeypatch: pyt
     with place.server() as link, place.site(echo):
         answer = ask(link, ECHO)
     assert isinstance(answer, Failure)
+    assert "cannot be decoded (ValueError)" in answer.reason
 
 
 def test_a_site_that_leaves_and_comes_back_soon_gets_what_it_was_asked(place: Place) -> None:
