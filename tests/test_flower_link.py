@@ -16,7 +16,8 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.app import Message, MessageType
+from flwr.app import Error, Message, MessageType
+from flwr.common.constant import ErrorCode
 from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.fleet_pb2 import (
     DeactivateNodeRequest,
@@ -32,6 +33,7 @@ from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+import florana.flower.app.flower_engine as engine_of
 import florana.flower.deploy.fleet as link_of
 import florana.flower.deploy.gateway as front
 import florana.flower.deploy.node as node_of
@@ -325,6 +327,27 @@ def test_parts_that_make_no_message_are_no_answer(place: Place, monkeypatch: pyt
         answer = ask(link, ECHO)
     assert isinstance(answer, Failure)
     assert "cannot be decoded (ValueError)" in answer.reason
+
+
+def test_a_server_that_is_gone_is_no_clients_fault() -> None:
+    class Gone:
+        def push_messages(self, messages: Any) -> list[str]:
+            return ["one"] * len(messages)
+
+        def pull_messages(self, message_ids: Any) -> list[Any]:
+            raise httpx.ConnectError("nobody is there")
+
+    with pytest.raises(httpx.ConnectError):
+        list(exchange(Gone(), {"a": (1, ECHO)}, 20.0))  # type: ignore[arg-type]
+
+
+def test_what_flower_reports_in_a_sites_place_is_said_in_words() -> None:
+    asked = Message(to_record(ECHO), dst_node_id=1, message_type=MessageType.TRAIN)
+    for error, words in (
+        (Error(ErrorCode.NODE_UNAVAILABLE), "left, or was not heard of any more"),
+        (Error(ErrorCode.UNKNOWN, "out of\n  memory"), "Flower reports error 0 for it: out of memory"),
+    ):
+        assert engine_of._frame_of(Message(error, reply_to=asked)) == Failure("", words)
 
 
 def test_a_site_that_leaves_and_comes_back_soon_gets_what_it_was_asked(place: Place) -> None:
