@@ -11,7 +11,7 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 from florana.errors import InputError, RecipeError
 from florana.flower.app.export import export
-from florana.flower.app.sealed_site import OPENED, on_disk
+from florana.flower.app.sealed_site import OPENED, on_disk, sealed_at
 from florana.flower.deploy.authority import make_server
 from florana.flower.deploy.invitation import invite, read_invitation
 from florana.flower.deploy.keys import make_site, read_private
@@ -100,3 +100,12 @@ def test_what_was_opened_is_known_after_a_restart_and_a_cut_line_opened_nothing(
     path.write_bytes(b"nonsense\n")
     with pytest.raises(InputError, match="cannot be read"):
         on_disk(path)("run", (1, 0, 0), None)
+
+
+def test_a_site_without_signatures_has_no_part_in_secure_sums(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    """A simulation of Flower's: no client there could tell a server's key from another client's."""
+    private = {"secure_aggregation": True, "max_rows": 1000}
+    table = {**recipe_table, "evaluate": {"personal": "never"}, "strategy": {"name": "fedit"}}
+    assert sealed_at(check(table, "t"), None, 5, tmp_path) is None
+    with pytest.raises(RecipeError, match="does not run in a simulation of Flower's"):
+        sealed_at(check({**table, "privacy": private}, "t"), None, 5, tmp_path)
