@@ -3,10 +3,12 @@ invitations and rosters that are handed over, of what comes over the wire, of mo
 
 from __future__ import annotations
 
+import json
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from florana.dp.ledger import Ledger
 from florana.errors import FloranaError, InputError
 from florana.federation.journal import Journal, read_records
 from florana.federation.messages import unpack_whole
+from florana.federation.round_record import RoundRecord
 from florana.flower.app.frames import Frame, from_head
 from florana.flower.deploy.audit_log import read_log
 from florana.flower.deploy.invitation import read_invitation
@@ -112,6 +115,56 @@ READERS: dict[str, Callable[[Path, bytes], object]] = {
 def test_files_of_runs(reader: str, kind: str, tmp_path: Path) -> None:
     with pytest.raises(InputError):
         READERS[reader](tmp_path, TEXTS[kind])
+
+
+RECORD: dict[str, Any] = RoundRecord(
+    1, "fedit", ["a"], {}, {"a": 3}, {"a": 1.0}, 0.5, {"global": {"loss": 1.0}}, 9, 9, 0.1, 0.1, {"overall": 0.2}
+).to_json()
+SETUP: dict[str, Any] = {
+    "labels": ["x", "y"],
+    "clients": {"a": {"train": 3}},
+    "start": None,
+    "trainable_parameters": 5,
+    "base_parameters": 9,
+}
+
+
+def with_files(folder: Path, record: Mapping[str, Any], setup: Mapping[str, Any]) -> Path:
+    put(folder / "recipe.toml", b"seed = 1\n")
+    put(folder / "setup.json", json.dumps(setup).encode())
+    lines = "".join(json.dumps(one) + "\n" for one in (record, RECORD, RECORD))
+    return put(folder / "rounds.jsonl", lines.encode()).parent
+
+
+@pytest.mark.parametrize("name", RECORD)
+def test_a_field_of_a_round_that_is_of_another_kind_is_named(name: str, tmp_path: Path) -> None:
+    assert read_run(with_files(tmp_path, RECORD, SETUP))[2][0].to_json() == RECORD
+    kinds: list[Any] = [5, "x", None, [], {}, [5], {"a": 5}]
+    own = RECORD[name]
+    for value in kinds:
+        like = type(value) is type(own) or (isinstance(own, float) and isinstance(value, int))
+        if like or (name == "train_loss" and value is None):
+            continue
+        with pytest.raises(InputError, match=r"rounds.jsonl, line 1 cannot be read"):
+            read_run(with_files(tmp_path, {**RECORD, name: value}, SETUP))
+    if name not in ("notes", "traffic"):
+        with pytest.raises(InputError, match=name):
+            read_run(with_files(tmp_path, {key: value for key, value in RECORD.items() if key != name}, SETUP))
+    with pytest.raises(InputError, match=r"line 1 cannot be read"):
+        read_run(with_files(tmp_path, {**RECORD, "eval": {"global": 5}, "more": 1}, SETUP))
+    for wrong in ({"eval": {"global": 5}}, {"error": {}}):
+        with pytest.raises(InputError, match=r"line 1 cannot be read"):
+            read_run(with_files(tmp_path, {**RECORD, **wrong}, SETUP))
+
+
+@pytest.mark.parametrize("name", SETUP)
+def test_a_value_of_a_setup_that_is_of_another_kind_is_named(name: str, tmp_path: Path) -> None:
+    for value in ("x", 1.5, [{}], {"a": 5}):
+        if type(value) is not type(SETUP[name]) and not (name == "start" and isinstance(value, dict)):
+            with pytest.raises(InputError, match=rf"setup.json is not what florana writes[^§]*{name}"):
+                read_run(with_files(tmp_path, RECORD, {**SETUP, name: value}))
+    with pytest.raises(InputError, match="of clients"):
+        read_run(with_files(tmp_path, RECORD, {**SETUP, "clients": {"a": 5}}))
 
 
 def gguf(*, version: int = 3, tensors: int = 0, keys: int = 0, rest: bytes = b"") -> bytes:

@@ -56,6 +56,28 @@ def slim(record: RoundRecord) -> RoundRecord:
     return replace(record, refused={}, weights={}, examples={}, clients=(), error={}, notes={}, traffic={})
 
 
+_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    "round": int,
+    "strategy": str,
+    "clients": list,
+    "train_loss": (int, float, type(None)),
+    "bytes_up": int,
+    "bytes_down": int,
+    "server_seconds": (int, float),
+    "client_seconds": (int, float),
+}
+"""What JSON makes of each field; of the others a table."""
+_OF_TABLES = ("eval", "traffic")
+
+
 def record_from_json(data: Mapping[str, Any]) -> RoundRecord:
-    """The inverse of `RoundRecord.to_json`; raises TypeError for a missing or foreign field."""
-    return RoundRecord(**data)
+    """The inverse of `RoundRecord.to_json`; raises TypeError for a missing or foreign field, or one of another kind."""
+    record = RoundRecord(**data)
+    for name, value in vars(record).items():
+        if not isinstance(value, _KINDS.get(name, dict)):
+            raise TypeError(f"'{name}' is {value!r}"[:200])
+        if name in _OF_TABLES and not all(isinstance(inner, dict) for inner in value.values()):
+            raise TypeError(f"'{name}' holds something else than tables")
+    if "overall" not in record.error:
+        raise TypeError("'error' has no 'overall'")
+    return record

@@ -123,6 +123,23 @@ def read_facts(path: Path) -> dict[str, Any]:
     return found
 
 
+def _setup_in(path: Path) -> dict[str, Any]:
+    """setup.json with what every reader of a run looks for. Raises InputError."""
+    setup = read_facts(path)
+    numbers = dict.fromkeys(("trainable_parameters", "base_parameters"), int)
+    clients, kinds = setup.get("clients"), {"labels": list, "start": dict | None, **numbers}
+    wrong = [name for name, kind in kinds.items() if not isinstance(setup.get(name), kind)]
+    if not (isinstance(clients, dict) and all(isinstance(holds, dict) for holds in clients.values())):
+        wrong.append("clients")
+    if wrong:
+        raise InputError(
+            f"{path} is not what florana writes",
+            why=f"it says nothing, or something else, of {', '.join(wrong)}",
+            fix="restore it from a copy",
+        )
+    return setup
+
+
 def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[RoundRecord]]:
     """The recipe (as a table), setup.json and the committed rounds of a run folder. Raises InputError."""
     try:
@@ -135,7 +152,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[RoundRe
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"the run folder {folder} cannot be read", why=str(error)) from None
-    return recipe, read_facts(folder / "setup.json"), read_records(folder / "rounds.jsonl")
+    return recipe, _setup_in(folder / "setup.json"), read_records(folder / "rounds.jsonl")
 
 
 @contextmanager
