@@ -33,6 +33,7 @@ from florana.runs.run_folder import read_environment, read_facts, read_run
 from florana.train.gguf_files import dequantized
 from florana.train.loading import load_tokenizer
 from florana.train.shapes import shapes_of
+from tests.conftest import ROOT
 from tests.test_bombs import HEADERS
 
 DEEP = 100_000
@@ -68,7 +69,7 @@ def checkpoint(folder: Path, text: bytes) -> object:
 
 
 def run(folder: Path, text: bytes) -> object:
-    put(folder / "recipe.toml", b"seed = 1\n")
+    put(folder / "recipe.toml", (ROOT / "recipes" / "sst2-minilm.toml").read_bytes())
     put(folder / "setup.json", text)
     return read_run(folder)
 
@@ -130,7 +131,7 @@ SETUP: dict[str, Any] = {
 
 
 def with_files(folder: Path, record: Mapping[str, Any], setup: Mapping[str, Any]) -> Path:
-    put(folder / "recipe.toml", b"seed = 1\n")
+    put(folder / "recipe.toml", (ROOT / "recipes" / "sst2-minilm.toml").read_bytes())
     put(folder / "setup.json", json.dumps(setup).encode())
     lines = "".join(json.dumps(one) + "\n" for one in (record, RECORD, RECORD))
     return put(folder / "rounds.jsonl", lines.encode()).parent
@@ -165,6 +166,28 @@ def test_a_value_of_a_setup_that_is_of_another_kind_is_named(name: str, tmp_path
                 read_run(with_files(tmp_path, RECORD, {**SETUP, name: value}))
     with pytest.raises(InputError, match="of clients"):
         read_run(with_files(tmp_path, RECORD, {**SETUP, "clients": {"a": 5}}))
+
+
+@pytest.mark.parametrize("change", ["federation = 5", "[federation]\nrounds = 'x'", "[fedration]\nrounds = 3", ""])
+def test_a_recipe_in_a_run_folder_that_is_none_is_named(change: str, tmp_path: Path) -> None:
+    folder = with_files(tmp_path, RECORD, SETUP)
+    put(folder / "recipe.toml", change.encode())
+    with pytest.raises(InputError, match="cannot be read"):
+        read_run(folder)
+
+
+def test_a_run_folder_is_read_without_running_anything_of_it(tmp_path: Path) -> None:
+    """A strategy of one's own is a file of Python: reading somebody's run must not load it."""
+    folder, mark = with_files(tmp_path, RECORD, SETUP), tmp_path / "mark"
+    put(folder / "own.py", f"open({str(mark)!r}, 'w')\n".encode())
+    text = (folder / "recipe.toml").read_text()
+    begun, _, rest = text.partition("[strategy]\nname = ")
+    put(
+        folder / "recipe.toml",
+        f'{begun}[strategy]\nname = "{folder}/own.py:rule"\n{rest.partition(chr(10))[2]}'.encode(),
+    )
+    assert read_run(folder)[0]["strategy"]["name"].endswith("own.py:rule")
+    assert not mark.exists()
 
 
 def gguf(*, version: int = 3, tensors: int = 0, keys: int = 0, rest: bytes = b"") -> bytes:

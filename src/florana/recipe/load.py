@@ -53,12 +53,7 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
 def check(table: Mapping[str, Any], source: str) -> Recipe:
     """The recipe in a table. Raises RecipeError with every fault found, the nearest right key named."""
-    sections = {key: current(key, value) if isinstance(value, Mapping) else value for key, value in table.items()}
-    try:
-        recipe = Recipe.model_validate(sections)
-    except ValidationError as error:
-        faults = [_fault(dict(fault)) for fault in error.errors()]
-        raise RecipeError(f"{source}: " + "\n".join(faults)) from None
+    recipe = shaped(table, source)
     check_strategy(recipe.strategy, source)
     own = str(recipe.strategy["name"])
     if is_own(own):
@@ -68,6 +63,24 @@ def check(table: Mapping[str, Any], source: str) -> Recipe:
     except RecipeError as error:
         raise RecipeError(f"{source}: {error.what}", why=error.why, fix=error.fix) from None
     return recipe
+
+
+def shaped(table: Mapping[str, Any], source: str) -> Recipe:
+    """The recipe in a table by its keys and their kinds alone: no strategy is built, no code of its own loaded.
+
+    Args:
+        table: of a recipe that was checked before, a finished run's.
+        source: what it is called in messages.
+
+    Raises:
+        RecipeError: with every fault found, the nearest right key named.
+    """
+    sections = {key: current(key, value) if isinstance(value, Mapping) else value for key, value in table.items()}
+    try:
+        return Recipe.model_validate(sections)
+    except ValidationError as error:
+        faults = [_fault(dict(fault)) for fault in error.errors()]
+        raise RecipeError(f"{source}: " + "\n".join(faults)) from None
 
 
 def generation_settings(task: str, file: Path, overrides: Sequence[str] = ()) -> Generation:

@@ -22,7 +22,7 @@ from florana.displayable import log
 from florana.errors import FederationError, InputError, RecipeError
 from florana.federation.journal import read_records
 from florana.federation.round_record import RoundRecord
-from florana.recipe.load import check, differences
+from florana.recipe.load import check, differences, shaped
 from florana.recipe.schema import Recipe
 
 OUTCOME, PROGRESS, RUN_NAME = "outcome.json", "progress.jsonl", "run.json"
@@ -141,7 +141,7 @@ def _setup_in(path: Path) -> dict[str, Any]:
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[RoundRecord]]:
-    """The recipe (as a table), setup.json and the committed rounds of a run folder. Raises InputError."""
+    """The recipe (a table of all its keys), setup.json and the committed rounds of a run folder. Raises InputError."""
     try:
         recipe = read_toml(folder / "recipe.toml")
         (folder / "setup.json").stat()
@@ -152,6 +152,10 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[RoundRe
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"the run folder {folder} cannot be read", why=str(error)) from None
+    try:
+        recipe = shaped(recipe, str(folder / "recipe.toml")).model_dump(exclude_none=True)
+    except RecipeError as error:
+        raise InputError(f"the run folder {folder} cannot be read", why=error.what) from None
     return recipe, _setup_in(folder / "setup.json"), read_records(folder / "rounds.jsonl")
 
 
