@@ -30,6 +30,7 @@ from florana.recipe.usage import USAGE, read_usage
 from florana.report.live_study import live_study_of
 from florana.runs.completions import last_completions
 from florana.runs.run_folder import read_environment, read_facts, read_run
+from florana.study.runner import swapped
 from florana.train.gguf_files import dequantized
 from florana.train.loading import load_tokenizer
 from florana.train.shapes import shapes_of
@@ -188,6 +189,13 @@ def test_a_run_folder_is_read_without_running_anything_of_it(tmp_path: Path) -> 
     )
     assert read_run(folder)[0]["strategy"]["name"].endswith("own.py:rule")
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("text", [*TEXTS.values(), b"", b"[]", b"5", b'{"asked": "x"}', b'{"asked": "x", "rows": 3}'])
+def test_an_ablation_of_a_study_that_is_damaged_is_made_anew(text: bytes, tmp_path: Path) -> None:
+    assert swapped(put(tmp_path / "swap.json", b'{"asked": "x", "rows": []}'), "x")
+    assert not swapped(put(tmp_path / "swap.json", text), "x")
+    assert not swapped(tmp_path / "none.json", "x")
 
 
 def gguf(*, version: int = 3, tensors: int = 0, keys: int = 0, rest: bytes = b"") -> bytes:

@@ -256,5 +256,9 @@ def swap_asked(group: Group) -> str:
 
 
 def swapped(path: Path, asked: str) -> bool:
-    """Whether the file holds the very ablation that is asked for."""
-    return path.exists() and json_of(path.read_bytes()).get("asked") == asked
+    """Whether the file holds the very ablation that is asked for; one that is damaged is made anew."""
+    try:
+        found = json_of(path.read_bytes()) if path.exists() else None
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.get("asked") == asked and isinstance(found.get("rows"), list)
