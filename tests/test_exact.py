@@ -169,3 +169,22 @@ def test_the_same_pieces_give_the_same_answer_and_rank_zero_is_refused() -> None
     assert torch.equal(first.pair.A, second.pair.A)
     with pytest.raises(InputError, match="not at least 1"):
         nearest(pieces(case.parts, name), 0, torch.float32)
+
+
+@pytest.mark.parametrize("clients", [2, 9])
+def test_what_stands_beside_the_answer_counts_with_its_own_scaling(clients: int) -> None:
+    """|| target - (s B A + s' B' A') || and the optimum of the answer's rank alone; of few columns, and of many."""
+    generator = torch.Generator().manual_seed(clients)
+
+    def pair(rank: int, scaling: float) -> LoraFactors:
+        shapes = (7, rank), (rank, 11)
+        return LoraFactors(*(torch.randn(*shape, generator=generator) for shape in shapes), scaling)
+
+    parts = [Contribution(str(u), Adapter({"m": pair(2, 1.5)}), 1.0 + u) for u in range(clients)]
+    answer, beside = pair(2, 2.0), pair(3, 0.5)
+    whole = sum(share * dense(part.adapter, "m") for share, part in zip(shares(parts), parts, strict=True))
+    values = np.linalg.svd(whole, compute_uv=False)
+    rest = whole - dense(Adapter({"m": answer}), "m") - dense(Adapter({"m": beside}), "m")
+    found = measure(parts, Adapter({"m": answer}), Adapter({"m": beside}))
+    assert found.error == pytest.approx(np.linalg.norm(rest) / np.linalg.norm(whole), rel=1e-12)
+    assert found.optimum == pytest.approx(np.linalg.norm(values[2:]) / np.linalg.norm(values), rel=1e-9, abs=1e-9)

@@ -3,8 +3,8 @@
     error = || target - s B_hat A_hat ||_F / || target ||_F          per module and over all modules
     optimum = sqrt(sum_{k > r} sigma_k(target)^2) / || target ||_F   (Eckart and Young, 1936)
 
-The difference is formed as one longer stack and measured by QR, so that small errors keep their digits; where the stack
-has more columns than the module, the sum is formed in float64. One module is in memory at a time.
+Both come from the Gram matrices of the stacked factors, in float64; where those are too coarse for ten digits of a
+figure, so for small errors, from thin QR (`best_rank.exact`). One module is in memory at a time.
 """
 
 from __future__ import annotations
@@ -15,14 +15,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from florana.aggregate.best_rank.exact import relative
+from florana.aggregate.best_rank.exact import judged, relative
 from florana.aggregate.best_rank.project import terms
 from florana.aggregate.cores import folded
-from florana.lora import linalg
 from florana.lora.factors import Adapter, Contribution, LoraFactors
-
-COARSE = 1e-9
-"""Of the target's square: a smaller rest is not read from its Gram matrix."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +75,9 @@ def measure(
     plain = folded(answer)
     squares: dict[str, tuple[float, float, float]] = {}
     for name, pieces in terms([replace(part, adapter=folded(part.adapter)) for part in parts]):
-        pair = plain.modules[name]
-        given = [pair, *([residual.modules[name]] if residual is not None and name in residual.modules else [])]
-        wide = sum(piece.rank for piece, _ in pieces) >= min(pair.shape)
-        squares[name] = (_dense if wide else _factored)(pieces, given, pair.rank)
+        pair, beside = plain.modules[name], residual.modules.get(name) if residual is not None else None
+        found = judged(((weight, piece) for piece, weight in pieces), _joined(pair, beside), pair.rank)
+        squares[name] = (found.missed, found.least, found.whole)
     total = math.fsum(whole for _, _, whole in squares.values())
     return AggregationError(
         error=relative(math.fsum(missed for missed, _, _ in squares.values()), total),
@@ -95,34 +90,9 @@ def measure(
     )
 
 
-Squares = tuple[float, float, float]
-"""|| target - result ||^2, the squared singular values beyond the rank, || target ||^2."""
-
-
-def _factored(pieces: Sequence[tuple[LoraFactors, float]], given: Sequence[LoraFactors], rank: int) -> Squares:
-    """By one thin QR of either side: the leading columns of its triangle are the triangle of the target's own."""
-    pairs, weights = zip(*pieces, strict=True)
-    target = linalg.stack(pairs, weights)
-    whole = linalg.join(target, linalg.stack(given, [1.0] * len(given)), sign=-1.0)
-    left = torch.linalg.qr(whole.left, mode="r").R
-    right = torch.linalg.qr(whole.right.T, mode="r").R
-    columns = target.left.shape[1]
-    values = torch.linalg.svdvals(left[:columns, :columns] @ right[:columns, :columns].T)
-    missed = torch.linalg.matrix_norm(left @ right.T)
-    return float(missed) ** 2, float(values[rank:].square().sum()), float(values.square().sum())
-
-
-def _dense(pieces: Sequence[tuple[LoraFactors, float]], given: Sequence[LoraFactors], rank: int) -> Squares:
-    """Where the factors have more columns than the module has rows or columns: the sum itself is smaller than they."""
-    first = given[0]
-    target = torch.zeros(first.shape, dtype=torch.float64, device=first.A.device)
-    for pair, weight in pieces:
-        target.addmm_(pair.B.double() * (weight * pair.scaling), pair.A.double())
-    thin = target if target.shape[0] <= target.shape[1] else target.T
-    squared = torch.linalg.eigvalsh(thin @ thin.T).flip(0).clamp_min(0)  # of the Gram matrix: half of the digits
-    tail, whole = float(squared[rank:].sum()), float(squared.sum())
-    if tail < COARSE * whole:
-        tail = float(torch.linalg.svdvals(target)[rank:].square().sum())
-    for pair in given:
-        target.addmm_(pair.B.double() * -pair.scaling, pair.A.double())
-    return float(torch.linalg.matrix_norm(target)) ** 2, tail, whole
+def _joined(pair: LoraFactors, beside: LoraFactors | None) -> LoraFactors:
+    """Both as one pair, in float64."""
+    if beside is None:
+        return pair
+    B = torch.cat([one.B.double() * one.scaling for one in (pair, beside)], dim=1)
+    return LoraFactors(B=B, A=torch.cat([pair.A.double(), beside.A.double()]), scaling=1.0)

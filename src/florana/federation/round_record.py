@@ -67,7 +67,6 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
     "client_seconds": (int, float),
 }
 """What JSON makes of each field; of the others a table."""
-_OF_TABLES = ("eval", "traffic")
 
 
 def record_from_json(data: Mapping[str, Any]) -> RoundRecord:
@@ -76,8 +75,9 @@ def record_from_json(data: Mapping[str, Any]) -> RoundRecord:
     for name, value in vars(record).items():
         if not isinstance(value, _KINDS.get(name, dict)):
             raise TypeError(f"'{name}' is {value!r}"[:200])
-        if name in _OF_TABLES and not all(isinstance(inner, dict) for inner in value.values()):
-            raise TypeError(f"'{name}' holds something else than tables")
+    for inner in (*record.eval.values(), *record.traffic.values()):
+        if not isinstance(inner, dict):
+            raise TypeError("'eval' or 'traffic' holds something else than tables")
     if "overall" not in record.error:
         raise TypeError("'error' has no 'overall'")
     return record

@@ -96,15 +96,22 @@ def nearest(pieces: Iterable[tuple[float, LoraFactors]], rank: int, dtype: torch
     return _by_gram(target, rank, dtype) or _by_qr(target, rank, dtype)
 
 
-def judged(pieces: Iterable[tuple[float, LoraFactors]], pair: LoraFactors) -> Answer:
-    """How far `pair`, whatever rule it came from, is from the sum of the pieces: `measure` for one module."""
+def judged(pieces: Iterable[tuple[float, LoraFactors]], pair: LoraFactors, rank: int | None = None) -> Answer:
+    """How far `pair`, whatever rule it came from, is from the sum of the pieces: `measure` for one module.
+
+    Args:
+        pieces: (coefficient, pair) of one shape.
+        pair: what came out.
+        rank: whose optimum is told; the pair's own where None.
+    """
+    rank = pair.rank if rank is None else rank
     target = gathered(pieces)
     grams = _Grams.of(target)
-    squares = linalg.singular_values(target.stack).square() if grams is None else grams.squares()[0]
-    whole, least = float(squares.sum()), float(squares[pair.rank :].clamp_min(0.0).sum())
-    if grams is not None and pair.rank < len(squares) and grams.coarse > _shows(least, whole):
-        squares = linalg.singular_values(target.stack).square()
-        least = float(squares[pair.rank :].sum())
+    squares = linalg.singular_values(target.stack).square() if grams is None else grams.values()
+    whole, least = float(squares.sum()), float(squares[rank:].clamp_min(0.0).sum())
+    if grams is not None and grams.coarse > (_shows(least, whole) if rank < len(squares) else EXACT * whole):
+        squares = linalg.singular_values(target.stack).square()  # of terms that cancel, the whole is coarse too
+        whole, least = float(squares.sum()), float(squares[rank:].sum())
     return Answer(pair, _missed(target, pair, grams), least, whole)
 
 
@@ -176,6 +183,15 @@ class _Grams:
         size = float(G.abs().sum(dim=1).max() * H.abs().sum(dim=1).max())
         coarse = len(G) * torch.finfo(torch.float64).eps * size
         return cls(G, H, whole, coarse, target.unit) if math.isfinite(coarse) and whole > 0 else None
+
+    def values(self) -> Tensor:
+        """sigma^2, descending: `squares` without the vectors, which take most of its time."""
+        if self.H is self.unit:
+            core = self.G
+        else:
+            K = self.G if self.G is self.unit else _root(self.G)
+            core = self.H if K is self.unit else K @ self.H @ K.T
+        return torch.flip(torch.linalg.eigvalsh(core), (0,))
 
     def squares(self) -> tuple[Tensor, Tensor, Tensor]:
         """sigma^2, descending, the vectors U beside them, and the root K."""
