@@ -95,7 +95,7 @@ def rows_of(
     return [{"factor": factor, "value": value, "seed": seed, **row} for row in rows]
 
 
-def table(rows: Sequence[Mapping[str, Any]], seeds: int) -> str:
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line per point of the grid."""
     heads = ["varied", *RULES, "closed by factors, module", "closed by updates, module"]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
@@ -109,7 +109,7 @@ def table(rows: Sequence[Mapping[str, Any]], seeds: int) -> str:
             fedit, best = found["FedIT"], found["best of rank r"]
             cells.append(text([100 * (fedit[s] - found[label][s]) / (fedit[s] - best[s]) for s in fedit], 0) + " %")
         lines.append("| " + " | ".join([what, *cells]) + " |")
-    return "\n".join(lines) + f"\n\n{seeds} seeds"
+    return "\n".join(lines)
 
 
 def text(values: Sequence[float], digits: int) -> str:
@@ -144,12 +144,12 @@ def main() -> None:
         for factor, value in points:
             rows += rows_of(source, factor, value, seed, followed, further)
             print(f"seed {seed}  {factor or 'base point'} {value}", flush=True)
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"source": arguments.source, "rows": rows}, indent=1))
     order = {point: index for index, point in enumerate(points)}
     rows.sort(key=lambda row: (order[row["factor"], row["value"]], row["round"]))
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"source": arguments.source, "rows": rows}, indent=1) + "\n")
     print(f"\n{arguments.source}: recipes/{source.recipe} with {', '.join(source.base) or 'nothing changed'};")
-    print(f"round {followed[0]} unless said otherwise\n\n" + table(rows, arguments.seeds))
+    print(f"round {followed[0]} unless said otherwise\n\n" + table(rows) + f"\n\n{arguments.seeds} seeds")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The tables of docs/first-study.md from finished runs: nothing is trained here.
 
-    python benchmarks/findings.py STUDY [--rows ROWS.json ...]
+    python benchmarks/findings.py STUDY [--rows ROWS.json ...] [--out FIGURES.json]
 
-STUDY is a folder of `florana compare`; ROWS are what `benchmarks/distance.py --score --out` kept. Printed as Markdown:
-rank correlation of error and score (fixed-updates ablation and full runs), local against global, score per byte, server
-time.
+STUDY is a folder of `florana compare`, or what --out kept of one; ROWS are what `benchmarks/distance.py --score --out`
+kept. Printed as Markdown: rank correlation of error and score (fixed-updates ablation and full runs), local against
+global, score per byte, server time. Of files under docs/study, `scripts/study_table.py` puts the same tables into the
+page.
 
     rho = Spearman's over rules, of one seed and round; +1 means: the lower the error, the better the score
 
@@ -31,6 +32,10 @@ from florana.study.named_methods import method_of
 from florana.study.publish import rank_correlation
 
 Row = Mapping[str, Any]
+ROW = ("setting", "method", "seeds", "scores", "difference", "bytes_up", "bytes_down", "reached", "bytes_to_target")
+"""What is kept of a study's row."""
+SWAP = ("setting", "seed", "round", "method", "error")
+"""What is kept of a row of the fixed-updates ablation, beside its scores."""
 SHARED_START = ("fedit", "flora-na", "best-rank", "fedex-lora", "oracle")
 """Methods whose clients train both factors from one start: full runs of the others differ in more than the error."""
 
@@ -103,6 +108,39 @@ def exchanged(rows: Sequence[Row], metric: str, digits: int) -> str:
     return "\n".join(lines)
 
 
+def figures_of(folder: Path) -> dict[str, Any]:
+    """What the tables need of a study: of its own figures, and of each finished run."""
+    study = json.loads((folder / "study.json").read_text())
+    runs = [
+        {
+            "setting": setting,
+            "method": method,
+            "seed": seed,
+            "start": run.start,
+            "final": run.final("global"),
+            "last": {m: last(run, m) for m in (study["metric"], "loss") if run.final("global") is not None},
+            "bytes": run.bytes_so_far[len(run.records)],
+            "error": mean_error(run),
+            "server_ms": statistics.median(1e3 * record.server_seconds for record in run.records),
+        }
+        for (setting, method), place in runs_of(folder, study).items()
+        for seed, run in place.items()
+    ]
+    rows = [{key: row[key] for key in ROW if key in row} for row in study["rows"]]
+    swaps = [{key: row[key] for key in (*SWAP, study["metric"], "loss") if key in row} for row in study["swap_rows"]]
+    return {"metric": study["metric"], "rows": rows, "swap_rows": swaps, "runs": runs}
+
+
+def mean_error(run: RunView) -> float | None:
+    """Over its rounds; None of a method that has no global product."""
+    errors = [record.error["overall"] for record in run.records]
+    return None if None in errors else statistics.fmean(errors)
+
+
+def last(run: RunView, metric: str) -> float:
+    return [r.eval["global"][metric] for r in run.records if metric in r.eval.get("global", {})][-1]
+
+
 def runs_of(folder: Path, study: Mapping[str, Any]) -> dict[tuple[str, str], dict[int, RunView]]:
     """(setting, method) -> seed -> its finished run."""
     rounds = max(len(view(path.parent).records) for path in folder.glob("runs/*/*/*/rounds.jsonl"))
@@ -124,51 +162,42 @@ def _folder(method: str) -> str:
     return Cell(Setting(0), method_of(method)).id.split("/")[-1]
 
 
-def full_runs(runs: Mapping[tuple[str, str], Mapping[int, RunView]], setting: str, metric: str) -> str:
+def full_runs(runs: Sequence[Row], setting: str, metric: str) -> str:
     """Each seed's rho of (mean error over rounds, final score) over the methods with one start."""
-    own = {m: place for (s, m), place in runs.items() if s == setting and m.startswith(SHARED_START)}
-    found = {}
-    for seed in sorted({seed for place in own.values() for seed in place}):
-        pairs = [
-            (statistics.fmean(r.error["overall"] for r in place[seed].records), last(place[seed], metric))
-            for place in own.values()
-            if seed in place
-        ]
-        found[seed] = rank_correlation(pairs, metric)
-    return correlation([setting, metric, "full runs"], found, len(own))
+    own = [run for run in runs if run["setting"] == setting and run["method"].startswith(SHARED_START)]
+    found = {
+        seed: rank_correlation([(run["error"], run["last"][metric]) for run in own if run["seed"] == seed], metric)
+        for seed in sorted({run["seed"] for run in own})
+    }
+    return correlation([setting, metric, "full runs"], found, len({run["method"] for run in own}))
 
 
-def last(run: RunView, metric: str) -> float:
-    return [r.eval["global"][metric] for r in run.records if metric in r.eval.get("global", {})][-1]
-
-
-def byte_lines(runs: Mapping[tuple[str, str], Mapping[int, RunView]], setting: str, rows: Sequence[Row]) -> list[str]:
+def byte_lines(runs: Sequence[Row], setting: str, rows: Sequence[Row]) -> list[str]:
     """Score, bytes, and what a megabyte bought: (final score - start) / megabytes both ways."""
     lines = []
     for row in (row for row in rows if row["setting"] == setting and row["bytes_up"] > 0):
-        place = runs.get((setting, row["method"]), {})
         gains = [
-            (score - run.start) / (run.bytes_so_far[len(run.records)] / 1e6)
-            for run in place.values()
-            if run.start is not None and (score := run.final("global")) is not None
+            (run["final"] - run["start"]) / (run["bytes"] / 1e6)
+            for run in runs
+            if (run["setting"], run["method"]) == (setting, row["method"]) and None not in (run["start"], run["final"])
         ]
         if not gains or row["method"] == "centralised":
             continue
         target = "-" if not row["reached"] else f"{row['bytes_to_target'] / 1e6:.1f} ({row['reached']}/{row['seeds']})"
-        score, less = (None if row[k] is None else Estimate(**row[k]) for k in ("score", "difference"))
+        found = row["scores"].get("global"), row["difference"]
+        score, less = (None if one is None else Estimate(**one) for one in found)
         cells = [f"`{row['method']}`", shown(score), shown(less, sign="+") if less else ""]
         cells += [f"{row[way] / 1e6:.1f}" for way in ("bytes_up", "bytes_down")]
         lines.append(line([*cells, shown(estimate([1000 * gain for gain in gains]), 2), target]))
     return lines
 
 
-def server_lines(runs: Mapping[tuple[str, str], Mapping[int, RunView]], setting: str) -> list[str]:
+def server_lines(runs: Sequence[Row], setting: str) -> list[str]:
     """Milliseconds of the server's step, a seed's median round; and as a multiple of FedIT's on the same seed."""
-    typical = {
-        method: {seed: statistics.median(1e3 * r.server_seconds for r in run.records) for seed, run in place.items()}
-        for (own, method), place in runs.items()
-        if own == setting and method not in ("centralised", "local-only")
-    }
+    typical: dict[str, dict[int, float]] = {}
+    for run in runs:
+        if run["setting"] == setting and run["method"] not in ("centralised", "local-only"):
+            typical.setdefault(run["method"], {})[run["seed"]] = run["server_ms"]
     base = typical["fedit"]
     return [
         line([f"`{method}`", shown(estimate(list(found.values())), 1),
@@ -177,48 +206,79 @@ def server_lines(runs: Mapping[tuple[str, str], Mapping[int, RunView]], setting:
     ]  # fmt: skip
 
 
+def correlations(figures: Mapping[str, Any], more: Sequence[Mapping[str, Any]]) -> str:
+    """The table of rank correlations: of the ablations, then of full runs."""
+    lines = [head(["source", "score", "when", "rules", "rho, Student's interval", "bootstrap over seeds", "seeds"], 3)]
+    for name, rows, metrics in ablations(figures, more):
+        for one in metrics:
+            lines += swapped(rows, name, one)
+    for setting in settings_of(figures):
+        lines += [full_runs(figures["runs"], setting, one) for one in (figures["metric"], "loss")]
+    return "\n".join(lines)
+
+
+def ablations(
+    figures: Mapping[str, Any], more: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, list[Row], tuple[str, ...]]]:
+    """(name, rows, what was scored) of each fixed-updates ablation."""
+    tests: list[tuple[str, list[Row], tuple[str, ...]]] = []
+    for setting in settings_of(figures):
+        own = [row for row in figures["swap_rows"] if row["setting"] == setting]
+        tests.append((setting, own, (figures["metric"], "loss")))
+    for kept in more:
+        base = [row for row in kept["rows"] if not row["factor"]]
+        scored = ("accuracy", "loss") if any("accuracy" in row for row in base) else ("loss",)
+        tests.append((kept["source"], base, scored))
+    return tests
+
+
+def settings_of(figures: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(run["setting"] for run in figures["runs"]))
+
+
+def local(figures: Mapping[str, Any], setting: str) -> str:
+    """Scores of the global model and of the clients' own."""
+    names = ("global", "personal", "gap", "clients_on_common")
+    lines = [head(["method", *names, "seeds"])]
+    for row in figures["rows"]:
+        if row["setting"] == setting:
+            scores = [shown(Estimate(**row["scores"][f]) if f in row["scores"] else None) for f in names]
+            lines.append(line([f"`{row['method']}`", *scores, row["seeds"]]))
+    return "\n".join(lines)
+
+
+def per_byte(figures: Mapping[str, Any], setting: str) -> str:
+    """Scores beside bytes."""
+    names = ["method", figures["metric"], "minus FedIT", "MB up", "MB down", "gain per GB", "MB to FedIT's final score"]
+    return "\n".join([head(names), *byte_lines(figures["runs"], setting, figures["rows"])])
+
+
+def server(figures: Mapping[str, Any], setting: str) -> str:
+    """The time of the server's step."""
+    return "\n".join([head(["method", "ms, median round", "of FedIT"]), *server_lines(figures["runs"], setting)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("study", type=Path)
     parser.add_argument("--rows", type=Path, nargs="*", default=[])
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    study = json.loads((arguments.study / "study.json").read_text())
-    runs = runs_of(arguments.study, study)
-    settings = list(dict.fromkeys(setting for setting, _ in runs))
-    metric = study["metric"]
-    tests = [(s, [r for r in study["swap_rows"] if r["setting"] == s], (metric, "loss")) for s in settings]
-    for path in arguments.rows:
-        kept = json.loads(path.read_text())
-        base = [row for row in kept["rows"] if not row["factor"]]
-        tests.append((kept["source"], base, ("accuracy", "loss") if any("accuracy" in r for r in base) else ("loss",)))
+    kept = arguments.study.is_file()
+    figures = json.loads(arguments.study.read_text()) if kept else figures_of(arguments.study)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+    more = [json.loads(path.read_text()) for path in arguments.rows]
     print("Rank correlation of lower error with a better score\n")
-    print(head(["source", "score", "when", "rules", "rho, Student's interval", "bootstrap over seeds", "seeds"], 3))
-    for name, rows, metrics in tests:
-        for one in metrics:
-            print("\n".join(swapped(rows, name, one)))
-    for setting in settings:
-        for one in (metric, "loss"):
-            print(full_runs(runs, setting, one))
+    print(correlations(figures, more))
     print("\nThe fixed-updates ablation: one rule for another on the same updates")
-    for name, rows, metrics in tests:
+    for name, rows, metrics in ablations(figures, more):
         for one in metrics:
             print(f"\n{name}, {one}\n\n{exchanged(rows, one, 4)}")
-    for setting in settings:
-        own = [row for row in study["rows"] if row["setting"] == setting]
-        print(f"\nLocal against global, {setting}\n")
-        figures = ("global", "personal", "gap", "clients_on_common")
-        print(head(["method", *figures, "seeds"]))
-        for row in own:
-            scores = [shown(Estimate(**row["scores"][f]) if f in row["scores"] else None) for f in figures]
-            print(line([f"`{row['method']}`", *scores, row["seeds"]]))
-        print(f"\nScore and bytes, {setting}\n")
-        names = ["method", metric, "minus FedIT", "MB up", "MB down", "gain per GB", "MB to FedIT's final score"]
-        print(head(names))
-        rows = [{**row, "score": row["scores"].get("global")} for row in own]
-        print("\n".join(byte_lines(runs, setting, rows)))
-        print(f"\nThe server's step, {setting}\n")
-        print(head(["method", "ms, median round", "of FedIT"]))
-        print("\n".join(server_lines(runs, setting)))
+    for setting in settings_of(figures):
+        print(f"\nLocal against global, {setting}\n\n{local(figures, setting)}")
+        print(f"\nScore and bytes, {setting}\n\n{per_byte(figures, setting)}")
+        print(f"\nThe server's step, {setting}\n\n{server(figures, setting)}")
 
 
 if __name__ == "__main__":

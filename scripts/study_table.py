@@ -1,16 +1,21 @@
-"""The tables of docs/study.md, from the figures under docs/study/.
+"""The tables of docs/study.md and docs/first-study.md, from the figures under docs/study/.
 
     python scripts/study_table.py [--check]
 
 Between `<!-- study: NAME KIND -->` and `<!-- end of study -->` stands what docs/study/NAME.json says: its methods
 (`rows`), its declared comparisons (`declared`), or momentum beside FedIT at rounds after the last (`later`); of several
 names, with commas between them, the methods (`regimes`) or the declared comparisons (`declared-in`) side by side.
+
+What `benchmarks/distance.py --out` kept makes `distance`; of what `benchmarks/findings.py --out` kept, and of the former
+behind it, come that script's tables: `correlations`, `merges` and `merges-loss`, `local`, `bytes`, `server`.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,10 +131,40 @@ def declared_in(studies: Mapping[str, Mapping[str, Any]]) -> str:
     return table(heads, list(lines.values()))
 
 
+def distance(studies: Mapping[str, Mapping[str, Any]]) -> str:
+    """How far each rule is from the exact average."""
+    (found,) = studies.values()
+    return str(_benchmark("distance").table(found["rows"]))
+
+
+def finding(kind: str) -> Callable[[Mapping[str, Mapping[str, Any]]], str]:
+    """A table of `benchmarks/findings.py`: of the first file, or for `merges` of the last."""
+
+    def made(studies: Mapping[str, Mapping[str, Any]]) -> str:
+        script, (first, *more) = _benchmark("findings"), studies.values()
+        if kind == "correlations":
+            return str(script.correlations(first, more))
+        if kind.startswith("merges"):
+            _, rows, scored = script.ablations(first, more)[-1]
+            return str(script.exchanged(rows, "loss" if kind == "merges-loss" else scored[0], 4))
+        (setting,) = script.settings_of(first)
+        return str(getattr(script, {"bytes": "per_byte"}.get(kind, kind))(first, setting))
+
+    return made
+
+
+def _benchmark(name: str) -> Any:
+    """A script of benchmarks/, where the functions that print its tables stand."""
+    sys.path.append(str(ROOT / "benchmarks"))
+    return importlib.import_module(name)
+
+
 KINDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {"rows": rows, "declared": declared, "later": later}
 SEVERAL: Mapping[str, Callable[[Mapping[str, Mapping[str, Any]]], str]] = {
     "regimes": regimes,
     "declared-in": declared_in,
+    "distance": distance,
+    **{kind: finding(kind) for kind in ("correlations", "merges", "merges-loss", "local", "bytes", "server")},
 }
 
 
@@ -146,8 +181,8 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    page = ROOT / "docs" / "study.md"
-    settle({page: filled(page.read_text())})
+    pages = [ROOT / "docs" / name for name in ("study.md", "first-study.md")]
+    settle({page: filled(page.read_text()) for page in pages})
 
 
 if __name__ == "__main__":
