@@ -6,7 +6,7 @@ Between `<!-- study: NAME KIND -->` and `<!-- end of study -->` stands what docs
 (`rows`), its declared comparisons (`declared`), or momentum beside FedIT at rounds after the last (`later`); of several
 names, with commas between them, the methods (`regimes`) or the declared comparisons (`declared-in`) side by side.
 
-What `benchmarks/distance.py --out` kept makes `distance`; of what `benchmarks/findings.py --out` kept, and of the former
+What `benchmarks/distance.py --out` kept makes `distance`; of what `benchmarks/findings.py --out` kept, and of the first
 behind it, come that script's tables: `correlations`, `merges` and `merges-loss`, `local`, `bytes`, `server`.
 """
 
