@@ -61,6 +61,52 @@ def test_the_swap_test_gives_every_rule_the_same_clients(small: dict[str, Any]) 
         assert {"accuracy", "loss"} <= set(found["fedit"])
 
 
+def test_each_rule_goes_on_from_its_own_merge_with_the_same_rows(small: dict[str, Any], tmp_path: Path) -> None:
+    """FedIT gone on from its own merge is FedIT's next round; the others begin where they merged."""
+    from florana.runs.prepared import prepare
+    from florana.runs.setup import execute
+
+    recipe = check({**small, "strategy": {"name": "fedit"}, "evaluate": {"personal": "never"}}, "t")
+    setup = prepare(recipe)
+    rows = swap(recipe, setup, [method_of(name) for name in ("fedit", "best-rank", "fedex-lora")], [1], rounds_on=1)
+    on = {row["method"]: row["on"] for row in rows}
+    run = execute(recipe, tmp_path / "run", setup=setup).records[1].eval["global"]
+    assert on["fedit"] == pytest.approx(run, rel=1e-6)
+    assert len({found["loss"] for found in on.values()}) == 3
+    small["study"] = {"controls": [], "methods": ["fedit", "best-rank"], "fixed_updates_rounds": [1]}
+    plans = [plan_of(check(small, "t"), seeds=1)]
+    small["study"]["fixed_updates_rounds_on"] = 1
+    plans.append(plan_of(check(small, "t"), seeds=1))
+    kept = []
+    for plan in plans:
+        assert execute_study(plan, tmp_path / "s", 1, lambda count, name: None) == {}
+        kept.append(json.loads(swap_file(tmp_path / "s", plan.settings[0]).read_text()))
+    assert ["on" in found["rows"][0] for found in kept] == [False, True], "another question is asked anew"
+
+
+def test_what_rules_came_to_is_summed_up_beside_what_they_merged() -> None:
+    error = {"fedit": 0.3, "a": 0.2, "b": 0.1}
+    rows = [
+        {
+            "setting": "s",
+            "seed": seed,
+            "round": 2,
+            "method": name,
+            "error": off,
+            "loss": 1 + off,
+            "on": {"loss": 1 - off},
+        }
+        for seed in (0, 1)
+        for name, off in error.items()
+    ]
+    found = summarise(rows, "loss")
+    assert [(one["when"], round(one["mean"])) for one in found["correlations"]] == [("", 1), ("gone on", -1)]
+    gained = {(row["when"], row["method"]): row["minus_fedit"] for row in found["table"]}
+    assert gained["", "b"] == pytest.approx(-0.2)
+    assert gained["gone on", "b"] == pytest.approx(0.2)
+    assert "round 2, gone on from there: " in found["text"][1]
+
+
 def test_held_updates_are_those_of_the_run_and_only_asked_rounds_are_scored(small: dict[str, Any]) -> None:
     from florana.runs.prepared import prepare
 

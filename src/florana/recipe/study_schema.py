@@ -24,6 +24,9 @@ class Study(Section):
     """What stands beside the methods: the exact average, one client with all rows, clients that never send."""
     fixed_updates_rounds: list[Annotated[int, Field(ge=1)]] = Field([])
     """Rounds whose client adapters are given to every rule in turn (the swap test); empty: the first and the last."""
+    fixed_updates_rounds_on: int = Field(0, ge=0)
+    """For how many rounds each rule goes on from its own merge, with the same rows and seeds for all, and is scored
+    again; 0: not at all."""
     tune: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field({})
     """Dotted keys of the recipe and the values to try for each method, chosen on the validation rows by successive
     halving before any score; a key that has no meaning with a method is left out for it."""

@@ -67,6 +67,7 @@ class Plan:
         methods: the methods, controls included.
         settings: the settings, each a seed, an alpha and a rank.
         fixed_updates_rounds: the rounds of the fixed-updates ablation.
+        rounds_on: for how many rounds each rule goes on from its merge there.
         tune: dotted key -> the values tried, see `florana.study.tune`.
         tune_seeds: on how many seeds each is tried.
         comparisons: pairs of methods' labels, the first minus the second: declared before any score.
@@ -77,6 +78,7 @@ class Plan:
     methods: Sequence[Method]
     settings: Sequence[Setting]
     fixed_updates_rounds: Sequence[int] = field(default_factory=tuple)
+    rounds_on: int = 0
     tune: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     tune_seeds: int = 1
     comparisons: Sequence[tuple[str, str]] = field(default_factory=tuple)
@@ -144,6 +146,7 @@ def plan_of(
         found,
         settings,
         swap,
+        study.fixed_updates_rounds_on,
         wanted_tuning,
         study.tune_seeds,
         _declared(study.comparisons, found),

@@ -108,7 +108,15 @@ def swap_rows(plan: Plan, out: Path) -> list[dict[str, Any]]:
 
 def summarise(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
     """Per setting, round and method: error, score, and the score's difference from FedIT's merge, over seeds; and the
-    rank correlation of error and score over methods, one per seed and round, averaged with its interval."""
+    rank correlation of error and score over methods, one per seed and round, averaged with its interval. Where each
+    rule went on from its merge, the same of the scores that it came to (`when` says which)."""
+    found = _summarised(rows, metric, "")
+    on = [{**row, **row["on"]} for row in rows if "on" in row]
+    then = _summarised(on, metric, "gone on")
+    return {key: found[key] + then[key] for key in found}
+
+
+def _summarised(rows: Sequence[Mapping[str, Any]], metric: str, when: str) -> dict[str, list[Any]]:
     table, correlations, text = [], [], []
     for setting, round_ in dict.fromkeys((row["setting"], row["round"]) for row in rows):
         own = [row for row in rows if (row["setting"], row["round"]) == (setting, round_)]
@@ -122,6 +130,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
                     "setting": setting,
                     "round": round_,
                     "method": method,
+                    "when": when,
                     "error": error.mean if error else None,
                     "score": score.mean if score else None,
                     "half_width": score.half if score else None,
@@ -136,11 +145,13 @@ def summarise(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
             values.append(rank_correlation(pairs, metric))
         found = estimate(values)
         if found is not None:
-            correlations.append({"setting": setting, "round": round_, "mean": found.mean, "half_width": found.half})
+            one = {"setting": setting, "round": round_, "when": when, "mean": found.mean, "half_width": found.half}
+            correlations.append(one)
             width = f" ± {found.half:.2f}" if found.half is not None else ""
             still = len(values) - found.seeds
             text.append(
-                f"Fixed-updates ablation, {setting}, round {round_}: rank correlation of lower error and "
+                f"Fixed-updates ablation, {setting}, round {round_}{', gone on from there' if when else ''}: "
+                "rank correlation of lower error and "
                 f"better {metric} over rules {found.mean:+.2f}{width} over {found.seeds} seeds"
                 + (f" (in {still} more, no rule changed the score)." if still else ".")
             )

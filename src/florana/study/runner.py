@@ -45,6 +45,7 @@ class Group:
     out: Path
     threads: int
     fixed_updates_rounds: Sequence[int]
+    rounds_on: int = 0
 
 
 def execute_study(
@@ -72,7 +73,7 @@ def execute_study(
         groups = [
             Group(plan.base, setting,
                   [cell for cell in plan.cells if cell.setting == setting and cell.id not in failures], out,
-                  threads_of(plan, out, jobs), plan.fixed_updates_rounds)
+                  threads_of(plan, out, jobs), plan.fixed_updates_rounds, plan.rounds_on)
             for setting in plan.settings
         ]  # fmt: skip
         for found in in_jobs(work, groups, jobs, advance):
@@ -213,7 +214,7 @@ def _work(group: Group, tell: Callable[[str], Any]) -> dict[str, str]:
         recipe = recipe_of(group.base, fedit)
         methods = [cell.method for cell in group.cells if rule_alone(cell.method)]
         try:
-            rows = swap(recipe, setup or prepare(recipe), methods, group.fixed_updates_rounds)
+            rows = swap(recipe, setup or prepare(recipe), methods, group.fixed_updates_rounds, group.rounds_on)
         except FloranaError as error:
             failures[f"fixed-updates ablation, {group.setting.name}, seed {group.setting.seed}"] = str(error).replace(
                 "\n", "; "
@@ -252,7 +253,8 @@ def swap_asked(group: Group) -> str:
     """The digest of what a fixed-updates ablation is made of, each cell's recipe and the rounds: another question,
     another test."""
     recipes = [recipe_of(group.base, cell).to_toml() for cell in group.cells]
-    return hashlib.sha256(json.dumps([recipes, list(group.fixed_updates_rounds)]).encode()).hexdigest()
+    made_of = [recipes, list(group.fixed_updates_rounds), *([group.rounds_on] if group.rounds_on else [])]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
 def swapped(path: Path, asked: str) -> bool:
