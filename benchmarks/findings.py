@@ -127,8 +127,14 @@ def figures_of(folder: Path) -> dict[str, Any]:
         for seed, run in place.items()
     ]
     rows = [{key: row[key] for key in ROW if key in row} for row in study["rows"]]
-    swaps = [{key: row[key] for key in (*SWAP, study["metric"], "loss") if key in row} for row in study["swap_rows"]]
+    swaps = [scores_in(row, SWAP, study["metric"]) for row in study["swap_rows"]]
     return {"metric": study["metric"], "rows": rows, "swap_rows": swaps, "runs": runs}
+
+
+def scores_in(row: Row, keys: Sequence[str], metric: str) -> dict[str, Any]:
+    """What is kept of a row of the ablation: those keys, its scores, and those it came to by going on."""
+    kept = {key: row[key] for key in (*keys, metric, "loss") if key in row}
+    return kept | ({"on": scores_in(row["on"], (), metric)} if "on" in row else {})
 
 
 def mean_error(run: RunView) -> float | None:
@@ -225,6 +231,8 @@ def ablations(
     for setting in settings_of(figures):
         own = [row for row in figures["swap_rows"] if row["setting"] == setting]
         tests.append((setting, own, (figures["metric"], "loss")))
+        if on := [{**row, **row["on"]} for row in own if "on" in row]:
+            tests.append((f"{setting}, gone on", on, (figures["metric"], "loss")))
     for kept in more:
         base = [row for row in kept["rows"] if not row["factor"]]
         scored = ("accuracy", "loss") if any("accuracy" in row for row in base) else ("loss",)

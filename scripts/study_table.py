@@ -7,7 +7,8 @@ Between `<!-- study: NAME KIND -->` and `<!-- end of study -->` stands what docs
 names, with commas between them, the methods (`regimes`) or the declared comparisons (`declared-in`) side by side.
 
 What `benchmarks/distance.py --out` kept makes `distance`; of what `benchmarks/findings.py --out` kept, and of the first
-behind it, come that script's tables: `correlations`, `merges` and `merges-loss`, `local`, `bytes`, `server`.
+behind it, come that script's tables: `correlations`, `merges`, `merges-loss`, `gone-on`, `gone-on-loss`, `local`,
+`bytes`, `server`.
 """
 
 from __future__ import annotations
@@ -138,15 +139,16 @@ def distance(studies: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def finding(kind: str) -> Callable[[Mapping[str, Mapping[str, Any]]], str]:
-    """A table of `benchmarks/findings.py`: of the first file, or for `merges` of the last."""
+    """A table of `benchmarks/findings.py`, of the first file; `merges` and `gone-on`: of the last file's ablation."""
 
     def made(studies: Mapping[str, Mapping[str, Any]]) -> str:
         script, (first, *more) = _benchmark("findings"), studies.values()
         if kind == "correlations":
             return str(script.correlations(first, more))
-        if kind.startswith("merges"):
-            _, rows, scored = script.ablations(first, more)[-1]
-            return str(script.exchanged(rows, "loss" if kind == "merges-loss" else scored[0], 4))
+        if kind.startswith(("merges", "gone-on")):
+            tests = [one for one in script.ablations(first, more) if ("gone on" in one[0]) == ("gone-on" in kind)]
+            _, rows, scored = tests[-1]
+            return str(script.exchanged(rows, "loss" if kind.endswith("loss") else scored[0], 4))
         (setting,) = script.settings_of(first)
         return str(getattr(script, {"bytes": "per_byte"}.get(kind, kind))(first, setting))
 
@@ -164,7 +166,8 @@ SEVERAL: Mapping[str, Callable[[Mapping[str, Mapping[str, Any]]], str]] = {
     "regimes": regimes,
     "declared-in": declared_in,
     "distance": distance,
-    **{kind: finding(kind) for kind in ("correlations", "merges", "merges-loss", "local", "bytes", "server")},
+    **{kind: finding(kind) for kind in ("correlations", "merges", "merges-loss", "gone-on", "gone-on-loss")},
+    **{kind: finding(kind) for kind in ("local", "bytes", "server")},
 }
 
 

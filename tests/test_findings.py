@@ -43,6 +43,7 @@ def test_the_tables_are_those_of_the_runs(recipe_table: dict[str, Any], tmp_path
     recipe_table["federation"] = {"rounds": 2}
     recipe_table["evaluate"] = {"personal": "last", "every": 1}
     recipe_table["study"] = {"controls": ["oracle"], "methods": ["fedit", "best-rank"], "fixed_updates_rounds": [1]}
+    recipe_table["study"]["fixed_updates_rounds_on"] = 1
     plan, out = plan_of(check(recipe_table, "t"), seeds=2), tmp_path / "study"
     publish(plan, out, execute_study(plan, out, 1, lambda count, name: None))
     script = str(ROOT / "benchmarks" / "findings.py")
