@@ -3,9 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NEXT := $(VENV)/flower-next/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test check format lint types docs sbom lock chaos bench clean help
+.PHONY: setup demo test check flower-next format lint types docs sbom lock chaos bench clean help
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -27,7 +28,15 @@ demo: setup  ## train four strategies on real text, offline, and write a report
 test: setup  ## all tests, the import rule among them
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-check: format lint types docs sbom test  ## formatting, lint, types, the documentation site, the bill of materials, and all tests
+check: format lint types docs sbom test flower-next  ## formatting, lint, types, the documentation site, the bill of materials, all tests, and the network's on the newest Flower
+
+$(NEXT): requirements-flower-next.txt $(STAMP)
+	$(PIP) --no-deps --require-hashes --only-binary :all: --upgrade --target $(dir $@) -r requirements-flower-next.txt
+	touch $@
+
+flower-next: setup $(NEXT)  ## tests of the network once more, on the newest Flower
+	PYTHONPATH=$(abspath $(dir $(NEXT))) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+	  tests/test_flower_engines.py tests/test_flower_link.py tests/test_flower.py
 
 format: setup
 	$(BIN)/ruff format --check .
