@@ -51,6 +51,7 @@ FILES = {
     "flower/app/flower_records.py": "test_flower test_flower_arrays",
     "flower/deploy/gateway.py": "test_flower_gateway test_flower_link",
     "flower/deploy/fleet.py": "test_flower_link",
+    "flower/deploy/bounded_answers.py": "test_flower_answers",
     "flower/deploy/signature.py": "test_flower_gateway",
     "flower/deploy/node.py": "test_flower_link test_flower_gateway",
     "flower/deploy/quota.py": "test_quota",

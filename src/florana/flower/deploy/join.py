@@ -18,6 +18,7 @@ from florana.flower.app.frames import Frame
 from florana.flower.app.site import Site, site_of
 from florana.flower.app.site_card import digest
 from florana.flower.deploy.audit_log import NAME, AuditLog
+from florana.flower.deploy.bounded_answers import largest_request
 from florana.flower.deploy.final_adapter import checked, written
 from florana.flower.deploy.fleet import logged_to
 from florana.flower.deploy.invitation import Invitation
@@ -129,7 +130,7 @@ def join(
 
         audit.add("joining", site=who, server=invitation.address, rows=len(setup.clients[who].train))
         ends = frozenset() if stay else frozenset({ENDED})
-        attend(invitation, key, asked, done, say, ends)
+        attend(invitation, key, asked, done, say, ends, largest_request(site.start))
         audit.add("left", site=who)
 
 

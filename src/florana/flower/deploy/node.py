@@ -55,6 +55,8 @@ from florana.displayable import log
 from florana.errors import FederationError
 from florana.flower.app.flower_records import from_record, to_record
 from florana.flower.app.frames import Frame
+from florana.flower.deploy.bounded_answers import BoundedAnswers
+from florana.flower.deploy.gateway import trusting
 from florana.flower.deploy.invitation import Invitation
 from florana.flower.deploy.reachability import clock_difference, in_words
 
@@ -87,6 +89,7 @@ def attend(
     done: threading.Event,
     say: Callable[[str], None] = lambda text: None,
     ends: Collection[str] = (),
+    most: int = 2**30,
 ) -> None:
     """Answer the server's requests until `done` is set; wait for the server where it is away.
 
@@ -97,16 +100,23 @@ def attend(
         done: ends the loop when it is set.
         say: told what a person at the site should see.
         ends: kinds of answers after which `done` is set.
+        most: bytes that a request may have, see `bounded_answers`.
 
     Raises:
-        FederationError: the server's certificate does not hold, or it does not know this key.
+        FederationError: the server's certificate does not hold, it does not know this key, or its answers are not ones
+            that a site takes.
     """
     private = load_ssh_private_key(key.read_bytes(), None)
     assert isinstance(private, ec.EllipticCurvePrivateKey)
-    interceptors = [NodeAuthHttpInterceptor(private, private.public_key())]
     authority = invitation.authority.read_bytes()
     away, met = False, False
-    with FleetHttpClient.from_server_address(invitation.address, False, authority, interceptors) as client:
+    signing = NodeAuthHttpInterceptor(private, private.public_key())
+    with (
+        httpx.Client(verify=trusting(invitation.authority)) as asking,
+        FleetHttpClient.from_server_address(
+            invitation.address, False, authority, [signing, BoundedAnswers(asking, most)]
+        ) as client,
+    ):
         while not done.is_set():
             try:
                 clock_difference(invitation)  # its errors say what is wrong with a certificate
@@ -161,7 +171,7 @@ def _present(client: FleetHttpClient, public: bytes) -> Iterator[Line]:
     finally:
         left.set()
         if not broken:
-            with contextlib.suppress(httpx.HTTPError):  # the server will miss the next heartbeats
+            with contextlib.suppress(httpx.HTTPError, FederationError):  # the server will miss the next heartbeats
                 client.DeactivateNode(DeactivateNodeRequest(node_id=line.node.node_id))
 
 
@@ -170,7 +180,7 @@ def _beat(line: Line, left: threading.Event) -> None:
     while not left.wait(BEATS):
         try:
             line.client.SendNodeHeartbeat(request)
-        except (httpx.HTTPError, ValueError):
+        except (httpx.HTTPError, ValueError, FederationError):
             log.info("a heartbeat did not reach the server")  # whoever asks next finds out what is wrong
 
 

@@ -1,0 +1,161 @@
+"""What a site takes of a server that was taken over: no redirect, nothing packed, no more than a request may have."""
+
+from __future__ import annotations
+
+import gzip
+import http.server
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
+
+from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.supercore.protobuf.client import ProtobufRequestContext
+
+from florana.errors import FederationError
+from florana.flower.app.frames import Frame
+from florana.flower.deploy import bounded_answers
+from florana.flower.deploy import gateway as front
+from florana.flower.deploy.authority import make_server
+from florana.flower.deploy.bounded_answers import BoundedAnswers, largest_request
+from florana.flower.deploy.gateway import Door, Receive, Scope, Send, open_door
+from florana.flower.deploy.invitation import Invitation
+from florana.flower.deploy.keys import make_site, read_private
+from florana.flower.deploy.node import attend
+from florana.flower.deploy.roster import approve, read_roster
+from florana.lora.factors import Adapter, LoraFactors
+from tests.deployment import free_port
+
+
+@pytest.fixture
+def house() -> Iterator[tuple[int, list[str]]]:
+    """Another machine of a site's house: its port, and what it was asked."""
+    asked: list[str] = []
+
+    class Listening(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        do_GET = do_POST  # noqa: N815  (the library's own name)
+
+        def log_message(self, *said: Any) -> None:
+            """Nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listening) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1], asked
+        server.shutdown()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_site_goes_nowhere_else(
+    status: int, house: tuple[int, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, asked = house
+    monkeypatch.setattr(front, "HELD_SECONDS", 0.1)
+
+    async def elsewhere(scope: Scope, receive: Receive, send: Send) -> None:
+        place = [(b"location", f"http://127.0.0.1:{other}/private".encode())]
+        await send({"type": "http.response.start", "status": status, "headers": place})
+        await send({"type": "http.response.body", "body": b""})
+
+    files, port = make_server(tmp_path / "fed", ["127.0.0.1"]), free_port()
+    make_site(tmp_path / "a", "a")
+    approve(files, tmp_path / "a" / "a.pub")
+    keys = {pem: name for name, pem in read_roster(files.roster).keys.items()}
+    opened = open_door(Door(elsewhere, 2**20, keys), "127.0.0.1", port, files.certificate, files.key)
+    invitation = Invitation(tmp_path, "127.0.0.1", port, files.authority, tmp_path / "recipe.toml")
+    done = threading.Event()
+    timer = threading.Timer(10, done.set)
+    timer.start()
+    try:
+        with pytest.raises(FederationError, match="sends this site to another place"):
+            attend(invitation, read_private(tmp_path / "a")[1], lambda frame: Frame("reply"), done)
+    finally:
+        timer.cancel()
+        opened.close()
+    assert asked == []
+
+
+class Sent(httpx.SyncByteStream):
+    """Bytes as they come over a line, once."""
+
+    def __init__(self, *parts: bytes) -> None:
+        self.parts, self.read = parts, 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for part in self.parts:
+            self.read += 1
+            yield part
+
+
+def answers(respond: Callable[[httpx.Request], httpx.Response], most: int = 1000) -> Callable[[str], httpx.Response]:
+    """What the interceptor makes of a server's answers, by the name of Flower's call."""
+    bounded = BoundedAnswers(httpx.Client(transport=httpx.MockTransport(respond)), most)
+
+    def call(method: str) -> httpx.Response:
+        request = httpx.Request("POST", "https://server/v1/fleet/x", content=b"asked")
+        context = ProtobufRequestContext(f"/flwr.proto.Fleet/{method}", PullMessagesRequest(), request)
+        return bounded.intercept(context, lambda given: pytest.fail("Flower's own client was asked"))
+
+    return call
+
+
+def test_an_answer_comes_as_it_is() -> None:
+    seen: list[httpx.Request] = []
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return httpx.Response(412, headers={"x": "y"}, stream=Sent(b"not ", b"approved"))
+
+    got = answers(respond)("ActivateNode")
+    assert (got.status_code, got.headers["x"], got.content, got.text) == (412, "y", b"not approved", "not approved")
+    with pytest.raises(httpx.HTTPStatusError):
+        got.raise_for_status()
+    assert (seen[0].headers["accept-encoding"], seen[0].content) == ("identity", b"asked")
+
+
+def test_a_packed_answer_is_not_taken() -> None:
+    small = gzip.compress(bytes(10**7))
+    call = answers(lambda request: httpx.Response(200, headers={"content-encoding": "gzip"}, stream=Sent(small)))
+    with pytest.raises(FederationError, match="is packed"):
+        call("PullMessages")
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_an_answer_is_read_no_further_than_it_may_be(told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_answers, "ONE", 1000)
+    endless, length = Sent(*[bytes(100)] * 10_000), {"content-length": "1000000"} if told else {}
+    with pytest.raises(FederationError, match="answer has more than 1000 bytes"):
+        answers(lambda request: httpx.Response(200, headers=length, stream=endless))("PullMessages")
+    assert endless.read == 11
+    whole = answers(lambda request: httpx.Response(200, stream=Sent(*[bytes(100)] * 10)))("PullMessages")
+    assert whole.content == bytes(1000)
+
+
+def test_the_pieces_of_a_request_are_bounded_together() -> None:
+    call = answers(lambda request: httpx.Response(200, stream=Sent(bytes(400))), most=1000)
+    for _ in range(3):  # three requests of two pieces each
+        for method in ("PullMessages", "PullObject", "PullObject", "ConfirmMessageReceived", "SendNodeHeartbeat"):
+            call(method)
+    with pytest.raises(FederationError, match="request has more than 1000 bytes"):
+        call("PullObject")
+    call("PullMessages")
+    assert call("PullObject").content == bytes(400)
+
+
+def test_a_request_may_be_four_times_the_adapted_layers() -> None:
+    def pair(out: int, into: int) -> LoraFactors:
+        return LoraFactors(torch.zeros(out, 1), torch.zeros(1, into), 1.0)
+
+    assert largest_request(Adapter({"q": pair(64, 48)})) == 2**30
+    large = Adapter({"q": pair(2**14, 2**13), "v": pair(2**13, 2**12)})
+    assert largest_request(large) == 4 * 4 * (2**27 + 2**25)
