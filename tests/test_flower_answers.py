@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
-from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
 from flwr.supercore.protobuf.client import ProtobufRequestContext
 
 from florana.errors import FederationError
@@ -24,6 +24,7 @@ from florana.flower.deploy import bounded_answers
 from florana.flower.deploy import gateway as front
 from florana.flower.deploy.authority import make_server
 from florana.flower.deploy.bounded_answers import BoundedAnswers, largest_request
+from florana.flower.deploy.fleet import make_link
 from florana.flower.deploy.gateway import Door, Receive, Scope, Send, open_door
 from florana.flower.deploy.invitation import Invitation
 from florana.flower.deploy.keys import make_site, read_private
@@ -31,6 +32,7 @@ from florana.flower.deploy.node import attend
 from florana.flower.deploy.roster import approve, read_roster
 from florana.lora.factors import Adapter, LoraFactors
 from tests.deployment import free_port
+from tests.test_flower_link import ECHO, Place, ask, echo, online, place  # noqa: F401  (a fixture)
 
 
 @pytest.fixture
@@ -63,8 +65,8 @@ def test_a_site_goes_nowhere_else(
     monkeypatch.setattr(front, "HELD_SECONDS", 0.1)
 
     async def elsewhere(scope: Scope, receive: Receive, send: Send) -> None:
-        place = [(b"location", f"http://127.0.0.1:{other}/private".encode())]
-        await send({"type": "http.response.start", "status": status, "headers": place})
+        where = [(b"location", f"http://127.0.0.1:{other}/private".encode())]
+        await send({"type": "http.response.start", "status": status, "headers": where})
         await send({"type": "http.response.body", "body": b""})
 
     files, port = make_server(tmp_path / "fed", ["127.0.0.1"]), free_port()
@@ -95,6 +97,79 @@ class Sent(httpx.SyncByteStream):
         for part in self.parts:
             self.read += 1
             yield part
+
+
+class Tampering:
+    """The fleet API of a server, one of whose answers is replaced."""
+
+    def __init__(self, app: Any, path: str) -> None:
+        self.app, self.path = app, path
+        self.change: Callable[[bytes], bytes | None] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.change is None or not scope["path"].endswith(self.path):
+            await self.app(scope, receive, send)
+            return
+        begun, body = dict[str, Any](), bytearray()
+
+        async def caught(message: Any) -> None:
+            begun.update({k: v for k, v in message.items() if k in ("status", "headers")})
+            body.extend(message.get("body", b""))
+
+        await self.app(scope, receive, caught)
+        told = self.change(bytes(body))
+        if told is not None:
+            self.change, body = None, bytearray(told)
+        headers = [(name, value) for name, value in begun["headers"] if name.lower() != b"content-length"]
+        headers.append((b"content-length", str(len(body)).encode()))
+        await send({"type": "http.response.start", "status": begun["status"], "headers": headers})
+        await send({"type": "http.response.body", "body": bytes(body)})
+
+
+def of_a_request(change: Callable[[PullMessagesResponse], object]) -> Callable[[bytes], bytes | None]:
+    def changed(body: bytes) -> bytes | None:
+        told = PullMessagesResponse.FromString(body)
+        if not told.messages_list:
+            return None
+        change(told)
+        return told.SerializeToString()
+
+    return changed
+
+
+STRANGE: dict[str, Callable[[bytes], bytes | None]] = {
+    "a page": lambda body: b"<html>please sign in</html>",
+    "nothing": lambda body: b"",
+    "nested": lambda body: b"\x0a\x7f" * 50_000,
+    "cut off": lambda body: body[: len(body) // 2] or None,
+    "no parts": of_a_request(lambda told: told.ClearField("message_object_trees")),
+    "no request": of_a_request(lambda told: told.ClearField("messages_list")),
+    "two requests of one's parts": of_a_request(lambda told: told.messages_list.add()),
+    "no metadata": of_a_request(lambda told: told.messages_list[0].ClearField("metadata")),
+    "another part": of_a_request(lambda told: setattr(told.message_object_trees[0], "object_id", "../../x")),
+    "a time that is none": of_a_request(lambda told: setattr(told.messages_list[0].metadata, "ttl", float("nan"))),
+    "a kind that is none": of_a_request(lambda told: setattr(told.messages_list[0].metadata, "message_type", "\x1b")),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_site_outlives_an_answer_that_is_none(kind: str, place: Place) -> None:  # noqa: F811
+    """And answers the next request; what cannot be read is said once, and is nobody's bug."""
+    keys = read_roster(place.files.roster).keys
+    link, fleet = make_link(keys)
+    tampering = Tampering(fleet, "/pull-messages")
+    door = Door(tampering, 2**20, {pem: name for name, pem in keys.items()}, lambda: link.asked)
+    opened = open_door(door, "127.0.0.1", place.port, place.files.certificate, place.files.key)
+    try:
+        with place.site(echo) as site:
+            online(link)
+            tampering.change = STRANGE[kind]
+            ask(link, ECHO, 1.0)
+            assert tampering.change is None, "nothing was tampered with"
+            assert site.is_alive()
+            assert ask(link, ECHO) == Frame("reply", ECHO.fields, ECHO.payload)
+    finally:
+        opened.close()
 
 
 def answers(respond: Callable[[httpx.Request], httpx.Response], most: int = 1000) -> Callable[[str], httpx.Response]:

@@ -50,6 +50,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from google.protobuf.message import DecodeError
 
 from florana.displayable import log
 from florana.errors import FederationError
@@ -127,9 +128,13 @@ def attend(
                     _attend(line, answer, done, say, ends)
             except httpx.HTTPStatusError as error:
                 _judge(error, invitation)
-            except (httpx.TransportError, OSError) as error:
+            except (httpx.TransportError, OSError, ValueError) as error:
+                strange = isinstance(error.__cause__, DecodeError)  # a proxy's page, say
+                if isinstance(error, ValueError) and not strange:
+                    raise
                 if not away:
-                    why = getattr(error, "strerror", None) or type(error).__name__
+                    why = "something else answers" if strange else getattr(error, "strerror", None)
+                    why = why or type(error).__name__
                     say(f"the server is not there ({why}); waiting for it")
                 away = True
             done.wait(TRIES_AGAIN)
@@ -219,6 +224,9 @@ def _attend(
 
 def _whole(line: Line, got: PullMessagesResponse, pause: Callable[[float], bool]) -> Message | None:
     """The request with all that belongs to it; None where the server has taken it back."""
+    if len(got.message_object_trees) != len(got.messages_list):
+        log.warning("a request could not be read: its parts are not named")
+        return None
     tree, run = got.message_object_trees[0], got.messages_list[0].metadata.run_id
     pull = make_pull_object_fn_protobuf(_persistent(line.client.PullObject, pause), line.node, run)
     heard = _persistent(line.client.ConfirmMessageReceived, pause)
