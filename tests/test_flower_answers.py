@@ -172,6 +172,24 @@ def test_a_site_outlives_an_answer_that_is_none(kind: str, place: Place) -> None
         opened.close()
 
 
+def test_a_request_beyond_the_bound_ends_the_site_with_its_reason(place: Place) -> None:  # noqa: F811
+    ended: list[BaseException] = []
+
+    def attending() -> None:
+        try:
+            attend(place.invitation, read_private(place.folder / "a")[1], echo, threading.Event(), most=10**6)
+        except FederationError as error:
+            ended.append(error)
+
+    with place.server() as link:
+        site = threading.Thread(target=attending, daemon=True)
+        site.start()
+        assert ask(link, Frame("train", {}, bytes(9 * 10**5))) == Frame("reply", {}, bytes(9 * 10**5))
+        ask(link, Frame("train", {}, bytes(11 * 10**5)), 2.0)
+        site.join(20)
+    assert "request has more than 1000000 bytes" in str(ended[0])
+
+
 def answers(respond: Callable[[httpx.Request], httpx.Response], most: int = 1000) -> Callable[[str], httpx.Response]:
     """What the interceptor makes of a server's answers, by the name of Flower's call."""
     bounded = BoundedAnswers(httpx.Client(transport=httpx.MockTransport(respond)), most)
