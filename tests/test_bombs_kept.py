@@ -4,6 +4,7 @@ invitations and rosters that are handed over, of what comes over the wire, of mo
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
@@ -26,13 +28,14 @@ from florana.flower.deploy.kept_update import remembered
 from florana.flower.deploy.keys import read_public
 from florana.flower.deploy.quota import Quota
 from florana.flower.deploy.roster import read_roster
+from florana.recipe.load import read_recipe
 from florana.recipe.usage import USAGE, read_usage
 from florana.report.live_study import live_study_of
 from florana.runs.completions import last_completions
 from florana.runs.run_folder import read_environment, read_facts, read_run
 from florana.study.runner import swapped
 from florana.train.gguf_files import dequantized
-from florana.train.loading import load_tokenizer
+from florana.train.loading import load_base, load_tokenizer
 from florana.train.shapes import shapes_of
 from tests.conftest import ROOT
 from tests.test_bombs import HEADERS
@@ -277,6 +280,26 @@ def test_heads_of_messages_and_answers_that_were_kept(kind: str, tmp_path: Path)
     kept = put(tmp_path / "answer", TEXTS[kind] + b"\n")
     made = remembered(lambda frame: Frame("reply", {"made": 1}), Frame("train", {}), kept)
     assert made.fields["made"] == 1  # one that cannot be read is trained anew
+
+
+def test_a_model_folder_runs_no_code_of_its_own(tiny_bert: Path, tmp_path: Path) -> None:
+    """Transformers asks whoever sits at the terminal whether it should; a recipe's writer is somebody else."""
+    folder, mark = tmp_path / "model", tmp_path / "mark"
+    shutil.copytree(tiny_bert, folder)
+    put(folder / "own.py", f"open({str(mark)!r}, 'w')\nclass Own: pass\n".encode())
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "own.Own", "AutoModel": "own.Own", "AutoModelForSequenceClassification": "own.Own"}
+    put(folder / "config.json", json.dumps({**config, "model_type": "own", "auto_map": names}).encode())
+    put(folder / "tokenizer_config.json", json.dumps({"auto_map": {"AutoTokenizer": ["own.Own", None]}}).encode())
+    settings = read_recipe(ROOT / "recipes" / "sst2-minilm.toml").model
+    for load in (
+        lambda: shapes_of(str(folder), ("query",), "sequence-classification"),
+        lambda: load_tokenizer(str(folder), str(folder)),
+        lambda: load_base(str(folder), settings, "sequence-classification", 2, torch.device("cpu")),
+    ):
+        with pytest.raises(InputError, match="brings program code of its own"):
+            load()
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("kind", HEADERS)

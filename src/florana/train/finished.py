@@ -184,7 +184,7 @@ def _model(where: str, named: str, place: Path, usage: Usage) -> tuple[Any, tupl
             )
     try:
         base, told = AUTO[usage.task][0].from_pretrained(
-            where, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            where, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
         )
     except Exception as error:
         raise not_loaded("model", named, error) from None

@@ -82,7 +82,7 @@ def locate(base: str) -> str:
 def load_tokenizer(place: str, base: str) -> Any:
     """The tokenizer of a folder or hub name. Raises InputError where there is none, or none that can pad."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # the loaders raise many kinds: missing files, no connection, bad JSON
         raise not_loaded("tokenizer", base, error) from None
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
@@ -100,7 +100,7 @@ def load_base(
         RecipeError: the quantisation is not to be had here.
     """
     loader, _ = AUTO[task]
-    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype)}
+    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "trust_remote_code": False}
     if task == "sequence-regression":
         options |= {"num_labels": 1, "problem_type": "regression"}  # Transformers then takes the mean squared error
     elif labels:
@@ -143,6 +143,11 @@ def modules_trained_whole(model: Any, told: Mapping[str, Any], task: str, base: 
 
 def not_loaded(what: str, base: str, error: Exception) -> InputError:
     """The error of a loader as one that names what it was asked for."""
+    if "trust_remote_code" in str(error):  # Transformers advises to run it
+        return InputError(
+            f"the {what} '{base}' brings program code of its own, and florana runs none",
+            fix="give a model whose architecture Transformers has",
+        )
     return InputError(
         f"the {what} '{base}' could not be loaded",
         why=f"{type(error).__name__}: {error}".splitlines()[0],

@@ -16,7 +16,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from florana.errors import InputError
 from florana.recipe import schema as r
 from florana.train.gguf_files import is_gguf
-from florana.train.loading import AUTO, locate, modules_trained_whole, with_lora
+from florana.train.loading import AUTO, locate, modules_trained_whole, not_loaded, with_lora
 from florana.train.targets import ALL_LINEAR, adapted_modules, whole_modules
 
 TASKS = ("sequence-classification", "causal-lm")
@@ -106,7 +106,8 @@ def shapes_of(model: str, targets: str | Sequence[str] = (), task: str | None = 
         names = given[0] if isinstance(wanted, str) or given == [ALL_LINEAR] else given
         modules = adapted_modules(base, names, whole, model)
         with_lora(base, r.Model(base=model, target_modules=names, rank=1), chosen, whole)  # what a run would refuse
-        parameters = sum(parameter.numel() for parameter in transformers.AutoModel.from_config(config).parameters())
+        whole_base = transformers.AutoModel.from_config(config, trust_remote_code=False)
+        parameters = sum(parameter.numel() for parameter in whole_base.parameters())
     prefix = f"{base.base_model_prefix}."
     return Shapes(
         model, {name.removeprefix(prefix): _shape(module) for name, module in sorted(modules.items())}, parameters
@@ -118,10 +119,15 @@ def _head_on(model: str, config: Any, task: str) -> tuple[Any, tuple[str, ...]]:
     loader = AUTO[task][0]
     if Path(model).is_dir() and any(Path(model).glob("*.safetensors")):
         base, told = loader.from_pretrained(
-            model, config=config, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+            model,
+            config=config,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
         return base, modules_trained_whole(base, told | {"mismatched_keys": set()}, task, model)
-    base = loader.from_config(config)
+    base = loader.from_config(config, trust_remote_code=False)
     return base, () if task == "causal-lm" else whole_modules(base, (), model)
 
 
@@ -137,10 +143,13 @@ def _config(model: str) -> Any:
         return PRESETS[model]()
     try:
         with _quiet():
-            return transformers.AutoConfig.from_pretrained(locate(model) if is_gguf(model) else model)
+            place = locate(model) if is_gguf(model) else model
+            return transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
     except InputError:
         raise
     except Exception as error:  # the loaders raise many kinds: missing files, no connection, bad JSON
+        if "trust_remote_code" in str(error):
+            raise not_loaded("model", model, error) from None
         place = (
             "the folder holds no usable config.json" if Path(model).exists() else "no such preset, folder or hub name"
         )
