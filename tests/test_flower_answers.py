@@ -11,14 +11,17 @@ from typing import Any
 
 import httpx
 import pytest
+import tomli_w
 import torch
+from typer.testing import CliRunner
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
 from flwr.supercore.protobuf.client import ProtobufRequestContext
 
-from florana.errors import FederationError
+from florana.cli.main import app
+from florana.errors import FederationError, RecipeError
 from florana.flower.app.frames import Frame
 from florana.flower.deploy import bounded_answers
 from florana.flower.deploy import gateway as front
@@ -26,7 +29,7 @@ from florana.flower.deploy.authority import make_server
 from florana.flower.deploy.bounded_answers import BoundedAnswers, largest_request
 from florana.flower.deploy.fleet import make_link
 from florana.flower.deploy.gateway import Door, Receive, Scope, Send, open_door
-from florana.flower.deploy.invitation import Invitation
+from florana.flower.deploy.invitation import Invitation, invite, read_invitation, site_recipe
 from florana.flower.deploy.keys import make_site, read_private
 from florana.flower.deploy.node import attend
 from florana.flower.deploy.roster import approve, read_roster
@@ -85,6 +88,28 @@ def test_a_site_goes_nowhere_else(
         timer.cancel()
         opened.close()
     assert asked == []
+
+
+def test_an_invitation_brings_no_code(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    """A method of one's own is a file beside the recipe: reading an operator's ran it, at join and at doctor."""
+    mark, files = tmp_path / "ran", make_server(tmp_path / "fed", ["127.0.0.1"])
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(tomli_w.dumps(recipe_table))
+    folder = invite(recipe, files, "127.0.0.1", 4711, tmp_path / "invitation")
+    for name in ("own.py:rule", f"{folder}/own.py:rule", " own.py:rule", "../invitation/own.py:rule"):
+        for beside in (folder, tmp_path):
+            (beside / "own.py").write_text(
+                f"open({str(mark)!r}, 'w')\ndef rule(parts, rank): return parts[0].adapter\n"
+            )
+        (folder / "recipe.toml").write_text(tomli_w.dumps(recipe_table | {"strategy": {"name": name}}))
+        with pytest.raises(RecipeError, match="a method that is a file of Python"):
+            site_recipe(read_invitation(folder), None, None, [])
+        site = ["--site", str(tmp_path / "a"), "--data", str(tmp_path / "rows.csv")]
+        for verb in ("join", "doctor"):
+            assert CliRunner().invoke(app, [verb, str(folder), *site]).exit_code != 0
+        with pytest.raises(RecipeError, match="a method that is a file of Python"):
+            invite(folder / "recipe.toml", files, "127.0.0.1", 4711, tmp_path / "another")
+    assert not mark.exists()
 
 
 class Sent(httpx.SyncByteStream):

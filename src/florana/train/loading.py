@@ -63,7 +63,7 @@ def locate(base: str) -> str:
             raise InputError(f"the model folder {base} holds no config.json")
         return base
     package, _, below = base.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None  # one inside another imports that
     if spec is None or not spec.submodule_search_locations:
         raise InputError(
             f"model.base is '{base}', but no package '{package}' is installed",

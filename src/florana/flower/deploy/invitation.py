@@ -19,6 +19,7 @@ from florana.flower.deploy.keys import Certificates, read_certificate
 from florana.flower.deploy.roster import read_roster
 from florana.recipe.load import read_recipe
 from florana.recipe.schema import Recipe
+from florana.strategy.custom import is_own
 
 ROSTER = "roster.json"
 
@@ -56,6 +57,7 @@ def invite(recipe: Path, files: Certificates, host: str, port: int, folder: Path
         RecipeError: the recipe is wrong, or the folder is taken; with secure sums, too few sites are approved.
         InputError: there is no certificate, or it is not for that host.
     """
+    _require_no_code(recipe)
     privacy = read_recipe(recipe).privacy
     roster = read_roster(files.roster).keys if privacy.secure_aggregation else {}
     if privacy.secure_aggregation and len(roster) < privacy.min_clients:
@@ -104,9 +106,10 @@ def site_recipe(invitation: Invitation, base: str | None, test: Path | None, ass
     """The invitation's recipe as it is read at a site, with the site's own places for the model and the test set.
 
     Raises:
-        RecipeError: the recipe is wrong.
+        RecipeError: the recipe is wrong, or names a method that is a file of Python.
         InputError: it names a base model by a path that is not here, and the site names none.
     """
+    _require_no_code(invitation.recipe)
     recipe = read_recipe(invitation.recipe, assign)
     if base is None and Path(recipe.model.base).is_absolute() and not Path(recipe.model.base).exists():
         raise InputError(
@@ -120,6 +123,20 @@ def site_recipe(invitation: Invitation, base: str | None, test: Path | None, ass
         data = recipe.data.model_copy(update={"test": own_test, "validation": None})
         return recipe.model_copy(update={"model": model, "data": data})
     return recipe.model_copy(update={"model": model})
+
+
+def _require_no_code(recipe: Path) -> None:
+    """A method of one's own is a file of Python, which reading the recipe runs: of an operator's, at a site, never."""
+    try:
+        strategy = read_toml(recipe).get("strategy")
+    except (OSError, ValueError):
+        return  # `read_recipe` says what is wrong with it
+    if isinstance(strategy, dict) and is_own(str(strategy.get("name"))):
+        raise RecipeError(
+            f"{recipe} names a method that is a file of Python: {strategy['name']}",
+            why="a site runs no code of the operator",
+            fix="between sites take one of florana's methods; a rule of one's own runs in simulations",
+        )
 
 
 def hosts_of(certificate: x509.Certificate) -> list[str]:
