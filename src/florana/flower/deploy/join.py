@@ -96,6 +96,8 @@ def join(
         site = site_of(recipe, setup, who, keys / "kept", step, counts, signer)
         quota = Quota(keys / "kept" / "trained.json", most or RUNS * recipe.federation.rounds)
         site = replace(site, fit=limited(site.fit, quota))
+        if data is None:
+            say(f"{who}: trains on its share of what the recipe names: {recipe.data.train}")
         say(f"{who}: {site.card.introduced(None)}; connecting to {invitation.address}")
 
         def end(frame: Frame) -> Frame:
