@@ -52,6 +52,7 @@ FILES = {
     "flower/deploy/gateway.py": "test_flower_gateway test_flower_link",
     "flower/deploy/fleet.py": "test_flower_link",
     "flower/deploy/bounded_answers.py": "test_flower_answers",
+    "flower/deploy/invitation.py": "test_flower_answers test_authority test_secure_sites test_flower_serve",
     "flower/deploy/signature.py": "test_flower_gateway",
     "flower/deploy/node.py": "test_flower_link test_flower_gateway",
     "flower/deploy/quota.py": "test_quota",
