@@ -45,7 +45,7 @@ FILES = {
     "flower/app/codec.py": "test_flower test_flower_rounds",
     "flower/app/registration.py": "test_flower_roll",
     "flower/app/flower_engine.py": "test_flower_link test_flower_rounds test_flower_roll",
-    "flower/app/site.py": "test_quota test_farewell test_flower_rounds test_secure_sites",
+    "flower/app/site.py": "test_farewell test_quota test_flower_rounds test_secure_sites",
     "flower/app/sealed_site.py": "test_secure_sites",
     "flower/app/frames.py": "test_flower",
     "flower/app/flower_records.py": "test_flower test_flower_arrays",

@@ -19,8 +19,10 @@ from florana.errors import InputError
 from florana.federation import client_state
 from florana.federation.client_state import recall
 from florana.federation.journal import Journal
-from florana.federation.messages import Brief, pack
-from florana.flower.app.codec import brief_frame
+from florana.federation.messages import Brief, Step, pack
+from florana.federation.sealed_client import SealedClient, in_memory
+from florana.federation.terms import Sealing
+from florana.flower.app.codec import brief_frame, sealed_frame
 from florana.flower.app.farewell import ENDED, ended_frame
 from florana.flower.app.frames import Frame
 from florana.flower.app.site import Site
@@ -31,6 +33,7 @@ from florana.flower.deploy.join import told
 from florana.lora.factors import Adapter, LoraFactors
 from florana.recipe.load import check
 from florana.recipe.usage import Usage, read_usage
+from florana.secure.identities import made_up
 from tests.federation import CARD
 from tests.flower_grid import FakeGrid
 from tests.flower_sites import led, roster_of, sites
@@ -174,6 +177,60 @@ def test_a_site_answers_in_the_form_that_its_own_recipe_says(recipe_table: dict[
         assert answer.kind == "failure"
         assert "its own recipe says float32" in str(answer.fields["reason"])
     assert site.answer(brief_frame(brief, "run", "nonce", digest(site.card))).kind == "reply"
+
+
+KINDS: dict[str, tuple[set[str], set[str]]] = {
+    "fedit": ({"A", "B"}, {"A", "B"}),
+    "fedsa-lora": ({"A", "B"}, {"A"}),
+    "ffa-lora": ({"B"}, {"B"}),
+    "rolora": ({"A", "B"}, {"A", "B"}),
+    "local-only": ({"A", "B"}, set()),
+    "fed-sb": ({"core"}, {"core"}),
+}
+
+
+@pytest.mark.parametrize("strategy", KINDS)
+def test_what_stays_at_a_site_by_its_own_recipe_is_not_sent(
+    strategy: str, recipe_table: dict[str, Any], tmp_path: Path
+) -> None:
+    """A server that was taken over asks for more than the method sends: the B that FedSA-LoRA keeps at home, say."""
+    recipe_table |= {"federation": {"rounds": 4}, "strategy": {"name": strategy}}
+    site = next(iter(sites(check(recipe_table, "t"), tmp_path / "kept").values()))
+    assert site.own is not None
+    trains, up = KINDS[strategy]
+    assert (site.own.trains, site.own.up) == (trains, up)
+    every = {"A", "B", "core", "scale", "extra", "x"}
+    brief = Brief(1, site.who, 0, pack(site.start), False, sorted(trains), sorted(up), site.start.scalings)
+    asked = [(sorted(trains | {kind}), sorted(up)) for kind in every - trains]
+    asked += [(sorted(trains), sorted(up | {kind})) for kind in every - up]
+    for more, back in asked:
+        frame = brief_frame(replace(brief, trains=more, returns=back), "run", "nonce", digest(site.card))
+        answer = site.answer(frame)
+        assert answer.kind == "failure"
+        assert "which by its own recipe it does not train, or does not send" in str(answer.fields["reason"])
+    assert not answer.payload
+
+
+def test_what_stays_at_a_site_is_in_no_sum_either(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe_table |= {"federation": {"rounds": 4}, "strategy": {"name": "fedsa-lora"}}
+    site = next(iter(sites(check(recipe_table, "t"), tmp_path / "kept").values()))
+    sealing = SealedClient(made_up([site.who])[site.who], Sealing(20, 100, 3), None, 5, in_memory())
+    site = replace(site, sealed=sealing)
+    for returns, words in ((["A", "B"], "a sum of B, which"), (["A"], "knows nothing of this session")):
+        step = Step({"step": "masked", "session": "s", "trip": 0, "returns": returns})
+        answer = site.answer(sealed_frame(step, "run", "nonce", digest(site.card)))
+        assert answer.kind == "failure"
+        assert words in str(answer.fields["reason"])
+
+
+def test_a_site_that_measures_nothing_tells_no_scores(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    recipe_table |= {"federation": {"rounds": 1}, "evaluate": {"personal": "never"}}
+    site = next(iter(sites(check(recipe_table, "t"), tmp_path / "kept").values()))
+    brief = Brief(1, site.who, 0, pack(site.start), True, ["A", "B"], ["A", "B"], site.start.scalings)
+    answer = site.answer(brief_frame(brief, "run", "nonce", digest(site.card)))
+    assert (answer.kind, answer.payload) == ("failure", b"")
+    assert "by its own recipe it measures none" in str(answer.fields["reason"])
+    assert site.answer(brief_frame(replace(brief, evaluate=False), "run", "nonce", digest(site.card))).kind == "reply"
 
 
 def test_a_server_cannot_fill_a_site_with_runs_that_it_makes_up(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from florana.runs.private_runs import mechanisms, private_site
 from florana.runs.setup import clients_of, first_state
 from florana.runs.threads import instructions, threads
 from florana.secure.identities import Signer
-from florana.strategy.base import Strategy
+from florana.strategy.base import State, Strategy, Work
 
 PLACES = {
     "model": {"base", "device"},
@@ -64,6 +64,8 @@ class Site:
         spent: epsilon of all that was released of its rows, where its own recipe has a budget.
         charged: the kind of frame with which something is released.
         rounds: how many a run has by the site's own recipe; 0 for any number.
+        own: what a client trains and sends by the site's own recipe, in any round; None for whatever is asked.
+        measures: whether it measures its own model, by its own recipe.
     """
 
     who: str
@@ -76,6 +78,8 @@ class Site:
     spent: Callable[[], float] | None = None
     charged: str = "train"
     rounds: int = 0
+    own: Work | None = None
+    measures: bool = True
 
     def answer(self, frame: Frame) -> Frame:
         """The reply to one frame of the server. What goes wrong becomes a `failure` with its reason."""
@@ -107,6 +111,10 @@ class Site:
             return failure_frame(f"is asked for an update that is {asked}; by its own recipe they are {own}")
         if brief.uplink != self.uplink or (self.uplink == "float32" and brief.feedback):
             return failure_frame(f"is asked to answer in {brief.uplink[:20]}; its own recipe says {self.uplink}")
+        if beyond := self._beyond(brief.trains, brief.returns):
+            return failure_frame(f"is asked for {beyond}, which by its own recipe it does not train, or does not send")
+        if brief.evaluate and not self.measures:
+            return failure_frame("is asked for the scores of its own model; by its own recipe it measures none")
         # a later trip of a round is asked of what was kept in its first
         memory = recall(self.folder, run, self.who, brief.round + (1 if brief.trip else 0))
         with threads(self.card.threads):  # in whatever thread Flower asks
@@ -114,12 +122,22 @@ class Site:
         keep(self.folder, run, self.who, brief.round, kept)
         return reply_frame(reply, str(frame.fields["nonce"]))
 
+    def _beyond(self, trains: Collection[str], returns: Collection[str]) -> str:
+        """The kinds of tensors that are asked for beyond the site's own recipe, in words; empty where none is."""
+        if self.own is None:
+            return ""
+        kinds = {*trains} - self.own.trains | {*returns} - self.own.up
+        return ", ".join(sorted(str(kind)[:20] for kind in kinds))
+
     def _sealed(self, frame: Frame) -> Frame:
         if self.sealed is None:
             return failure_frame("is asked for a secure sum; its own recipe has none")
         if frame.fields.get("card") != digest(self.card):
             return Frame("changed")
-        step = self.sealed.answer(step_in(frame), lambda run, round_: recall(self.folder, run, self.who, round_ + 1))
+        asked = step_in(frame)
+        if beyond := self._beyond([], asked.head.get("returns", [])):
+            return failure_frame(f"is asked for a sum of {beyond}, which by its own recipe it does not send")
+        step = self.sealed.answer(asked, lambda run, round_: recall(self.folder, run, self.who, round_ + 1))
         return sealed_frame(step, str(frame.fields.get("run")), str(frame.fields["nonce"]))
 
 
@@ -166,7 +184,17 @@ def site_of(
         charged = "train"
         if sealed is not None and sealed.hiding is not None:
             spent, charged = sealed.hiding.spent, "sealed"
-        return Site(who, fit, card, clients.first, folder, recipe.federation.uplink, sealed, spent, charged, rounds)
+        return Site(
+            who, fit, card, clients.first, folder, recipe.federation.uplink, sealed, spent, charged, rounds,
+            work_of(strategy, begun, who), recipe.evaluate.personal != "never",
+        )  # fmt: skip
+
+
+def work_of(strategy: Strategy, begun: State, who: str) -> Work:
+    """What a client trains, sends and is sent in any round: methods that take turns do so every second."""
+    works = [strategy.brief(replace(begun, round=begun.round + later), who).work for later in range(4)]
+    kinds = ((work.trains for work in works), (work.up for work in works), (work.down for work in works))
+    return Work(*(frozenset[str]().union(*one) for one in kinds))
 
 
 def starts_anywhere(strategy: Strategy) -> Strategy:
