@@ -66,6 +66,12 @@ SAYINGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "another's name": (lambda said: said.update(client="client-0"), "but its key is that of"),
     "rows below zero": (lambda said: said["holds"].update(train=-1), "holds.train: Input should be greater"),
     "true rows": (lambda said: said["holds"].update(train=True), "holds.train: Input should be a valid integer"),
+    "rows of a thousand digits": (
+        lambda said: said["holds"].update(train=10**1000),
+        "holds.train: Input should be less",
+    ),
+    "a long word": (lambda said: said.update(torch="x" * 201), "torch: String should have at most 200"),
+    "many classes": (lambda said: said["holds"].update(per_label=[0] * 100_001), "holds.per_label: List should have"),
     "no threads": (lambda said: said.update(threads=0), "threads: Input should be greater"),
     "a recipe that is a list": (lambda said: said.update(agreed=[1]), "agreed: Input should be a valid dictionary"),
     "an infinite scaling": (lambda said: said["common"].update(scalings={"q": math.inf}), "scalings"),

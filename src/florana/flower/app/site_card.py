@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from florana.adapters.adapter_folder import AdapterCard
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, strict=True)]
+Count = Annotated[int, Field(ge=0, le=2**62, strict=True)]
+Word = Annotated[str, Field(max_length=200)]
+"""What a site says of itself stands in the server's own files, so it is short."""
 
 
 class _Said(BaseModel):
@@ -24,7 +26,7 @@ class Holds(_Said):
 
     train: Count | None
     test: Count
-    per_label: list[Count] | None = None
+    per_label: Annotated[list[Count], Field(max_length=100_000)] | None = None
 
 
 class Common(_Said):
@@ -39,8 +41,8 @@ class Common(_Said):
         adapter: what the exported folder will say, without the base model's name.
     """
 
-    base: str
-    start: str
+    base: Word
+    start: Word
     labels: list[str]
     scalings: dict[str, Positive]
     base_parameters: Count
@@ -61,11 +63,11 @@ class Card(_Said):
         common: see `Common`.
     """
 
-    client: str
-    florana: str
-    torch: str
+    client: Word
+    florana: Word
+    torch: Word
     threads: Annotated[int, Field(ge=1, strict=True)]
-    instructions: Annotated[str, Field(max_length=200)]
+    instructions: Word
     agreed: dict[str, Any]
     holds: Holds
     common: Common
