@@ -236,7 +236,9 @@ def test_a_site_works_for_one_run_until_it_is_started_again(
     make_site(tmp_path / "site", "client-0")
     answers = list[tuple[str, str, str]]()
 
-    def line(invitation: Invitation, key: Any, asked: Any, done: Any, say: Any, ends: frozenset[str]) -> None:
+    def line(
+        invitation: Invitation, key: Any, asked: Any, done: Any, say: Any, ends: frozenset[str], most: int
+    ) -> None:
         card = site_of(recipe, prepare(recipe), "client-0", tmp_path / "other", counts=False).card
         brief = Brief(1, "client-0", 1, pack(first), False, ["A", "B"], ["A", "B"], first.scalings)
         for kind, run in [

@@ -142,6 +142,9 @@ def test_what_a_resumed_run_has_otherwise_is_said(table: dict[str, Any], tmp_pat
         f"torch 1.0 -> {began['versions']['torch']}",
     ]
     path.write_text("[]")
+    with pytest.raises(InputError, match="it is no table"):
+        taken(rounds(table, 3), tmp_path / "run", resume=True)
+    path.unlink()  # of no vital kind: without it a run goes on
     assert taken(rounds(table, 3), tmp_path / "run", resume=True)[1] == []
 
 

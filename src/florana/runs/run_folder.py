@@ -118,7 +118,9 @@ def read_facts(path: Path) -> dict[str, Any]:
             raise ValueError("it is no table of names and values")
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path} cannot be read", why=str(error), fix="restore it from a copy; without it the run is not continued"
+            f"{path} cannot be read",
+            why=str(error),
+            fix="restore it from a copy; environment.json may be removed instead",
         ) from None
     return found
 

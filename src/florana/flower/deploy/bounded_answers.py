@@ -40,7 +40,7 @@ class BoundedAnswers:
 
         Raises:
             FederationError: it is a redirect, it is packed, or it is too large.
-            httpx.TransportError: the line broke.
+            TransportError: the line broke (httpx).
         """
         request = context.request
         request.headers["accept-encoding"] = "identity"
@@ -83,8 +83,10 @@ def largest_request(start: Adapter) -> int:
         start: the adapter before the first round.
 
     Examples:
-        >>> largest_request(Adapter({}))
-        1073741824
+        >>> import torch
+        >>> from florana.lora.factors import LoraFactors
+        >>> largest_request(Adapter({"q": LoraFactors(torch.ones(4, 1), torch.ones(1, 3), 1.0)})) == 2**30
+        True
     """
     layers = sum(4 * out * into for out, into in (pair.shape for pair in start.modules.values()))
     return max(2**30, 4 * layers)
