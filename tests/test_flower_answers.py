@@ -21,7 +21,7 @@ from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
 from flwr.supercore.protobuf.client import ProtobufRequestContext
 
 from florana.cli.main import app
-from florana.errors import FederationError, RecipeError
+from florana.errors import FederationError, InputError, RecipeError
 from florana.flower.app.frames import Frame
 from florana.flower.deploy import bounded_answers
 from florana.flower.deploy import gateway as front
@@ -110,6 +110,27 @@ def test_an_invitation_brings_no_code(recipe_table: dict[str, Any], tmp_path: Pa
         with pytest.raises(RecipeError, match="a method that is a file of Python"):
             invite(folder / "recipe.toml", files, "127.0.0.1", 4711, tmp_path / "another")
     assert not mark.exists()
+
+
+def test_an_invitation_is_a_whole_one_in_a_folder_of_its_own(recipe_table: dict[str, Any], tmp_path: Path) -> None:
+    files, recipe, folder = make_server(tmp_path / "fed", ["127.0.0.1"]), tmp_path / "recipe.toml", tmp_path / "new"
+    recipe.write_text(tomli_w.dumps(recipe_table))
+    with pytest.raises(InputError, match=r"server\.crt is not for 'elsewhere'"):
+        invite(recipe, files, "elsewhere", 4711, folder)
+    folder.mkdir()
+    invite(recipe, files, "127.0.0.1", 4711, folder)  # an empty one will do
+    for taken in (folder, recipe):
+        with pytest.raises(RecipeError, match="exists already"):
+            invite(recipe, files, "127.0.0.1", 4711, taken)
+    assert site_recipe(read_invitation(folder), None, None, []).strategy == recipe_table["strategy"]
+    table = {**recipe_table, "model": {**recipe_table["model"], "base": "/nowhere/model"}}
+    (folder / "recipe.toml").write_text(tomli_w.dumps(table))
+    with pytest.raises(InputError, match="does not lead to one here: /nowhere/model"):
+        site_recipe(read_invitation(folder), None, None, [])
+    for missing in ("recipe.toml", "federation.toml"):
+        (folder / missing).unlink()
+        with pytest.raises(InputError, match="is no invitation to a federation"):
+            read_invitation(folder)
 
 
 class Sent(httpx.SyncByteStream):

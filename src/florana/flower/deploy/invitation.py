@@ -75,7 +75,7 @@ def invite(recipe: Path, files: Certificates, host: str, port: int, folder: Path
             why=f"it is for {', '.join(hosts)}",
             fix="name one of these, or make new certificates with 'florana flower keys --server'",
         )
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "ca.crt", files.authority.read_bytes())
     replace_file(folder / "recipe.toml", recipe.read_bytes())
     if roster:
