@@ -54,7 +54,7 @@ FILES = {
     "flower/deploy/bounded_answers.py": "test_flower_answers",
     "flower/deploy/invitation.py": "test_flower_answers test_authority test_secure_sites test_flower_serve",
     "flower/deploy/signature.py": "test_flower_gateway",
-    "flower/deploy/node.py": "test_flower_link test_flower_gateway",
+    "flower/deploy/node.py": "test_flower_link test_flower_answers test_flower_gateway",
     "flower/deploy/quota.py": "test_quota",
     "flower/deploy/one_run.py": "test_flower_serve",
     "flower/deploy/live_roster.py": KEYS,

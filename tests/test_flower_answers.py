@@ -218,6 +218,27 @@ def test_a_site_outlives_an_answer_that_is_none(kind: str, place: Place) -> None
         opened.close()
 
 
+def test_an_error_of_the_sites_own_ends_it(place: Place) -> None:  # noqa: F811
+    """And is not taken for a server that speaks another language."""
+    ended: list[BaseException] = []
+
+    def broken(frame: Frame) -> Frame:
+        raise ValueError("the site's own")
+
+    def attending() -> None:
+        try:
+            attend(place.invitation, read_private(place.folder / "a")[1], broken, threading.Event())
+        except ValueError as error:
+            ended.append(error)
+
+    with place.server() as link:
+        site = threading.Thread(target=attending, daemon=True)
+        site.start()
+        ask(link, ECHO, 1.0)
+        site.join(20)
+    assert [str(error) for error in ended] == ["the site's own"]
+
+
 def test_a_request_beyond_the_bound_ends_the_site_with_its_reason(place: Place) -> None:  # noqa: F811
     ended: list[BaseException] = []
 
