@@ -179,6 +179,12 @@ def test_without_a_quorum_the_run_ends_and_says_who_is_missing(pooled: Recipe, t
         led(recipe, grid_of(two), roster_of(members, tmp_path), tmp_path / "run")
 
 
+def test_a_server_that_has_all_its_sites_waits_no_longer(pooled: Recipe, tmp_path: Path) -> None:
+    members = sites(pooled, tmp_path / "kept")
+    led(pooled, grid_of(members), roster_of(members, tmp_path), tmp_path / "run", wait=1e6)
+    assert len(read_records(tmp_path / "run" / "rounds.jsonl")) == pooled.federation.rounds
+
+
 def restarted(site: Site, **changes: Any) -> Callable[[Frame], Frame]:
     """The same site, started anew with something else."""
     return replace(site, card=site.card.model_copy(update=changes)).answer
