@@ -90,9 +90,11 @@ def _convert(file: Path, place: Path, base: str) -> None:
     try:
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch.float32
+                file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                file.parent, gguf_file=file.name, trust_remote_code=False
+            )
         except Exception as error:  # of an unknown architecture, a damaged header, a quantisation that it cannot read
             raise InputError(
                 f"Transformers cannot read the GGUF file '{base}'",
